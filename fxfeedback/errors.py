@@ -1,0 +1,25 @@
+"""Every exception that fxfeedback raises on purpose. Each says what to do; catch `Error` for all of them."""
+
+
+class Error(Exception):
+    """Base class of fxfeedback's exceptions; its message is written for the user."""
+
+
+class TraceError(Error, RuntimeError):
+    """torch.fx cannot trace the model, or the model does not run on the example input."""
+
+
+class NodeNameError(Error, ValueError):
+    """A name that no node of the model has, or one that cannot be used where it was given."""
+
+
+class RuleError(Error, NotImplementedError):
+    """An op of the model has no rule, or its rule does not cover the way it is called."""
+
+
+class OptionError(Error, ValueError):
+    """An option, or a combination of options, that makes no sense."""
+
+
+class InputError(Error, ValueError):
+    """An input or an instruction of the wrong shape, dtype or range."""

@@ -1,0 +1,213 @@
+"""Open a traced graph into functional ops: `self.conv1(x)` becomes `F.conv2d(x, conv1.weight, ...)`.
+
+Afterwards every node is a call of one out-of-place function, parameters are `get_attr` nodes, and the last node of
+each opened module carries the module's name. The rules speak of these functions only.
+"""
+
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.utils import parametrize
+from torchvision.ops import stochastic_depth
+
+from fxfeedback.trace import is_operator_in_place
+
+OUT_OF_PLACE = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
+
+
+def open_modules(module: fx.GraphModule) -> fx.GraphModule:
+    """The same computation as `module`, in functional out-of-place ops with the same names."""
+    with parametrize.cached():
+        opener = _Opener(module)
+        for node in module.graph.nodes:
+            opener.open(node)
+    for node in opener.graph.nodes:
+        node.meta.pop("origin", None)
+        if node.op == "call_function":
+            node._rename(node.meta["name"].replace(".", "_"))
+    opener.graph.lint()
+    return fx.GraphModule(module, opener.graph, type(module).__name__)
+
+
+class _Opener(fx.Tracer):
+    """One walk over a traced graph; `values` maps its nodes to proxies of the opened graph."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__()
+        self.root = module
+        self.graph = fx.Graph(tracer_cls=type(self))
+        self.names = _tensor_names(module)
+        self.values: dict[fx.Node, Any] = {}
+        self.present: fx.Node | None = None
+
+    def open(self, node: fx.Node) -> None:
+        args = fx.map_arg(node.args, self.values.__getitem__)
+        kwargs = fx.map_arg(node.kwargs, self.values.__getitem__)
+        with self._at(node):
+            if node.op == "call_module":
+                value = self.open_module(self.root.get_submodule(str(node.target)), *args, **kwargs)
+            elif node.op == "call_function" and node.target in OPENINGS:
+                value = OPENINGS[node.target](*args, **kwargs)
+            else:
+                name = node.name if node.op in ("placeholder", "get_attr") else None
+                value = self.create_proxy(node.op, node.target, args, kwargs, name)
+        if isinstance(value, fx.Proxy) and value.node.meta.get("origin") is node:
+            value.node.meta["name"] = node.meta["name"]
+        self.values[node] = value
+        if _is_in_place(node, self.root) and isinstance(node.args[0], fx.Node):
+            self.values[node.args[0]] = value  # who reads the overwritten value later reads the new one
+
+    def open_module(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        opening = next((OPENINGS[kind] for kind in type(module).__mro__ if kind in OPENINGS), None)
+        return opening(module, *args, **kwargs) if opening else module.forward(*args, **kwargs)
+
+    @contextmanager
+    def _at(self, node: fx.Node) -> Iterator[None]:
+        self.present = node
+        yield
+        self.present = None
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, *rest: Any) -> fx.Proxy:
+        changes_state = bool(args) and isinstance(args[0], fx.Proxy) and args[0].node.op == "get_attr"
+        if not changes_state:
+            kwargs = {key: value for key, value in kwargs.items() if key != "inplace"}
+            target = _out_of_place(target)
+        if kind == "call_method":
+            kind, target = "call_function", getattr(torch, target, None) or getattr(torch.Tensor, target)
+        if kind == "call_function" and target in OPENINGS:
+            return OPENINGS[target](*args, **kwargs)
+        proxy = super().create_proxy(kind, target, args, kwargs, name, *rest)
+        if self.present is not None:
+            origin = self.present
+            inner = f"{origin.meta['name']}.{proxy.node.name}"
+            proxy.node.meta.update(origin=origin, name=inner)
+            proxy.node.stack_trace = origin.stack_trace
+        return proxy
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, torch.Tensor) and id(a) in self.names:
+            return self.parameter(a).node
+        return super().create_arg(a)
+
+    def parameter(self, tensor: torch.Tensor) -> fx.Proxy:
+        """The get_attr node of a parameter or buffer, made where it is first used."""
+        name = self.names[id(tensor)]
+        for node in self.graph.nodes:
+            if node.op == "get_attr" and node.target == name:
+                return self.proxy(node)
+        return super().create_proxy("get_attr", name, (), {})
+
+
+def _tensor_names(module: nn.Module) -> dict[int, str]:
+    """id -> qualified name of every parameter, buffer and parametrized tensor; the first name of a tied one."""
+    names: dict[int, str] = {}
+    for path, owner in module.named_modules():
+        tensors = {**owner._parameters, **owner._buffers}
+        if parametrize.is_parametrized(owner):
+            tensors.update({name: getattr(owner, name) for name in owner.parametrizations})
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                names.setdefault(id(tensor), f"{path}.{name}" if path else name)
+    return names
+
+
+def _is_in_place(node: fx.Node, root: nn.Module) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
+    if node.op not in ("call_function", "call_method") or not node.args:
+        return False
+    return bool(node.kwargs.get("inplace")) or _out_of_place(node.target) is not node.target
+
+
+def _out_of_place(target: Any) -> Any:
+    """relu_ -> relu, add_ -> add, operator.iadd -> operator.add; any other target as it is."""
+    if is_operator_in_place(target):
+        return OUT_OF_PLACE[target]
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    if not name.endswith("_") or name.endswith("__"):
+        return target
+    if isinstance(target, str):
+        return name[:-1]
+    return getattr(torch, name[:-1], None) or getattr(F, name[:-1], target)
+
+
+# -- openings: what forward does, in ops that have rules ----------------------------------------------------------------
+
+
+def _call(function: Callable[..., Any], input: fx.Proxy, *args: Any) -> fx.Proxy:
+    """A node that calls a function of ours as a whole, for what cannot run on proxies."""
+    return input.tracer.create_proxy("call_function", function, (input, *args), {})
+
+
+def _batch_norm(module: Any, input: fx.Proxy) -> fx.Proxy:
+    """y = (x - mean) / sqrt(var + eps) * gamma + beta; forward itself looks at the input's dimensions."""
+    tracks = module.track_running_stats and module.running_mean is not None
+    training = module.training or not tracks
+    momentum = module.momentum
+    if module.training and tracks:
+        count = input.tracer.parameter(module.num_batches_tracked)
+        _call(torch.Tensor.add_, count, 1)
+        momentum = _call(cumulative_momentum, count) if momentum is None else momentum
+    return F.batch_norm(
+        input,
+        module.running_mean if tracks else None,
+        module.running_var if tracks else None,
+        module.weight,
+        module.bias,
+        training,
+        momentum or 0.0,
+        module.eps,
+    )
+
+
+def cumulative_momentum(num_batches_tracked: torch.Tensor) -> float:
+    """The momentum that makes running statistics a plain average: 1 / number of batches."""
+    return 1.0 if num_batches_tracked.is_meta else 1.0 / num_batches_tracked.item()
+
+
+def _dropout(input: fx.Proxy, p: float = 0.5, training: bool = True, inplace: bool = False) -> fx.Proxy:
+    """Dropout hands out the mask that it draws; the random stream is F.dropout's."""
+    return torch.native_dropout(input, p, True)[0] if training and p > 0 else input
+
+
+def _stochastic_depth(input: fx.Proxy, p: float, mode: str, training: bool = True) -> fx.Proxy:
+    return input * _call(survival, input, p, mode) if training and p > 0 else input
+
+
+def survival(input: torch.Tensor, p: float, mode: str) -> torch.Tensor:
+    """Stochastic depth's factor: 0 or 1 / (1 - p) per sample ("row") or per batch, drawn as torchvision draws it."""
+    samples = input.shape[0] if mode == "row" else 1
+    ones = torch.ones((samples,) + (1,) * (input.ndim - 1), dtype=input.dtype, device=input.device)
+    return stochastic_depth(ones, p, mode, True)
+
+
+def _feature_dropout(input: fx.Proxy, p: float = 0.5, training: bool = True, inplace: bool = False) -> fx.Proxy:
+    return input * _call(surviving_channels, input, p) if training and p > 0 else input
+
+
+def surviving_channels(input: torch.Tensor, p: float) -> torch.Tensor:
+    """Channel dropout's factor, (N, C, 1, ...): 0 or 1 / (1 - p), drawn as F.dropout2d draws it."""
+    return torch.feature_dropout(input.new_ones(input.shape[:2] + (1,) * (input.ndim - 2)), p, True)
+
+
+OPENINGS: dict[Any, Callable[..., Any]] = {
+    nn.modules.batchnorm._BatchNorm: _batch_norm,
+    F.dropout: _dropout,
+    torch.dropout: _dropout,
+    F.dropout1d: _feature_dropout,
+    F.dropout2d: _feature_dropout,
+    F.dropout3d: _feature_dropout,
+    torch.feature_dropout: _feature_dropout,
+    stochastic_depth: _stochastic_depth,
+}
+"""nn.Module class or function -> the same in ops that have rules; every other module opens by its own forward."""

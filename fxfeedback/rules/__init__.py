@@ -1,0 +1,20 @@
+"""The rules: for every BU op its TD counterpart and its Counter-Hebb update, one file per op family.
+
+`core.py` says what a rule is and how one is written.
+"""
+
+from fxfeedback.rules import (  # noqa: F401  (importing a file registers its rules)
+    activation,
+    arithmetic,
+    convolution,
+    dropout,
+    gating,
+    linear,
+    normalization,
+    pooling,
+    reduction,
+    reshaping,
+)
+from fxfeedback.rules.core import RULES, Fused, Roles, Rule, fused, known, roles, rule, sum_to, transpose, update
+
+__all__ = ["RULES", "Fused", "Roles", "Rule", "fused", "known", "roles", "rule", "sum_to", "transpose", "update"]

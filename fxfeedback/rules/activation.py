@@ -1,0 +1,168 @@
+"""Pointwise nonlinearities. The instruction passes them as it is; a gating site, where one rectifies, is the walk's."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from fxfeedback.rules.core import as_is, channelwise, fused, roles, rule, spatial, update
+
+aten = torch.ops.aten
+
+
+def pointwise(error):
+    """y = f(x): the instruction passes as it is, the error is multiplied by f'(x)."""
+    return {"input": roles(instruct=as_is, error=error)}
+
+
+@rule(F.relu, torch.relu, rectifies=True, step=True)
+def relu(y, input, inplace=False):
+    """max(x, 0); its derivative is the gate [y > 0]"""
+    return pointwise(lambda e: e * (y > 0))
+
+
+@fused(relu)
+def relu_backward(e, y, saved, wanted, input, inplace=False):
+    return {"input": aten.threshold_backward(e, y, 0)}
+
+
+@rule(F.leaky_relu, rectifies=True)
+def leaky_relu(y, input, negative_slope=0.01, inplace=False):
+    """x where x > 0, slope x elsewhere"""
+    return pointwise(lambda e: torch.where(input > 0, e, e * negative_slope))
+
+
+@fused(leaky_relu)
+def leaky_relu_backward(e, y, saved, wanted, input, negative_slope=0.01, inplace=False):
+    return {"input": aten.leaky_relu_backward(e, input, negative_slope, False)}
+
+
+@rule(F.relu6, rectifies=True)
+def relu6(y, input, inplace=False):
+    """min(max(x, 0), 6)"""
+    return pointwise(lambda e: e * ((input > 0) & (input < 6)))
+
+
+@fused(relu6)
+def relu6_backward(e, y, saved, wanted, input, inplace=False):
+    return {"input": aten.hardtanh_backward(e, input, 0, 6)}
+
+
+@rule(F.hardtanh)
+def hardtanh(y, input, min_val=-1.0, max_val=1.0, inplace=False):
+    """min(max(x, low), high)"""
+    return pointwise(lambda e: e * ((input > min_val) & (input < max_val)))
+
+
+@rule(F.sigmoid, torch.sigmoid)
+def sigmoid(y, input):
+    """1 / (1 + exp(-x))"""
+    return pointwise(lambda e: e * y * (1 - y))
+
+
+@fused(sigmoid)
+def sigmoid_backward(e, y, saved, wanted, input):
+    return {"input": aten.sigmoid_backward(e, y)}
+
+
+@rule(F.tanh, torch.tanh)
+def tanh(y, input):
+    """tanh x"""
+    return pointwise(lambda e: e * (1 - y * y))
+
+
+@fused(tanh)
+def tanh_backward(e, y, saved, wanted, input):
+    return {"input": aten.tanh_backward(e, y)}
+
+
+@rule(F.gelu, rectifies=True)
+def gelu(y, input, approximate="none"):
+    """x Φ(x), or Φ by tanh(√(2/π) (x + 0.044715 x³))"""
+
+    def exact(e):
+        density = torch.exp(-0.5 * input * input) / math.sqrt(2 * math.pi)
+        return e * (0.5 * (1 + torch.erf(input / math.sqrt(2))) + input * density)
+
+    def by_tanh(e):
+        k = math.sqrt(2 / math.pi)
+        u = torch.tanh(k * (input + 0.044715 * input**3))
+        return e * 0.5 * (1 + u + input * (1 - u * u) * k * (1 + 3 * 0.044715 * input * input))
+
+    return pointwise(exact if approximate == "none" else by_tanh)
+
+
+@fused(gelu)
+def gelu_backward(e, y, saved, wanted, input, approximate="none"):
+    return {"input": aten.gelu_backward(e, input, approximate=approximate)}
+
+
+@rule(F.silu, rectifies=True)
+def silu(y, input, inplace=False):
+    """x σ(x)"""
+
+    def error(e):
+        s = torch.sigmoid(input)
+        return e * s * (1 + input * (1 - s))
+
+    return pointwise(error)
+
+
+@fused(silu)
+def silu_backward(e, y, saved, wanted, input, inplace=False):
+    return {"input": aten.silu_backward(e, input)}
+
+
+@rule(F.mish, rectifies=True)
+def mish(y, input, inplace=False):
+    """x tanh(log(1 + exp x))"""
+
+    def error(e):
+        u = torch.tanh(F.softplus(input))
+        return e * (u + input * (1 - u * u) * torch.sigmoid(input))
+
+    return pointwise(error)
+
+
+@rule(F.elu, rectifies=True)
+def elu(y, input, alpha=1.0, inplace=False):
+    """x where x > 0, α (exp x - 1) elsewhere"""
+    return pointwise(lambda e: torch.where(input > 0, e, e * (y + alpha)))
+
+
+@rule(F.hardswish, rectifies=True)
+def hardswish(y, input, inplace=False):
+    """x min(max(x + 3, 0), 6) / 6"""
+    return pointwise(lambda e: torch.where(input < -3, 0.0, torch.where(input <= 3, e * (input / 3 + 0.5), e)))
+
+
+@fused(hardswish)
+def hardswish_backward(e, y, saved, wanted, input, inplace=False):
+    return {"input": aten.hardswish_backward(e, input)}
+
+
+@rule(F.hardsigmoid)
+def hardsigmoid(y, input, inplace=False):
+    """min(max(x + 3, 0), 6) / 6"""
+    return pointwise(lambda e: e * ((input > -3) & (input < 3)) / 6)
+
+
+@fused(hardsigmoid)
+def hardsigmoid_backward(e, y, saved, wanted, input, inplace=False):
+    return {"input": aten.hardsigmoid_backward(e, input)}
+
+
+@rule(F.softplus, rectifies=True)
+def softplus(y, input, beta=1.0, threshold=20.0):
+    """log(1 + exp(β x)) / β; x itself where β x exceeds the threshold"""
+    return pointwise(lambda e: torch.where(input * beta > threshold, e, e * torch.sigmoid(input * beta)))
+
+
+@rule(F.prelu, torch.prelu, rectifies=True)
+def prelu(y, input, weight):
+    """x where x > 0, w x elsewhere; one w for all channels or one each"""
+    slope = channelwise(weight, input.ndim) if input.ndim > 1 else weight
+    dims = [0, *spatial(input)] if weight.shape[0] > 1 else list(range(input.ndim))
+    return pointwise(lambda e: torch.where(input > 0, e, e * slope)) | {
+        "weight": update(lambda e: torch.where(input > 0, 0.0, e * input).sum(dims).reshape(weight.shape))
+    }

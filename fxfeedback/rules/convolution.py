@@ -1,0 +1,83 @@
+"""Convolutions in 1, 2 and 3 dimensions, and transposed ones."""
+
+import torch
+import torch.nn.functional as F
+
+from fxfeedback.rules.core import as_tuple, fused, rule, spatial, transpose, update
+
+CONV = {3: torch.conv1d, 4: torch.conv2d, 5: torch.conv3d}
+CONV_TRANSPOSE = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
+
+
+@rule(torch.conv1d, torch.conv2d, torch.conv3d, weight="weight", channels=1)
+def convolution(y, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    """y[p] = Σ_k W[k] x[stride p + dilation k - padding] + b"""
+    n = input.ndim - 2
+    stride, padding, dilation = as_tuple(stride, n), as_tuple(padding, n), as_tuple(dilation, n)
+
+    def backwards(t):
+        reach = [s * (m - 1) + d * (k - 1) + 1 for s, m, d, k in zip(stride, y.shape[2:], dilation, weight.shape[2:], strict=True)]
+        left_over = [size + 2 * p - r for size, p, r in zip(input.shape[2:], padding, reach, strict=True)]
+        return CONV_TRANSPOSE[input.ndim](t, weight, None, stride, padding, left_over, groups, dilation)
+
+    return {
+        "input": transpose(backwards),
+        "weight": update(lambda e: correlate(input, e, weight.shape[2:], stride, padding, dilation, groups)),
+        "bias": update(lambda e: e.sum([0, *spatial(y)])),
+    }
+
+
+@rule(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, weight="weight", channels=1)
+def transposed_convolution(y, input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
+    """y[stride p + dilation k - padding] = Σ W[k] x[p] + b: the convolution that runs from y to x, run backwards."""
+    n = input.ndim - 2
+    stride, padding, dilation = as_tuple(stride, n), as_tuple(padding, n), as_tuple(dilation, n)
+
+    def forwards(t):
+        t = CONV[input.ndim](t, weight, None, stride, padding, dilation, groups)
+        return crop(t, input.shape[2:])  # output_padding >= stride makes room for positions that x does not have
+
+    return {
+        "input": transpose(forwards),
+        "weight": update(lambda e: correlate(e, input, weight.shape[2:], stride, padding, dilation, groups)),
+        "bias": update(lambda e: e.sum([0, *spatial(y)])),
+    }
+
+
+def correlate(x, e, kernel, stride, padding, dilation, groups):
+    """Σ e xᵀ for every weight of a convolution from x to e: a convolution in which batch and channels trade places.
+
+    x (B, groups * I, ...) and e (B, O, ...) give (O, I, *kernel).
+    """
+    x_by_channel = x.unflatten(1, (groups, -1)).transpose(0, 2).flatten(1, 2)  # (I, groups * B, ...)
+    w = CONV[len(kernel) + 2](x_by_channel, e.transpose(0, 1), None, dilation, padding, stride, groups)
+    return crop(w, kernel).transpose(0, 1)
+
+
+def crop(t, sizes):
+    """The first `sizes` positions of t (N, C, ...) in each spatial dimension."""
+    for i, size in enumerate(sizes):
+        t = t.narrow(2 + i, 0, size)
+    return t
+
+
+@fused(convolution)
+def convolution_backward(e, y, saved, wanted, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    return _convolution_backward(e, wanted, input, weight, stride, padding, dilation, False, 0, groups)
+
+
+@fused(transposed_convolution)
+def transposed_convolution_backward(
+    e, y, saved, wanted, input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1
+):
+    return _convolution_backward(e, wanted, input, weight, stride, padding, dilation, True, output_padding, groups)
+
+
+def _convolution_backward(e, wanted, input, weight, stride, padding, dilation, transposed, output_padding, groups):
+    n, operands = input.ndim - 2, ("input", "weight", "bias")
+    channels = weight.shape[1] * groups if transposed else weight.shape[0]
+    stride, padding, dilation = as_tuple(stride, n), as_tuple(padding, n), as_tuple(dilation, n)
+    mask = [name in wanted for name in operands]
+    options = ([channels], stride, padding, dilation, transposed, as_tuple(output_padding, n), groups, mask)
+    results = torch.ops.aten.convolution_backward(e, input, weight, *options)
+    return {name: results[i] for i, name in enumerate(operands) if name in wanted}

@@ -1,0 +1,209 @@
+"""What a rule is, and the table of all rules. This file knows no op; the other files of this folder know nothing else.
+
+For a BU op  y = f(x, w, ...)  a rule is a function of the op's output and operands. It returns a table: operand name ->
+what the TD graph does to bring the counter neuron of y to that operand.
+
+    @rule(F.linear, weight="weight")
+    def linear(y, input, weight, bias=None):
+        "y = x Wᵀ + b"
+        return {
+            "input": transpose(lambda t: t @ weight),           # linear in x: one counterpart serves both TD roles
+            "weight": update(lambda e: outer(e, input)),        # the Counter-Hebb rule: post- times pre-synaptic
+            "bias": update(lambda e: sum_to(e, bias, y)),
+        }
+
+The lambdas are plain tensor code. They run on `torch.fx` proxies (the framework turns them into graph nodes) or on
+tensors. Each operand has `shape`, `ndim` and `dtype`; sizes are ints, but for batch dimensions, which are only known
+when the graph runs. In the instruction pass no BU value exists yet: operands that depend on the model's input then have
+a shape and nothing else (see `known`).
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+Counter = Any
+"""A counter neuron: the TD value at the place of a BU value."""
+
+
+@dataclass(frozen=True)
+class Roles:
+    """How a counter neuron passes to one operand, in the instruction pass and in the error pass."""
+
+    instruct: Callable[[Counter], Counter]
+    error: Callable[[Counter], Counter]
+
+
+def transpose(way: Callable[[Counter], Counter]) -> Roles:
+    """For an op that is linear in this operand: its transpose, in both roles."""
+    return Roles(way, way)
+
+
+def roles(*, instruct: Callable[[Counter], Counter], error: Callable[[Counter], Counter]) -> Roles:
+    """For an op where the two roles differ."""
+    return Roles(instruct, error)
+
+
+def update(way: Callable[[Counter], Counter]) -> Roles:
+    """For a parameter: what Counter-Hebb learning adds to its `.grad`. Instructions do not pass through it."""
+    return Roles(nothing, way)
+
+
+def as_is(t: Counter) -> Counter:
+    """The counter neuron itself."""
+    return t
+
+
+def nothing(t: Counter) -> None:
+    """No counter neuron for this operand in this role."""
+    return
+
+
+@dataclass
+class Fused:
+    """PyTorch's fused kernels for an op: faster than its rule in eager mode, equal to it, and not exportable.
+
+    `forward(*operands)` replaces the BU op where learning follows; it returns the op's output and a tuple of values for
+    the error pass. `error(e, y, saved, wanted, *operands)` returns a table operand -> counter neuron; `wanted` is the
+    set of operands that need one.
+    """
+
+    error: Callable[..., dict[str, Any]]
+    forward: Callable[..., tuple[Any, tuple[Any, ...]]] | None = None
+    applies: Callable[..., bool] = lambda *operands, **options: True
+
+
+@dataclass
+class Rule:
+    """The TD counterpart of one BU op.
+
+    table: (y, *operands) -> {operand: Roles}; its signature after y is the op's own signature.
+    weight: the operand that gets a TD twin when weights are separate, and that TD biases and norms follow; or None.
+    rectifies: whether the op's output is a gating site.
+    step: whether the op's derivative is the gate [y > 0] itself, as ReLU's is.
+    channels: the dimension of the channels in its input and output, where the op fixes it.
+    """
+
+    name: str
+    table: Callable[..., dict[str, Roles]]
+    weight: str | None = None
+    rectifies: bool = False
+    step: bool = False
+    channels: int | None = None
+    fused: Fused | None = None
+    targets: list[Any] = field(default_factory=list)
+
+    def operands(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by operand name.
+
+        Raises:
+            TypeError: the rule does not know an argument of the call.
+        """
+        bound = inspect.signature(self.table).bind(None, *args, **kwargs).arguments
+        return {name: operand for name, operand in bound.items() if name != "y"}
+
+
+RULES: dict[Any, Rule] = {}
+"""BU op -> its rule."""
+
+
+def rule(
+    *targets: Any, weight: str | None = None, rectifies: bool = False, step: bool = False, channels: int | None = None
+) -> Callable[[Callable], Rule]:
+    """Register the decorated table as the rule of the functions `targets`, which are spellings of one op (see `Rule`)."""
+
+    def register(table: Callable[..., dict[str, Roles]]) -> Rule:
+        made = Rule(table.__name__, table, weight, rectifies, step, channels, None, list(targets))
+        RULES.update(dict.fromkeys(targets, made))
+        return made
+
+    return register
+
+
+def fused(of: Rule, *, forward: Callable | None = None, applies: Callable[..., bool] | None = None) -> Callable:
+    """Name the decorated function as the fused error pass of the rule `of` (see `Fused`)."""
+
+    def register(error: Callable[..., dict[str, Any]]) -> Callable:
+        of.fused = Fused(error, forward, *([applies] if applies else []))
+        return error
+
+    return register
+
+
+CONSTANT: set[Any] = set()
+"""Ops whose output no counter neuron passes through: comparisons, sizes, random numbers."""
+
+
+def constant(*targets: Any) -> None:
+    """Declare that no counter neuron passes through the functions `targets`."""
+    CONSTANT.update(targets)
+
+
+# -- the small words that rules are written in ----------------------------------------------------------------------
+
+
+def known(operand: Any) -> bool:
+    """Whether the operand has a value in this role: always in the error pass; weights and numbers in both."""
+    return getattr(operand, "has_value", True)
+
+
+def stretched(like: Any, y: Any) -> list[int]:
+    """The dimensions of y along which an operand of `like`'s shape was broadcast."""
+    extra = y.ndim - like.ndim
+    ones = [i + extra for i in range(like.ndim) if is_one(like.shape[i]) and not is_one(y.shape[i + extra])]
+    return [*range(extra), *ones]
+
+
+def sum_to(t: Counter, like: Any, y: Any) -> Counter:
+    """`t`, which has y's shape, summed over the dimensions along which `like` was broadcast: broadcasting's transpose."""
+    dims = stretched(like, y)
+    if dims == list(range(y.ndim - like.ndim)):
+        return t.sum(dims) if dims else t
+    return t.sum(dims, keepdim=True).reshape(like.shape)
+
+
+def mean_to(t: Counter, like: Any, y: Any) -> Counter:
+    """`t`, which has y's shape, averaged over the dimensions along which `like` was broadcast."""
+    dims = stretched(like, y)
+    return t.mean(dims, keepdim=True).reshape(like.shape) if dims else t
+
+
+def is_one(size: Any) -> bool:
+    """Whether a size is 1 for every batch size."""
+    return isinstance(size, int) and size == 1
+
+
+def outer(e: Counter, x: Any) -> Counter:
+    """Σ over batch and positions of e xᵀ: the Counter-Hebb rule of a linear map on the last dimension."""
+    return e.reshape(-1, e.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+
+
+def channelwise(w: Any, ndim: int) -> Any:
+    """A vector over channels, shaped to multiply a (N, C, ...) tensor of `ndim` dimensions."""
+    return w.reshape((1, -1) + (1,) * (ndim - 2))
+
+
+def as_tuple(value: Any, length: int) -> tuple[Any, ...]:
+    """3 -> (3, 3) and (3,) -> (3, 3), as torch's spatial arguments have it."""
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    return values * length if len(values) == 1 else values
+
+
+def spatial(x: Any) -> range:
+    """The dimensions of an (N, C, ...) tensor after the channels."""
+    return range(2, x.ndim)
+
+
+def along(t: Counter, matrices: dict[int, Any]) -> Counter:
+    """t with each dimension d in `matrices` multiplied by its matrix M_d (size after, size before)."""
+    for dim, matrix in matrices.items():
+        t = (t.movedim(dim, -1) @ matrix.t()).movedim(-1, dim)
+    return t
+
+
+def eye_like(t: Counter, size: int) -> Counter:
+    """The identity matrix in t's dtype, on t's device. A linear map run on it gives the map's matrix."""
+    return torch.eye(size, dtype=t.dtype, device=t.device)

@@ -1,0 +1,16 @@
+"""Dropout: the instruction passes it as it is, the error takes the very mask that the BU pass drew."""
+
+import torch
+
+from fxfeedback.open_modules import survival, surviving_channels
+from fxfeedback.rules.core import constant, roles, rule
+
+
+@rule(torch.native_dropout)
+def dropout(y, input, p, train):
+    """y, mask = x mask / (1 - p), mask"""
+    scale = 1 / (1 - p) if p < 1 else 0.0
+    return {"input": roles(instruct=lambda t: t[0], error=lambda e: e[0] * y[1] * scale)}
+
+
+constant(survival, surviving_channels)  # stochastic depth and channel dropout are products with a random factor

@@ -1,0 +1,14 @@
+"""The gates that fxfeedback itself puts into a BU graph: the lateral connections of an instructed pass."""
+
+from fxfeedback.rules.core import rule, transpose
+
+
+def gate(value, open):
+    """GaLU's BU side: `value` where its gate is open, 0 elsewhere. open: booleans that broadcast to value's shape."""
+    return value * open
+
+
+@rule(gate)
+def galu(y, value, open):
+    """v [t > 0]: a constant mask while the error passes"""
+    return {"value": transpose(lambda t: t * open)}

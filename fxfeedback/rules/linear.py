@@ -1,0 +1,15 @@
+"""Linear layers."""
+
+import torch.nn.functional as F
+
+from fxfeedback.rules.core import outer, rule, sum_to, transpose, update
+
+
+@rule(F.linear, weight="weight", channels=-1)
+def linear(y, input, weight, bias=None):
+    """y = x Wᵀ + b"""
+    return {
+        "input": transpose(lambda t: t @ weight),
+        "weight": update(lambda e: outer(e, input)),
+        "bias": update(lambda e: sum_to(e, bias, y)),
+    }

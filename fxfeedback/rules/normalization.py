@@ -1,0 +1,124 @@
+"""Batch, layer, group and instance norm: y = γ (x - μ) / √(σ² + ε) + β, over different sets of positions.
+
+The instruction is scaled by γ (batch norm: γ / √(running σ² + ε)); the error pass is exact.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from fxfeedback.rules.core import channelwise, fused, roles, rule, spatial, update
+
+
+def standardized(input, dims, eps):
+    """(x - μ) / √(σ² + ε) and 1 / √(σ² + ε), statistics over `dims`."""
+    centred = input - input.mean(dims, keepdim=True)
+    rstd = ((centred * centred).mean(dims, keepdim=True) + eps).rsqrt()
+    return centred * rstd, rstd
+
+
+def through_statistics(e, normal, rstd, dims):
+    """The error through x̂ = (x - μ) / σ, where μ and σ depend on x: e less its mean and less its part along x̂, over σ."""
+    return (e - e.mean(dims, keepdim=True) - normal * (e * normal).mean(dims, keepdim=True)) * rstd
+
+
+@rule(F.batch_norm, torch.batch_norm, channels=1)
+def batch_norm(y, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    """Statistics over the batch and positions in training, the running ones otherwise"""
+    dims = [0, *spatial(input)]
+    channels = functools.partial(channelwise, ndim=input.ndim)
+
+    @functools.cache
+    def normal():
+        if training:
+            return standardized(input, dims, eps)
+        rstd = channels((running_var + eps).rsqrt())
+        return (input - channels(running_mean)) * rstd, rstd
+
+    def scaled(e):
+        return e if weight is None else e * channels(weight)
+
+    def instruct(t):
+        return scaled(t if running_var is None else t * channels((running_var + eps).rsqrt()))
+
+    def error(e):
+        if training:
+            return through_statistics(scaled(e), *normal(), dims)
+        return instruct(e)
+
+    return {
+        "input": roles(instruct=instruct, error=error),
+        "weight": update(lambda e: (e * normal()[0]).sum(dims)),
+        "bias": update(lambda e: e.sum(dims)),
+    }
+
+
+def _native_batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    y = torch.native_batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps)
+    return y[0], (y[1], y[2]) if training else (None, None)
+
+
+@fused(batch_norm, forward=_native_batch_norm)
+def batch_norm_backward(
+    e, y, saved, wanted, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+):
+    mask = [name in wanted for name in ("input", "weight", "bias")]
+    results = torch.ops.aten.native_batch_norm_backward(
+        e, input, weight, running_mean, running_var, *saved, training, eps, mask
+    )
+    return {name: results[i] for i, name in enumerate(("input", "weight", "bias")) if name in wanted}
+
+
+@rule(F.layer_norm, torch.layer_norm, channels=-1)
+def layer_norm(y, input, normalized_shape, weight=None, bias=None, eps=1e-5):
+    """Statistics over the last dimensions, those of normalized_shape"""
+    over = list(range(input.ndim - len(normalized_shape), input.ndim))
+    others = list(range(input.ndim - len(normalized_shape)))
+    normal = functools.cache(lambda: standardized(input, over, eps))
+
+    def scaled(e):
+        return e if weight is None else e * weight
+
+    return {
+        "input": roles(instruct=scaled, error=lambda e: through_statistics(scaled(e), *normal(), over)),
+        "weight": update(lambda e: (e * normal()[0]).sum(others)),
+        "bias": update(lambda e: e.sum(others)),
+    }
+
+
+def _native_layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
+    y = torch.native_layer_norm(input, normalized_shape, weight, bias, eps)
+    return y[0], (y[1], y[2])
+
+
+@fused(layer_norm, forward=_native_layer_norm)
+def layer_norm_backward(e, y, saved, wanted, input, normalized_shape, weight=None, bias=None, eps=1e-5):
+    mask = [name in wanted for name in ("input", "weight", "bias")]
+    results = torch.ops.aten.native_layer_norm_backward(e, input, normalized_shape, *saved, weight, bias, mask)
+    return {name: results[i] for i, name in enumerate(("input", "weight", "bias")) if name in wanted}
+
+
+@rule(F.group_norm, torch.group_norm, channels=1)
+def group_norm(y, input, num_groups, weight=None, bias=None, eps=1e-5):
+    """Statistics over each group of channels and all positions of a sample"""
+    channels = functools.partial(channelwise, ndim=input.ndim)
+    within = list(range(2, input.ndim + 1))
+    outside = [0, *spatial(input)]
+
+    def grouped(x):
+        return x.unflatten(1, (num_groups, -1))
+
+    normal = functools.cache(lambda: standardized(grouped(input), within, eps))
+
+    def scaled(e):
+        return e if weight is None else e * channels(weight)
+
+    return {
+        "input": roles(
+            instruct=scaled,
+            error=lambda e: through_statistics(grouped(scaled(e)), *normal(), within).flatten(1, 2),
+        ),
+        "weight": update(lambda e: (e * normal()[0].flatten(1, 2)).sum(outside)),
+        "bias": update(lambda e: e.sum(outside)),
+    }

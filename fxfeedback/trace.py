@@ -1,0 +1,255 @@
+"""Any model -> a named graph with shapes.
+
+`trace` keeps torch.nn modules closed and gives every node its torchvision name in `node.meta["name"]`;
+`open_modules` (open_modules.py) opens them into functional ops; `annotate_shapes` writes a `Spec` per tensor into
+`node.meta["spec"]`. The user's model is never traced itself, only a copy that shares its tensors.
+"""
+
+import copy
+import difflib
+import inspect
+import math
+import operator
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import fx, nn
+from torchvision.models.feature_extraction import NodePathTracer
+
+from fxfeedback.errors import InputError, NodeNameError, TraceError
+
+EXAMPLE_BATCH = 2
+"""Batch size of the shapes in a `Spec`; no broadcasting can hide in it, as it could in 1."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What tracing knows of a tensor: its shape at batch size `EXAMPLE_BATCH`, and how each size grows with the batch.
+
+    `per_sample[i]` is what one more sample adds to `shape[i]`: 0 where the batch has no say, 1 for a batch dimension,
+    64 where 64 windows of an image lie in the batch dimension.
+    """
+
+    shape: tuple[int, ...]
+    per_sample: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def sizes(self) -> tuple[int | None, ...]:
+        """The shape with None where it depends on the batch."""
+        return tuple(None if slope else size for size, slope in zip(self.shape, self.per_sample, strict=True))
+
+
+def share(model: nn.Module) -> nn.Module:
+    """A copy of `model` whose modules are new (modes, attributes) and whose parameters and buffers are the same."""
+    tensors = [value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
+    tensors += [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+class _Tracer(NodePathTracer):
+    record_stack_traces = True
+
+    def __init__(self) -> None:
+        super().__init__(leaf_modules=[], autowrap_modules=(math, torchvision.ops))
+
+
+def trace(model: nn.Module, n_inputs: int = 1) -> fx.GraphModule:
+    """The graph of `model` in its present mode, with torch.nn modules as leaves and names.
+
+    Args:
+        model: traced as it stands; tracing may leave constants on it, so pass a copy made by `share`.
+        n_inputs: how many positional arguments of `forward` are inputs; the others keep their defaults.
+
+    Raises:
+        TraceError: torch.fx cannot trace the model.
+    """
+    tracer = _Tracer()
+    try:
+        graph = tracer.trace(model, concrete_args=_defaults(model, n_inputs))
+    except Exception as error:
+        raise TraceError(
+            f"torch.fx cannot trace {type(model).__name__}: {error}{_line_of(error)}. A traceable model has no control "
+            "flow that depends on tensor values; wrap the part in a function marked with torch.fx.wrap, or pass a "
+            "traceable part of the model."
+        ) from error
+    for node in graph.nodes:
+        node.meta["name"] = tracer.node_to_qualname.get(node, node.name)
+    for node in [node for node in graph.nodes if node.op == "placeholder"][n_inputs:]:
+        _erase_with_users(node)  # a constant argument, and torch.fx's assertion that it keeps its value
+    graph.eliminate_dead_code(is_impure_node=lambda node: _has_effect(node, model))
+    return fx.GraphModule(model, graph, type(model).__name__)
+
+
+def example_for(model: nn.Module, input_size: Sequence[int] | None = None) -> tuple[torch.Tensor]:
+    """The one-image example input for `model`: (1, *input_size), in the model's dtype.
+
+    `input_size` defaults to 224 by 224 with the first convolution's channels, or, without a convolution, to the first
+    linear layer's features.
+    """
+    if input_size is None:
+        input_size = _default_size(model)
+    if any(not isinstance(size, int) or size < 1 for size in input_size):
+        raise InputError(f"input_size={tuple(input_size)}: give the size of one input without its batch, as (3, 224, 224)")
+    floating = (tensor.dtype for tensor in model.parameters() if tensor.is_floating_point())
+    return (torch.empty(1, *input_size, dtype=next(floating, torch.get_default_dtype()), device="meta"),)
+
+
+def annotate_shapes(module: fx.GraphModule, example_inputs: Sequence[torch.Tensor]) -> None:
+    """Write `node.meta["spec"]` into every node that makes a tensor (a tuple of specs for a tuple of tensors).
+
+    Args:
+        module: a traced graph.
+        example_inputs: one tensor per input, batch first; only sizes and dtypes matter.
+
+    Raises:
+        TraceError: the model does not run at these sizes.
+    """
+    small, large = _shapes(module, example_inputs, EXAMPLE_BATCH), _shapes(module, example_inputs, EXAMPLE_BATCH + 1)
+    for node in module.graph.nodes:
+        node.meta["spec"] = _spec(small.get(node), large.get(node))
+
+
+def _spec(small: Any, large: Any) -> Any:
+    if isinstance(small, torch.Tensor):
+        return Spec(tuple(small.shape), tuple(b - a for a, b in zip(small.shape, large.shape, strict=True)), small.dtype)
+    if isinstance(small, (tuple, list)):
+        return tuple(_spec(a, b) for a, b in zip(small, large, strict=False))
+    if isinstance(small, dict):
+        return {key: _spec(small[key], large[key]) for key in small}
+    return None
+
+
+def _shapes(module: fx.GraphModule, example_inputs: Sequence[torch.Tensor], batch: int) -> dict[fx.Node, Any]:
+    inputs = [torch.empty(batch, *x.shape[1:], dtype=x.dtype, device="meta") for x in example_inputs]
+    run = _ShapeRun(module)
+    try:
+        # New tensors of the model's own code go to the meta device, too.
+        with torch.device("meta"), torch.no_grad():
+            run.run(*inputs)
+    except Exception as error:
+        node = run.current
+        sizes = ", ".join(str(tuple(x.shape)) for x in example_inputs)
+        raise TraceError(
+            f"the model does not run on an input of size {sizes}: {error} (at node {node.meta.get('name')!r}"
+            f"{user_line(node)}). Pass the size that it expects as input_size=."
+        ) from error
+    return run.values
+
+
+class _ShapeRun(fx.Interpreter):
+    """Run a graph on the meta device, where tensors have shapes and no data, and keep every value."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.values: dict[fx.Node, Any] = {}
+        self.current: fx.Node = next(iter(module.graph.nodes))
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.current = n
+        value = super().run_node(n)
+        if n.op != "output":
+            self.values[n] = value
+        return value
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is F.batch_norm:  # its kernel for meta tensors takes milliseconds to say this
+            return torch.empty_like(args[0])
+        return super().call_function(target, args, kwargs)
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        module = self.fetch_attr(target)
+        tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+        return torch.func.functional_call(module, {name: t.to("meta") for name, t in tensors.items()}, args, kwargs)
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+
+def find_node(graph: fx.Graph, name: str) -> fx.Node:
+    """The node called `name`; a module's own name stands for its last node.
+
+    Raises:
+        NodeNameError: no such node; the message has the nearest names.
+    """
+    named = {node.meta["name"]: node for node in graph.nodes if node.op != "output" and "name" in node.meta}
+    if name in named:
+        return named[name]
+    inside = [node for key, node in named.items() if key.startswith(name + ".")]
+    if inside and name:
+        return inside[-1]
+    raise NodeNameError(f"no node is called {name!r}{nearest(name, named)}. fxfeedback.node_names(model) lists all names.")
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """'; did you mean ...?' with the names nearest to `name`, or nothing."""
+    close = difflib.get_close_matches(name, list(names), n=3, cutoff=0.4)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def user_line(node: fx.Node) -> str:
+    """', called at FILE:LINE: CODE' of the model's source that made `node`, or nothing where it is not known."""
+    frames = re.findall(r'File "([^"]+)", line (\d+), in \S+\n\s+(.*)', node.stack_trace or "")
+    own = [frame for frame in frames if not _is_torch(frame[0])]
+    return f", called at {own[-1][0]}:{own[-1][1]}: {own[-1][2]}" if own else ""
+
+
+def _is_torch(file: str) -> bool:
+    return bool(re.search(r"[/\\](torch|fxfeedback)[/\\]", file)) or "feature_extraction.py" in file or file.startswith("<")
+
+
+def _line_of(error: BaseException) -> str:
+    frames = [frame for frame in inspect.getinnerframes(error.__traceback__) if not _is_torch(frame.filename)]
+    if not frames:
+        return ""
+    code = (frames[-1].code_context or [""])[0].strip()
+    return f" (at {frames[-1].filename}:{frames[-1].lineno}: {code})"
+
+
+# -- small parts of trace -----------------------------------------------------------------------------------------------
+
+
+def _defaults(model: nn.Module, n_inputs: int) -> dict[str, Any]:
+    """forward's arguments beyond the inputs stay at their defaults and are no inputs of the graph."""
+    arguments = list(inspect.signature(model.forward).parameters.values())[n_inputs:]
+    return {a.name: a.default for a in arguments if a.default is not a.empty}
+
+
+def _erase_with_users(node: fx.Node) -> None:
+    for user in list(node.users):
+        _erase_with_users(user)
+    node.graph.erase_node(node)
+
+
+def _has_effect(node: fx.Node, model: nn.Module) -> bool:
+    """In-place ops change values that other nodes read; assertions about shapes have done their work in tracing."""
+    if node.op == "call_module":
+        return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    in_place = name.endswith("_") or bool(node.kwargs.get("inplace")) or is_operator_in_place(node.target)
+    return in_place or node.op in ("placeholder", "output")
+
+
+def is_operator_in_place(target: Any) -> bool:
+    """Whether `target` is operator.iadd or one of its kind: x += y."""
+    return target in (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+
+
+def _default_size(model: nn.Module) -> tuple[int, ...]:
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            return (module.in_channels, 224, 224)
+        if isinstance(module, nn.Linear):
+            return (module.in_features,)
+        if isinstance(module, (nn.Conv1d, nn.Conv3d)):
+            break
+    raise InputError(f"the input size of {type(model).__name__} cannot be guessed: pass input_size= or example_inputs=")
