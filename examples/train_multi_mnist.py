@@ -12,7 +12,6 @@ the error into weight updates.
 import argparse
 import json
 import math
-import os
 import sys
 import tempfile
 import time
@@ -20,6 +19,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -192,12 +192,12 @@ def sub_networks(butd: fxfeedback.BUTD, device: torch.device) -> dict[str, Any]:
 @torch.no_grad()
 def twin_angles(butd: fxfeedback.BUTD) -> dict[str, float]:
     """Weight name -> the angle in degrees between the weight and its TD twin."""
-    weights = butd.state_dict()
+    weights, twins = butd.state_dict(), butd.td_weights
     cosines = {
-        name: F.cosine_similarity(weights[name].flatten().double(), twin.flatten().double(), dim=0).clamp(-1, 1)
-        for name, twin in butd.td_weights.items()
+        name: F.cosine_similarity(weights[name].flatten().double(), twins[name].flatten().double(), dim=0)
+        for name in twins
     }
-    return {name: math.degrees(math.acos(cosine.item())) for name, cosine in cosines.items()}
+    return {name: math.degrees(math.acos(max(-1, min(1, cosine.item())))) for name, cosine in cosines.items()}
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -205,7 +205,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     part = path.with_name(f".{path.name}.part")
     try:
         write(part)
-        os.replace(part, path)
+        part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
@@ -273,7 +273,7 @@ class Run:
     def train_epoch(self, epoch: int, bar: tqdm) -> None:
         """Train for one epoch and keep the results; on Ctrl-C keep those of the steps so far and raise it again."""
         bar.set_description(f"epoch {epoch}/{self.args.epochs}")
-        start, lr, losses = time.perf_counter(), self.schedule.get_last_lr()[0], list[float]()
+        start, lr, losses = time.perf_counter(), float(self.schedule.get_last_lr()[0]), list[float]()
         try:
             if self.args.augment and epoch > 1:
                 self.data = self.training_data()
@@ -342,7 +342,7 @@ class Run:
             return
         metrics = self.metrics()
         for name, figure in figures(metrics).items():
-            write_whole(self.args.out / name, lambda path, figure=figure: figure.savefig(path, format="png", dpi=120))
+            write_whole(self.args.out / name, partial(figure.savefig, format="png", dpi=120))
         print(f"accuracy:     {percents(metrics['accuracy'])}")
         print(f"active units: {percents(metrics['active_share_total'])}")
         print(f"results:      {self.args.out} (metrics.json, model.safetensors, plots)")

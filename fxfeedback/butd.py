@@ -177,7 +177,7 @@ class BUTD(nn.Module):
         learns = options.learning == "counter_hebb"
         if options.n_tasks is not None:
             features = td_state.in_channels(graphs.head)
-            self.instruction_head = self._make_instruction_head(features).to(like).requires_grad_(False)
+            self.instruction_head = self._make_instruction_head(features).to(like).requires_grad_(False).train(self.training)
         if options.heads == "per_task":
             operands = RULES[graphs.head.target].operands(graphs.head.args, graphs.head.kwargs)
             bias = operands.get("bias")
@@ -196,7 +196,7 @@ class BUTD(nn.Module):
         if options.norm == "separate":
             normed = dict.fromkeys(filter(None, map(batch_norm_of, graphs.bottom_up.nodes)))
             norms = {td_state.module_of(name): td_state.td_norm(weights[name]).to(like).requires_grad_(False) for name in normed}
-            self.td_norms = td_state.ByName(norms)
+            self.td_norms = td_state.ByName(norms).train(self.training)
 
     def _make_instruction_head(self, features: int) -> nn.Module:
         options = self.options
@@ -432,7 +432,7 @@ class Graphs:
             lateral=None if self.options.exact else self.options.lateral_function,
             sites=frozenset(site.meta["name"] for site in self.sites),
         )
-        return self._keep(("learner", instructed, wanted), lambda: learner(self.predicting(instructed), learning))
+        return self._keep(("learner", instructed, wanted), lambda: learner(self.predicting(instructed), self.butd, learning))
 
     def halves(self, instructed: bool, wanted: frozenset[str]) -> Halves:
         return self._keep(("halves", instructed, wanted), lambda: cut(self.learner(instructed, wanted)))

@@ -50,11 +50,12 @@ class Learning:
     fused: bool = True
 
 
-def learner(module: fx.GraphModule, learning: Learning) -> fx.GraphModule:
+def learner(module: fx.GraphModule, root: nn.Module, learning: Learning) -> fx.GraphModule:
     """BU pass, error pass and updates in one graph.
 
     Args:
         module: a BU graph in functional ops, gated or not.
+        root: has the parameters that `learning` names.
         learning: what to update and how.
 
     Returns:
@@ -94,7 +95,7 @@ def learner(module: fx.GraphModule, learning: Learning) -> fx.GraphModule:
     updates = _updates(bu, emitter, counters, values, learning)
     emitter.graph.output((fx.map_arg(bu.output, lambda node: values[node].node), updates))
     emitter.graph.eliminate_dead_code(is_impure_node=_has_effect)
-    return fx.GraphModule(module, emitter.graph, "Learner")
+    return fx.GraphModule(root, emitter.graph, "Learner")
 
 
 def _emit_bottom_up(bu: BottomUp, emitter: Emitter, wanted: set[fx.Node], fused: bool) -> tuple[dict, dict]:

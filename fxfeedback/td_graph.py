@@ -324,6 +324,8 @@ class Walk:
         except TypeError as error:
             raise RuleError(f"the rule {rule.name!r} does not cover this call: {error} (at node {_where(node)})") from None
         substitute = {weight_of(node): twin} if twin is not None else {}
+        for weight, value in substitute.items():
+            value.spec = weight.meta["spec"]
         see = lambda source: substitute.get(source) if source in substitute else self.values(source)  # noqa: E731
         return rule, _map(node.args, see), _map(node.kwargs, see)
 
@@ -478,7 +480,7 @@ def instruct(module: fx.GraphModule, root: nn.Module, how: Instructing) -> fx.Gr
         twin=lambda weight: emitter.attribute(how.twins[weight.target]) if weight.target in how.twins else None,
     ).run({top: t})
     emitter.graph.output({site.meta["name"]: counters_at_sites[site.meta["name"]].node for site in how.sites})
-    emitter.graph.eliminate_dead_code()
+    emitter.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     return fx.GraphModule(root, emitter.graph, "TopDown")
 
 
