@@ -2,7 +2,8 @@
 
 from fxfeedback import errors, rules
 from fxfeedback.butd import BUTD, to_butd
+from fxfeedback.check_rule import check_rule
 from fxfeedback.errors import Error
 from fxfeedback.version import __version__
 
-__all__ = ["BUTD", "Error", "__version__", "errors", "rules", "to_butd"]
+__all__ = ["BUTD", "Error", "__version__", "check_rule", "errors", "rules", "to_butd"]

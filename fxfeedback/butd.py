@@ -123,7 +123,9 @@ class Options:
             if getattr(self, name) not in choices:
                 raise OptionError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(repr, choices))}")
         if isinstance(self.lateral, str) and self.lateral not in LATERALS:
-            raise OptionError(f"lateral={self.lateral!r}: choose one of {', '.join(map(repr, LATERALS))}, or pass a function")
+            raise OptionError(
+                f"lateral={self.lateral!r}: choose one of {', '.join(map(repr, LATERALS))}, or pass a function"
+            )
         if self.n_tasks is not None and (not isinstance(self.n_tasks, int) or self.n_tasks < 1):
             raise OptionError(f"n_tasks={self.n_tasks!r}: give the number of tasks, or None for class instructions")
         if self.n_tasks is None and (self.embedding is not None or self.instruction_size is not None):
@@ -131,7 +133,9 @@ class Options:
         if self.n_tasks is None and self.heads == "per_task":
             raise OptionError('heads="per_task" needs n_tasks=')
         if self.instruction_size is not None and self.heads == "per_task":
-            raise OptionError('heads="per_task" needs instructions that are one-hot over tasks: leave out instruction_size=')
+            raise OptionError(
+                'heads="per_task" needs instructions that are one-hot over tasks: leave out instruction_size='
+            )
 
     @property
     def exact(self) -> bool:
@@ -177,11 +181,15 @@ class BUTD(nn.Module):
         learns = options.learning == "counter_hebb"
         if options.n_tasks is not None:
             features = td_state.in_channels(graphs.head)
-            self.instruction_head = self._make_instruction_head(features).to(like).requires_grad_(False).train(self.training)
+            self.instruction_head = (
+                self._make_instruction_head(features).to(like).requires_grad_(False).train(self.training)
+            )
         if options.heads == "per_task":
             operands = RULES[graphs.head.target].operands(graphs.head.args, graphs.head.kwargs)
             bias = operands.get("bias")
-            tensors = [self._fetch(str(node.target)) if node is not None else None for node in (operands["weight"], bias)]
+            tensors = [
+                self._fetch(str(node.target)) if node is not None else None for node in (operands["weight"], bias)
+            ]
             self.task_heads = td_state.TaskHeads(tensors[0], tensors[1], options.n_tasks)
             self._cache.clear()
             graphs = self._graphs(self._examples)
@@ -192,10 +200,15 @@ class BUTD(nn.Module):
             self.td_weights = td_state.ByName({name: nn.Parameter(t, mirrored) for name, t in twins.items()})
         if options.td_bias:
             biases = {name: td_state.td_bias(self._fetch(name), node) for name, node in weights.items()}
-            self.td_biases = td_state.ByName({td_state.module_of(name): nn.Parameter(b, learns) for name, b in biases.items()})
+            self.td_biases = td_state.ByName(
+                {td_state.module_of(name): nn.Parameter(b, learns) for name, b in biases.items()}
+            )
         if options.norm == "separate":
             normed = dict.fromkeys(filter(None, map(batch_norm_of, graphs.bottom_up.nodes)))
-            norms = {td_state.module_of(name): td_state.td_norm(weights[name]).to(like).requires_grad_(False) for name in normed}
+            norms = {
+                td_state.module_of(name): td_state.td_norm(weights[name]).to(like).requires_grad_(False)
+                for name in normed
+            }
             self.td_norms = td_state.ByName(norms).train(self.training)
 
     def _make_instruction_head(self, features: int) -> nn.Module:
@@ -206,7 +219,9 @@ class BUTD(nn.Module):
         parameter = next(options.embedding.parameters(), torch.empty(0))
         made = options.embedding(parameter.new_zeros(2, size))
         if made.shape != (2, features):
-            raise OptionError(f"embedding=: the module makes {tuple(made.shape[1:])} of an instruction; the head takes ({features},)")
+            raise OptionError(
+                f"embedding=: the module makes {tuple(made.shape[1:])} of an instruction; the head takes ({features},)"
+            )
         return options.embedding
 
     # -- calls --------------------------------------------------------------------------------------------------------
@@ -225,7 +240,9 @@ class BUTD(nn.Module):
         if len(inputs) == len(self._examples) + 1 and task is None:
             *inputs, task = inputs  # type: ignore[assignment]
         if len(inputs) != len(self._examples):
-            raise InputError(f"the model takes {len(self._examples)} inputs and an instruction, not {len(inputs)} inputs")
+            raise InputError(
+                f"the model takes {len(self._examples)} inputs and an instruction, not {len(inputs)} inputs"
+            )
         graphs = self._graphs(inputs)
         if task is None:
             return self._run(graphs, False, list(inputs))
@@ -261,7 +278,9 @@ class BUTD(nn.Module):
     def _run(self, graphs: "Graphs", instructed: bool, values: list[torch.Tensor]) -> Any:
         attributes = {name: self._fetch(name) for name in graphs.attributes}
         names = graphs.input_names(instructed)
-        wanted = [name for name, value in [*zip(names, values, strict=True), *attributes.items()] if value.requires_grad]
+        wanted = [
+            name for name, value in [*zip(names, values, strict=True), *attributes.items()] if value.requires_grad
+        ]
         if wanted and torch.is_grad_enabled() and self.options.learning == "counter_hebb":
             halves = graphs.halves(instructed, frozenset(wanted))
             values += [attributes[name] for name in halves.attributes]
@@ -283,7 +302,11 @@ class BUTD(nn.Module):
 
     def _instruction_size(self, graphs: "Graphs") -> int:
         options = self.options
-        return options.instruction_size or options.n_tasks or graphs.head.meta["spec"].shape[RULES[graphs.head.target].channels]
+        return (
+            options.instruction_size
+            or options.n_tasks
+            or graphs.head.meta["spec"].shape[RULES[graphs.head.target].channels]
+        )
 
     def _instruction(self, task: Any, graphs: "Graphs", batch: int | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The instruction vectors (B, size) and, where the user gave ids, those (B,); B is 1 for one id for all."""
@@ -293,17 +316,23 @@ class BUTD(nn.Module):
         task = torch.as_tensor(task, device=like.device)
         if task.is_floating_point():
             if task.ndim != 2 or task.shape[1] != size or (batch is not None and len(task) not in (1, batch)):
-                raise InputError(f"an instruction vector has shape ({batch or 'batch'}, {size}), not {tuple(task.shape)}")
+                raise InputError(
+                    f"an instruction vector has shape ({batch or 'batch'}, {size}), not {tuple(task.shape)}"
+                )
             return task.to(like.dtype), None
         if self.options.instruction_size is not None:
-            raise InputError(f"with instruction_size={size} an instruction is a float vector ({batch or 'batch'}, {size}), not ids")
+            raise InputError(
+                f"with instruction_size={size} an instruction is a float vector ({batch or 'batch'}, {size}), not ids"
+            )
         if task.dtype == torch.bool or task.ndim > 1 or (task.ndim == 1 and batch is not None and len(task) != batch):
             raise InputError(
                 f"instructions are ({batch or 'batch'},) integer ids or ({batch or 'batch'}, {size}) floats, "
                 f"not {task.dtype} of shape {tuple(task.shape)}"
             )
         if task.device.type == "cpu" and task.numel() and not 0 <= int(task.min()) <= int(task.max()) < size:
-            raise InputError(f"instruction ids lie between 0 and {size - 1}; got {int(task.min())} to {int(task.max())}")
+            raise InputError(
+                f"instruction ids lie between 0 and {size - 1}; got {int(task.min())} to {int(task.max())}"
+            )
         ids = task.reshape(-1).long()
         return F.one_hot(ids, size).to(like.dtype), ids
 
@@ -327,7 +356,12 @@ class BUTD(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "BUTD":
         """As nn.Module._apply; buffers keep their identity as parameters do, so that the user's model follows."""
-        owners = [(module._buffers, name, b) for module in self.modules() for name, b in module._buffers.items() if b is not None]
+        owners = [
+            (module._buffers, name, b)
+            for module in self.modules()
+            for name, b in module._buffers.items()
+            if b is not None
+        ]
         super()._apply(fn, recurse)
         for buffers, name, before in owners:
             if torch._has_compatible_shallow_copy_type(before, buffers[name]):
@@ -395,7 +429,11 @@ class Graphs:
     @functools.cached_property
     def attributes(self) -> list[str]:
         """The names of all parameters and buffers that BU and TD use."""
-        return [*dict.fromkeys(str(node.target) for node in self.bottom_up.parameters), *self.twins.values(), *self.td_biases.values()]
+        return [
+            *dict.fromkeys(str(node.target) for node in self.bottom_up.parameters),
+            *self.twins.values(),
+            *self.td_biases.values(),
+        ]
 
     def input_names(self, instructed: bool) -> list[str]:
         return [key_of(node) for node in self.predicting(instructed).graph.nodes if node.op == "placeholder"]
@@ -432,7 +470,9 @@ class Graphs:
             lateral=None if self.options.exact else self.options.lateral_function,
             sites=frozenset(site.meta["name"] for site in self.sites),
         )
-        return self._keep(("learner", instructed, wanted), lambda: learner(self.predicting(instructed), self.butd, learning))
+        return self._keep(
+            ("learner", instructed, wanted), lambda: learner(self.predicting(instructed), self.butd, learning)
+        )
 
     def halves(self, instructed: bool, wanted: frozenset[str]) -> Halves:
         return self._keep(("halves", instructed, wanted), lambda: cut(self.learner(instructed, wanted)))
@@ -461,7 +501,9 @@ class Graphs:
     def gates(self, counters: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """What the lateral connections take: the counter neurons, of each unit or channel; GaLU needs only their sign."""
         by_channel = self.options.gating == "channel"
-        values = [channel_mean(t, site) if by_channel else t for t, site in zip(counters.values(), self.sites, strict=True)]
+        values = [
+            channel_mean(t, site) if by_channel else t for t, site in zip(counters.values(), self.sites, strict=True)
+        ]
         return [value > 0 for value in values] if self.options.exact else values
 
     def gates_of_all_tasks(self, count: int, like: torch.Tensor) -> list[torch.Tensor]:
@@ -485,12 +527,18 @@ class Graphs:
         self.bu.task_heads = self.butd.task_heads
         with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
             instruction = graph.placeholder("instruction")
-            stacked = {operands[name]: graph.get_attr(f"task_heads.{name}") for name in ("weight", "bias") if operands.get(name)}
+            stacked = {
+                operands[name]: graph.get_attr(f"task_heads.{name}")
+                for name in ("weight", "bias")
+                if operands.get(name)
+            }
         with graph.inserting_before(head):
             args, kwargs = fx.map_arg((head.args, head.kwargs), lambda node: stacked.get(node, node))
             all_heads = graph.call_function(head.target, args, kwargs)
             by_task = graph.call_function(torch.unflatten, (all_heads, channels, (count, -1)))
-            weights = graph.call_function(torch.reshape, (instruction, [count if d == tasks else -1 if d == 0 else 1 for d in range(ndim + 1)]))
+            weights = graph.call_function(
+                torch.reshape, (instruction, [count if d == tasks else -1 if d == 0 else 1 for d in range(ndim + 1)])
+            )
             chosen = graph.call_function(torch.sum, (graph.call_function(torch.mul, (by_task, weights)), tasks))
         for node in (*stacked.values(), instruction, all_heads, by_task, weights, *chosen.all_input_nodes, chosen):
             node.meta.setdefault("name", f"{head.meta['name']}.{node.name}")

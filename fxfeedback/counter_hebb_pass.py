@@ -6,7 +6,7 @@ and whose backward is the second. No gradient is taken anywhere.
 """
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from fxfeedback.rules import RULES
 from fxfeedback.td_graph import BottomUp, Emitter, Value, Walk, weight_of
+from fxfeedback.trace import EXAMPLE_BATCH
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -72,7 +73,7 @@ def learner(module: fx.GraphModule, root: nn.Module, learning: Learning) -> fx.G
     seeds = {leaf: emitter.placeholder(name, leaf.meta["spec"]) for leaf, name in zip(leaves, names, strict=True)}
     for seed in seeds.values():
         seed.node.meta["error"] = True
-    emitter.batch = _batch_size(bu, seeds, values)
+    emitter.batch = batch_size([*seeds.values(), *(values[node] for node in bu.inputs)])  # an input would have to be kept
 
     def arrive(node: fx.Node, e: Any) -> tuple[Any, bool]:
         if learning.lateral is None or node.meta["name"] not in learning.sites:
@@ -87,7 +88,9 @@ def learner(module: fx.GraphModule, root: nn.Module, learning: Learning) -> fx.G
         values.__getitem__,
         wanted,
         arrive=arrive,
-        twin=lambda weight: emitter.attribute(learning.twins[weight.target]) if weight.target in learning.twins else None,
+        twin=lambda weight: (
+            emitter.attribute(learning.twins[weight.target]) if weight.target in learning.twins else None
+        ),
         fused=learning.fused,
         saved=saved,
     )
@@ -117,11 +120,11 @@ def _emit_bottom_up(bu: BottomUp, emitter: Emitter, wanted: set[fx.Node], fused:
     return values, saved
 
 
-def _batch_size(bu: BottomUp, seeds: Mapping[fx.Node, Value], values: Mapping[fx.Node, Value]) -> Any:
-    """The batch size at run time, from an error if one has it (an input would have to be kept for it)."""
-    for value in [*seeds.values(), *(values[node] for node in bu.inputs)]:
+def batch_size(values: Iterable[Value]) -> Any:
+    """The batch size at run time, from the first of `values` that has a batch dimension, or None."""
+    for value in values:
         for dim, slope in enumerate(value.spec.per_sample):
-            if slope == 1 and value.spec.shape[dim] == 2:
+            if slope == 1 and value.spec.shape[dim] == EXAMPLE_BATCH:
                 return fx.Proxy.__getattr__(value, "shape")[dim]
     return None
 
@@ -224,7 +227,11 @@ def cut(joint: fx.GraphModule) -> Halves:
     late = _closure(errors, nodes, lambda node: node.all_input_nodes)
     needed = set(leaves) | {node for node in nodes[:-1] if _has_effect(node) and node not in late}
     early = _closure(needed, nodes[::-1], lambda node: list(node.users))
-    crossing = [node for node in nodes if node in early and any(user not in early for user in node.users if user is not nodes[-1])]
+    crossing = [
+        node
+        for node in nodes
+        if node in early and any(user not in early for user in node.users if user is not nodes[-1])
+    ]
     crossing += [node for node in updates.values() if node in early and node not in crossing]
 
     first = fx.Graph()
@@ -258,7 +265,9 @@ def cut(joint: fx.GraphModule) -> Halves:
     )
 
 
-def _closure(start: set[fx.Node], order: Sequence[fx.Node], before: Callable[[fx.Node], Sequence[fx.Node]]) -> set[fx.Node]:
+def _closure(
+    start: set[fx.Node], order: Sequence[fx.Node], before: Callable[[fx.Node], Sequence[fx.Node]]
+) -> set[fx.Node]:
     """`start` and, walking in `order`, every node next to one that is in already."""
     reached = set(start)
     for node in order:

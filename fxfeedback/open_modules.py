@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 from torchvision.ops import stochastic_depth
 
+from fxfeedback.rules.core import as_tuple
 from fxfeedback.trace import is_operator_in_place
 
 OUT_OF_PLACE = {
@@ -56,8 +57,6 @@ class _Opener(fx.Tracer):
         with self._at(node):
             if node.op == "call_module":
                 value = self.open_module(self.root.get_submodule(str(node.target)), *args, **kwargs)
-            elif node.op == "call_function" and node.target in OPENINGS:
-                value = OPENINGS[node.target](*args, **kwargs)
             else:
                 name = node.name if node.op in ("placeholder", "get_attr") else None
                 value = self.create_proxy(node.op, node.target, args, kwargs, name)
@@ -83,9 +82,11 @@ class _Opener(fx.Tracer):
             kwargs = {key: value for key, value in kwargs.items() if key != "inplace"}
             target = _out_of_place(target)
         if kind == "call_method":
-            kind, target = "call_function", getattr(torch, target, None) or getattr(torch.Tensor, target)
+            kind, target = "call_function", getattr(torch.Tensor, target)
         if kind == "call_function" and target in OPENINGS:
-            return OPENINGS[target](*args, **kwargs)
+            opened = OPENINGS[target](*args, **kwargs)
+            if opened is not NotImplemented:
+                return opened
         proxy = super().create_proxy(kind, target, args, kwargs, name, *rest)
         if self.present is not None:
             origin = self.present
@@ -200,6 +201,36 @@ def surviving_channels(input: torch.Tensor, p: float) -> torch.Tensor:
     return torch.feature_dropout(input.new_ones(input.shape[:2] + (1,) * (input.ndim - 2)), p, True)
 
 
+def _named_padding(
+    input: fx.Proxy,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Any:
+    """padding="same" and "valid" in numbers; an uneven "same" pads once more at the far end, as torch does."""
+    if not isinstance(padding, str):
+        return NotImplemented
+    kernel = _shape(weight)[2:]
+    convolution = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}[len(kernel)]
+    total = [
+        0 if padding == "valid" else d * (k - 1) for d, k in zip(as_tuple(dilation, len(kernel)), kernel, strict=True)
+    ]
+    if any(t % 2 for t in total):
+        input = F.pad(input, [extra for t in reversed(total) for extra in (0, t % 2)])
+    return convolution(input, weight, bias, stride, [t // 2 for t in total], dilation, groups)
+
+
+def _shape(weight: Any) -> tuple[int, ...]:
+    """The shape of a parameter, as a tensor or as its node."""
+    if isinstance(weight, fx.Proxy):
+        path, _, leaf = str(weight.node.target).rpartition(".")
+        weight = getattr(weight.tracer.root.get_submodule(path), leaf)
+    return tuple(weight.shape)
+
+
 OPENINGS: dict[Any, Callable[..., Any]] = {
     nn.modules.batchnorm._BatchNorm: _batch_norm,
     F.dropout: _dropout,
@@ -209,5 +240,9 @@ OPENINGS: dict[Any, Callable[..., Any]] = {
     F.dropout3d: _feature_dropout,
     torch.feature_dropout: _feature_dropout,
     stochastic_depth: _stochastic_depth,
+    torch.conv1d: _named_padding,
+    torch.conv2d: _named_padding,
+    torch.conv3d: _named_padding,
 }
-"""nn.Module class or function -> the same in ops that have rules; every other module opens by its own forward."""
+"""nn.Module class or function -> the same in ops that have rules, or NotImplemented; every other module opens by its own
+forward."""

@@ -40,7 +40,9 @@ class Emitter(fx.Tracer):
         yield
         self.prefix = None
 
-    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, *rest: Any) -> "Value":
+    def create_proxy(
+        self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, *rest: Any
+    ) -> "Value":
         if self.prefix and kind in ("call_function", "call_method"):
             name = self.prefix
         return super().create_proxy(kind, target, args, kwargs, name, *rest)  # type: ignore[return-value]
@@ -303,7 +305,12 @@ class Walk:
             return [(node.args[0], {node.args[1]: t})]  # type: ignore[list-item]
         operands = rule.operands(node.args, node.kwargs)
         wanted = {name for name, operand in operands.items() if self._wants(operand)}
-        if self.fused and self.role == "error" and rule.fused and rule.fused.applies(self.values(node), *args, **kwargs):
+        if (
+            self.fused
+            and self.role == "error"
+            and rule.fused
+            and rule.fused.applies(self.values(node), *args, **kwargs)
+        ):
             results = rule.fused.error(t, self.values(node), self.saved.get(node, ()), wanted, *args, **kwargs)
         else:
             table = rule.table(self.values(node), *args, **kwargs)
@@ -322,7 +329,9 @@ class Walk:
         try:
             twin = self.twin(weight_of(node)) if rule.weight else None
         except TypeError as error:
-            raise RuleError(f"the rule {rule.name!r} does not cover this call: {error} (at node {_where(node)})") from None
+            raise RuleError(
+                f"the rule {rule.name!r} does not cover this call: {error} (at node {_where(node)})"
+            ) from None
         substitute = {weight_of(node): twin} if twin is not None else {}
         for weight, value in substitute.items():
             value.spec = weight.meta["spec"]
@@ -330,19 +339,27 @@ class Walk:
         return rule, _map(node.args, see), _map(node.kwargs, see)
 
     def _wants(self, operand: Any) -> bool:
-        return any(isinstance(x, fx.Node) and x in self.wanted for x in (operand if isinstance(operand, (list, tuple)) else [operand]))
+        return any(
+            isinstance(x, fx.Node) and x in self.wanted
+            for x in (operand if isinstance(operand, (list, tuple)) else [operand])
+        )
 
     def _whole(self, node: fx.Node, t: Any) -> Any:
         """For a tuple of outputs: a counter neuron for each, zero for those that nobody used."""
         if not isinstance(t, dict):
             return t
         some, specs = next(iter(t.values())), node.meta["spec"]
-        return [t[i] if i in t else some.new_zeros([self.emitter.size(spec, d) for d in range(len(spec.shape))]) for i, spec in enumerate(specs)]
+        return [
+            t[i] if i in t else some.new_zeros([self.emitter.size(spec, d) for d in range(len(spec.shape))])
+            for i, spec in enumerate(specs)
+        ]
 
 
 def _is_element(node: fx.Node) -> bool:
     source = node.args[0] if node.args else None
-    return node.target is operator.getitem and isinstance(source, fx.Node) and isinstance(source.meta.get("spec"), tuple)
+    return (
+        node.target is operator.getitem and isinstance(source, fx.Node) and isinstance(source.meta.get("spec"), tuple)
+    )
 
 
 def _add(counters: dict[fx.Node, Any], node: fx.Node, t: Any) -> None:
@@ -466,7 +483,9 @@ def instruct(module: fx.GraphModule, root: nn.Module, how: Instructing) -> fx.Gr
         top = RULES[how.head.target].operands(how.head.args, how.head.kwargs)["input"]
     spec = top.meta["spec"]
     channels = RULES[how.head.target].channels
-    t = t.reshape((-1, *along_channels(channels, spec)[1:])).expand([emitter.size(spec, d) for d in range(len(spec.shape))])
+    t = t.reshape((-1, *along_channels(channels, spec)[1:])).expand(
+        [emitter.size(spec, d) for d in range(len(spec.shape))]
+    )
 
     wanted = bu.below(how.sites)
     Walk(

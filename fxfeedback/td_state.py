@@ -82,7 +82,9 @@ def instruction_head(size: int, hidden: int | Sequence[int] | None, features: in
     """Linear, ReLU, ..., Linear, ReLU from the instruction through the hidden sizes to the prediction head's features."""
     inner = [] if hidden is None else [hidden] if isinstance(hidden, int) else list(hidden)
     sizes = [size, *inner, features]
-    layers = [layer for i, o in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(i, o, bias=bias), nn.ReLU())]
+    layers = [
+        layer for i, o in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(i, o, bias=bias), nn.ReLU())
+    ]
     return nn.Sequential(*layers)
 
 

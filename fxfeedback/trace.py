@@ -47,7 +47,9 @@ class Spec:
 
 def share(model: nn.Module) -> nn.Module:
     """A copy of `model` whose modules are new (modes, attributes) and whose parameters and buffers are the same."""
-    tensors = [value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
+    tensors = [
+        value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)
+    ]
     tensors += [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
@@ -95,7 +97,9 @@ def example_for(model: nn.Module, input_size: Sequence[int] | None = None) -> tu
     if input_size is None:
         input_size = _default_size(model)
     if any(not isinstance(size, int) or size < 1 for size in input_size):
-        raise InputError(f"input_size={tuple(input_size)}: give the size of one input without its batch, as (3, 224, 224)")
+        raise InputError(
+            f"input_size={tuple(input_size)}: give the size of one input without its batch, as (3, 224, 224)"
+        )
     floating = (tensor.dtype for tensor in model.parameters() if tensor.is_floating_point())
     return (torch.empty(1, *input_size, dtype=next(floating, torch.get_default_dtype()), device="meta"),)
 
@@ -113,11 +117,32 @@ def annotate_shapes(module: fx.GraphModule, example_inputs: Sequence[torch.Tenso
     small, large = _shapes(module, example_inputs, EXAMPLE_BATCH), _shapes(module, example_inputs, EXAMPLE_BATCH + 1)
     for node in module.graph.nodes:
         node.meta["spec"] = _spec(small.get(node), large.get(node))
+    _unpack_outputs(module)
+
+
+def _unpack_outputs(module: fx.GraphModule) -> None:
+    """Where the model returns the tuple that one op makes (torch.chunk), return its elements: one node per tensor."""
+    output = module.graph.output_node()
+
+    def unpack(node: fx.Node) -> Any:
+        specs = node.meta["spec"]
+        if not isinstance(specs, tuple):
+            return node
+        elements = tuple(module.graph.call_function(operator.getitem, (node, i)) for i in range(len(specs)))
+        for i, (element, spec) in enumerate(zip(elements, specs, strict=True)):
+            element.meta.update(spec=spec, name=f"{node.meta['name']}.{i}")
+        return elements
+
+    with module.graph.inserting_before(output):
+        output.args = fx.map_arg(output.args, unpack)
+    module.recompile()
 
 
 def _spec(small: Any, large: Any) -> Any:
     if isinstance(small, torch.Tensor):
-        return Spec(tuple(small.shape), tuple(b - a for a, b in zip(small.shape, large.shape, strict=True)), small.dtype)
+        return Spec(
+            tuple(small.shape), tuple(b - a for a, b in zip(small.shape, large.shape, strict=True)), small.dtype
+        )
     if isinstance(small, (tuple, list)):
         return tuple(_spec(a, b) for a, b in zip(small, large, strict=False))
     if isinstance(small, dict):
@@ -147,6 +172,7 @@ class _ShapeRun(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module, garbage_collect_values=False)
+        self.extra_traceback = False  # `current` says where an error came from
         self.values: dict[fx.Node, Any] = {}
         self.current: fx.Node = next(iter(module.graph.nodes))
 
@@ -187,7 +213,9 @@ def find_node(graph: fx.Graph, name: str) -> fx.Node:
     inside = [node for key, node in named.items() if key.startswith(name + ".")]
     if inside and name:
         return inside[-1]
-    raise NodeNameError(f"no node is called {name!r}{nearest(name, named)}. fxfeedback.node_names(model) lists all names.")
+    raise NodeNameError(
+        f"no node is called {name!r}{nearest(name, named)}. fxfeedback.node_names(model) lists all names."
+    )
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -204,7 +232,11 @@ def user_line(node: fx.Node) -> str:
 
 
 def _is_torch(file: str) -> bool:
-    return bool(re.search(r"[/\\](torch|fxfeedback)[/\\]", file)) or "feature_extraction.py" in file or file.startswith("<")
+    return (
+        bool(re.search(r"[/\\](torch|fxfeedback)[/\\]", file))
+        or "feature_extraction.py" in file
+        or file.startswith("<")
+    )
 
 
 def _line_of(error: BaseException) -> str:

@@ -73,7 +73,9 @@ def build(case: dict) -> tuple[fxfeedback.BUTD, dict[str, torch.Tensor]]:
 
 
 def is_learned(name: str) -> bool:
-    return not name.startswith("task_head.") and "batch_norm" not in name and "running" not in name and "num_" not in name
+    return (
+        not name.startswith("task_head.") and "batch_norm" not in name and "running" not in name and "num_" not in name
+    )
 
 
 def site_of(layer: str, core: str) -> str:

@@ -15,6 +15,22 @@ from fxfeedback.rules import (  # noqa: F401  (importing a file registers its ru
     reduction,
     reshaping,
 )
-from fxfeedback.rules.core import RULES, Fused, Roles, Rule, fused, known, roles, rule, sum_to, transpose, update
+from fxfeedback.rules.core import RULES, Roles, Rule, constant, fused, known, roles, rule, sum_to, transpose, update
+from fxfeedback.rules.examples import C, T, call
 
-__all__ = ["RULES", "Fused", "Roles", "Rule", "fused", "known", "roles", "rule", "sum_to", "transpose", "update"]
+__all__ = [
+    "C",
+    "RULES",
+    "Roles",
+    "Rule",
+    "T",
+    "call",
+    "constant",
+    "fused",
+    "known",
+    "roles",
+    "rule",
+    "sum_to",
+    "transpose",
+    "update",
+]

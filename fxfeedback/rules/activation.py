@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from fxfeedback.rules.core import as_is, channelwise, fused, roles, rule, spatial, update
+from fxfeedback.rules.examples import Example, T, call
 
 aten = torch.ops.aten
 
@@ -166,3 +167,21 @@ def prelu(y, input, weight):
     return pointwise(lambda e: torch.where(input > 0, e, e * slope)) | {
         "weight": update(lambda e: torch.where(input > 0, 0.0, e * input).sum(dims).reshape(weight.shape))
     }
+
+
+relu.examples = [call(F.relu, T(4, 5)), call(torch.relu, T(4, 5, 2))]
+leaky_relu.examples = [call(F.leaky_relu, T(4, 5)), call(F.leaky_relu, T(4, 5), 0.3)]
+relu6.examples = [call(F.relu6, T(200, 5))]
+hardtanh.examples = [call(F.hardtanh, T(40, 5)), call(F.hardtanh, T(40, 5), -0.5, 1.5)]
+sigmoid.examples = [call(torch.sigmoid, T(4, 5))]
+tanh.examples = [call(torch.tanh, T(4, 5))]
+gelu.examples = [call(F.gelu, T(4, 5)), call(F.gelu, T(4, 5), approximate="tanh")]
+silu.examples = [call(F.silu, T(4, 5))]
+mish.examples = [call(F.mish, T(4, 5))]
+elu.examples = [call(F.elu, T(4, 5)), call(F.elu, T(4, 5), alpha=0.5)]
+hardswish.examples = [call(F.hardswish, T(200, 5))]
+hardsigmoid.examples = [
+    Example(F.hardsigmoid, (T(200, 5),), {}, tolerance=1e-7)  # PyTorch's own kernel multiplies by 1/6 in float32
+]
+softplus.examples = [call(F.softplus, T(4, 5)), call(F.softplus, T(4, 5), beta=2.0, threshold=1.0)]
+prelu.examples = [call(F.prelu, T(4, 5, 3), T(5)), call(F.prelu, T(4, 5), T(1))]

@@ -5,6 +5,7 @@ import operator
 import torch
 
 from fxfeedback.rules.core import known, mean_to, roles, rule, sum_to, transpose
+from fxfeedback.rules.examples import T, call
 
 
 @rule(torch.add, operator.add)
@@ -60,3 +61,26 @@ def div(y, input, other):
 def neg(y, input):
     """-x"""
     return {"input": transpose(lambda t: -t)}
+
+
+add.examples = [
+    call(torch.add, T(4, 5, 3), T(5, 1), alpha=2),
+    call(operator.add, T(4, 5), T(1, 5)),
+    call(operator.add, 1.5, T(4, 5)),
+]
+sub.examples = [
+    call(torch.sub, T(4, 5, 3), T(3), alpha=2),
+    call(operator.sub, T(4, 1), T(1, 5)),
+    call(operator.sub, 1.5, T(4, 5)),
+]
+mul.examples = [
+    call(torch.mul, T(4, 5, 3), T(5, 1)),
+    call(operator.mul, T(4, 1), T(1, 5)),
+    call(operator.mul, 2, T(4, 5)),
+]
+div.examples = [
+    call(torch.div, T(4, 5, 3), T(5, 1)),
+    call(operator.truediv, T(4, 5), 3.0),
+    call(operator.truediv, 2, T(4, 5)),
+]
+neg.examples = [call(operator.neg, T(4, 5))]

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from fxfeedback.rules.core import as_tuple, fused, rule, spatial, transpose, update
+from fxfeedback.rules.examples import T, call
 
 CONV = {3: torch.conv1d, 4: torch.conv2d, 5: torch.conv3d}
 CONV_TRANSPOSE = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
@@ -16,7 +17,10 @@ def convolution(y, input, weight, bias=None, stride=1, padding=0, dilation=1, gr
     stride, padding, dilation = as_tuple(stride, n), as_tuple(padding, n), as_tuple(dilation, n)
 
     def backwards(t):
-        reach = [s * (m - 1) + d * (k - 1) + 1 for s, m, d, k in zip(stride, y.shape[2:], dilation, weight.shape[2:], strict=True)]
+        reach = [
+            s * (m - 1) + d * (k - 1) + 1
+            for s, m, d, k in zip(stride, y.shape[2:], dilation, weight.shape[2:], strict=True)
+        ]
         left_over = [size + 2 * p - r for size, p, r in zip(input.shape[2:], padding, reach, strict=True)]
         return CONV_TRANSPOSE[input.ndim](t, weight, None, stride, padding, left_over, groups, dilation)
 
@@ -81,3 +85,22 @@ def _convolution_backward(e, wanted, input, weight, stride, padding, dilation, t
     options = ([channels], stride, padding, dilation, transposed, as_tuple(output_padding, n), groups, mask)
     results = torch.ops.aten.convolution_backward(e, input, weight, *options)
     return {name: results[i] for i, name in enumerate(operands) if name in wanted}
+
+
+convolution.examples = [
+    call(torch.conv1d, T(3, 4, 9), T(6, 2, 3), T(6), stride=2, padding=1, groups=2),
+    call(torch.conv2d, T(2, 4, 8, 7), T(6, 4, 3, 2), T(6)),
+    call(torch.conv2d, T(2, 4, 9, 8), T(6, 2, 3, 3), None, (2, 3), (1, 2), (2, 1), 2),
+    call(torch.conv2d, T(2, 4, 5, 5), T(4, 1, 5, 5), None, 3, 4, 1, 4),
+    call(torch.conv2d, T(2, 3, 6, 6), T(5, 3, 1, 1), T(5)),
+    call(torch.conv2d, T(2, 3, 7, 6), T(5, 3, 3, 2), T(5), padding="same", dilation=2),
+    call(torch.conv2d, T(2, 3, 7, 6), T(5, 3, 4, 3), T(5), padding="same"),
+    call(torch.conv2d, T(2, 3, 7, 6), T(5, 3, 3, 2), padding="valid"),
+    call(torch.conv3d, T(2, 2, 5, 6, 4), T(3, 2, 2, 3, 3), T(3), stride=(1, 2, 2), padding=1),
+]
+transposed_convolution.examples = [
+    call(F.conv_transpose1d, T(3, 4, 5), T(4, 3, 3), T(6), stride=2, padding=1, output_padding=1, groups=2),
+    call(F.conv_transpose2d, T(2, 4, 5, 4), T(4, 3, 3, 2), T(3)),
+    call(F.conv_transpose2d, T(2, 4, 5, 4), T(4, 3, 3, 3), None, (2, 1), 1, (1, 2), 1, (2, 3)),
+    call(F.conv_transpose3d, T(2, 2, 3, 3, 2), T(2, 3, 2, 2, 3), T(3), stride=2),
+]

@@ -25,6 +25,8 @@ from typing import Any
 
 import torch
 
+from fxfeedback.rules.examples import Example
+
 Counter = Any
 """A counter neuron: the TD value at the place of a BU value."""
 
@@ -85,6 +87,7 @@ class Rule:
     rectifies: whether the op's output is a gating site.
     step: whether the op's derivative is the gate [y > 0] itself, as ReLU's is.
     channels: the dimension of the channels in its input and output, where the op fixes it.
+    examples: calls that the law is tried on (rules/examples.py).
     """
 
     name: str
@@ -95,6 +98,7 @@ class Rule:
     channels: int | None = None
     fused: Fused | None = None
     targets: list[Any] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)
 
     def operands(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call by operand name.
@@ -113,11 +117,16 @@ RULES: dict[Any, Rule] = {}
 def rule(
     *targets: Any, weight: str | None = None, rectifies: bool = False, step: bool = False, channels: int | None = None
 ) -> Callable[[Callable], Rule]:
-    """Register the decorated table as the rule of the functions `targets`, which are spellings of one op (see `Rule`)."""
+    """Register the decorated table as the rule of the functions `targets`, which are spellings of one op (see `Rule`).
+
+    A tensor method of the same name goes with a function of torch: torch.mul brings torch.Tensor.mul.
+    """
 
     def register(table: Callable[..., dict[str, Roles]]) -> Rule:
-        made = Rule(table.__name__, table, weight, rectifies, step, channels, None, list(targets))
-        RULES.update(dict.fromkeys(targets, made))
+        made = Rule(table.__name__, table, weight, rectifies, step, channels)
+        methods = [getattr(torch.Tensor, f.__name__, None) for f in targets if getattr(torch, f.__name__, None) is f]
+        made.targets = [*targets, *(method for method in methods if method)]
+        RULES.update(dict.fromkeys(made.targets, made))
         return made
 
     return register

@@ -1,9 +1,11 @@
 """Dropout: the instruction passes it as it is, the error takes the very mask that the BU pass drew."""
 
 import torch
+import torch.nn.functional as F
 
 from fxfeedback.open_modules import survival, surviving_channels
 from fxfeedback.rules.core import constant, roles, rule
+from fxfeedback.rules.examples import T, call
 
 
 @rule(torch.native_dropout)
@@ -14,3 +16,6 @@ def dropout(y, input, p, train):
 
 
 constant(survival, surviving_channels)  # stochastic depth and channel dropout are products with a random factor
+
+
+dropout.examples = [call(F.dropout, T(40, 5), 0.3), call(F.dropout2d, T(40, 5, 3, 3), 0.3)]

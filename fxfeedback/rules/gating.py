@@ -1,6 +1,7 @@
 """The gates that fxfeedback itself puts into a BU graph: the lateral connections of an instructed pass."""
 
 from fxfeedback.rules.core import rule, transpose
+from fxfeedback.rules.examples import C, T, call
 
 
 def gate(value, open):
@@ -12,3 +13,6 @@ def gate(value, open):
 def galu(y, value, open):
     """v [t > 0]: a constant mask while the error passes"""
     return {"value": transpose(lambda t: t * open)}
+
+
+galu.examples = [call(gate, T(4, 5), C(5))]

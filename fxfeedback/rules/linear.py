@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 
 from fxfeedback.rules.core import outer, rule, sum_to, transpose, update
+from fxfeedback.rules.examples import T, call
 
 
 @rule(F.linear, weight="weight", channels=-1)
@@ -13,3 +14,9 @@ def linear(y, input, weight, bias=None):
         "weight": update(lambda e: outer(e, input)),
         "bias": update(lambda e: sum_to(e, bias, y)),
     }
+
+
+linear.examples = [
+    call(F.linear, T(4, 3), T(2, 3), T(2)),
+    call(F.linear, T(4, 5, 3), T(2, 3)),
+]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fxfeedback.rules.core import channelwise, fused, roles, rule, spatial, update
+from fxfeedback.rules.examples import C, T, call
 
 
 def standardized(input, dims, eps):
@@ -54,14 +55,27 @@ def batch_norm(y, input, running_mean, running_var, weight=None, bias=None, trai
     }
 
 
-def _native_batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+def _native_batch_norm(
+    input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+):
     y = torch.native_batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps)
     return y[0], (y[1], y[2]) if training else (None, None)
 
 
 @fused(batch_norm, forward=_native_batch_norm)
 def batch_norm_backward(
-    e, y, saved, wanted, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+    e,
+    y,
+    saved,
+    wanted,
+    input,
+    running_mean,
+    running_var,
+    weight=None,
+    bias=None,
+    training=False,
+    momentum=0.1,
+    eps=1e-5,
 ):
     mask = [name in wanted for name in ("input", "weight", "bias")]
     results = torch.ops.aten.native_batch_norm_backward(
@@ -122,3 +136,21 @@ def group_norm(y, input, num_groups, weight=None, bias=None, eps=1e-5):
         "weight": update(lambda e: (e * normal()[0].flatten(1, 2)).sum(outside)),
         "bias": update(lambda e: e.sum(outside)),
     }
+
+
+batch_norm.examples = [
+    call(F.batch_norm, T(5, 3, 4, 2), C(3), C(3), T(3), T(3)),
+    call(F.batch_norm, T(5, 3, 4, 2), C(3), C(3), T(3), T(3), training=True),
+    call(F.batch_norm, T(5, 3), C(3), C(3)),
+    call(F.batch_norm, T(5, 3, 4), None, None, T(3), T(3), training=True, eps=1e-2),
+]
+layer_norm.examples = [
+    call(F.layer_norm, T(4, 5, 6), (6,), T(6), T(6)),
+    call(F.layer_norm, T(4, 5, 6), (5, 6), T(5, 6), T(5, 6), eps=1e-2),
+    call(F.layer_norm, T(4, 6), (6,)),
+]
+group_norm.examples = [
+    call(F.group_norm, T(4, 6, 5, 3), 3, T(6), T(6)),
+    call(F.group_norm, T(4, 6, 5), 2),
+    call(F.group_norm, T(4, 6), 2, T(6), T(6)),
+]

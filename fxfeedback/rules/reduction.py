@@ -5,6 +5,7 @@ import math
 import torch
 
 from fxfeedback.rules.core import rule, transpose
+from fxfeedback.rules.examples import T, call
 
 
 @rule(torch.mean)
@@ -33,3 +34,11 @@ def spread(t, input, dims, keepdim):
     for d in [] if keepdim else dims:
         t = t.unsqueeze(d)
     return t.expand(input.shape)
+
+
+mean.examples = [
+    call(torch.mean, T(4, 5, 3), (1, -1)),
+    call(torch.mean, T(4, 5, 3), 2, True),
+    call(torch.mean, T(4, 5, 3)),
+]
+sum.examples = [call(torch.sum, T(4, 5, 3), dim=1), call(torch.sum, T(4, 5, 3), (0, 2), keepdim=True)]
