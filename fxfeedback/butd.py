@@ -294,7 +294,7 @@ class BUTD(nn.Module):
             count = self._instruction_size(graphs)
             if ids is None or count > len(ids) or self._instructions_mix():
                 return graphs.gates(graphs.instruct(instruction))
-            return [gates[ids] for gates in graphs.gates_of_all_tasks(count, like=instruction)]
+            return [gates.index_select(0, ids) for gates in graphs.gates_of_all_tasks(count, like=instruction)]
 
     def _instructions_mix(self) -> bool:
         """Whether the samples of a batch see each other in the instruction pass, as in a batch norm's statistics."""
@@ -504,7 +504,7 @@ class Graphs:
         values = [
             channel_mean(t, site) if by_channel else t for t, site in zip(counters.values(), self.sites, strict=True)
         ]
-        return [value > 0 for value in values] if self.options.exact else values
+        return [(value > 0).to(value.dtype) for value in values] if self.options.exact else values
 
     def gates_of_all_tasks(self, count: int, like: torch.Tensor) -> list[torch.Tensor]:
         """The gates of every task, (count, ...); computed anew only when a weight has changed."""

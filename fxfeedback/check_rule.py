@@ -17,6 +17,7 @@ from fxfeedback.rules.examples import C, Example, T
 from fxfeedback.td_graph import BottomUp, Emitter, Unknown, Walk
 from fxfeedback.trace import annotate_shapes, trace
 
+
 def check_rule(rule: Rule) -> None:
     """Try `rule` on its examples.
 

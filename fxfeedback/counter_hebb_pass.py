@@ -73,13 +73,21 @@ def learner(module: fx.GraphModule, root: nn.Module, learning: Learning) -> fx.G
     seeds = {leaf: emitter.placeholder(name, leaf.meta["spec"]) for leaf, name in zip(leaves, names, strict=True)}
     for seed in seeds.values():
         seed.node.meta["error"] = True
-    emitter.batch = batch_size([*seeds.values(), *(values[node] for node in bu.inputs)])  # an input would have to be kept
+    emitter.batch = batch_size(
+        [*seeds.values(), *(values[node] for node in bu.inputs)]
+    )  # an input would have to be kept
 
     def arrive(node: fx.Node, e: Any) -> tuple[Any, bool]:
-        if learning.lateral is None or node.meta["name"] not in learning.sites:
-            return e, "gates" in node.meta and learning.lateral is not None
+        if _is_gated_step(node):
+            # One sign is both: v = relu(z) [t > 0] is positive where the gate is open and relu lets z pass.
+            return open_where_positive(e, values[node], learning.fused), True
+        return e, any(_is_gated_step(user) for user in node.users)
+
+    def arrive_laterally(node: fx.Node, e: Any) -> tuple[Any, bool]:
+        if node.meta["name"] not in learning.sites:
+            return e, "gates" in node.meta
         gated = next((user for user in node.users if "gates" in user.meta), node)
-        return learning.lateral(e, values[gated]), True
+        return learning.lateral(e, values[gated]), True  # type: ignore[misc]
 
     walk = Walk(
         bu,
@@ -87,7 +95,7 @@ def learner(module: fx.GraphModule, root: nn.Module, learning: Learning) -> fx.G
         "error",
         values.__getitem__,
         wanted,
-        arrive=arrive,
+        arrive=arrive if learning.lateral is None else arrive_laterally,
         twin=lambda weight: (
             emitter.attribute(learning.twins[weight.target]) if weight.target in learning.twins else None
         ),
@@ -110,14 +118,29 @@ def _emit_bottom_up(bu: BottomUp, emitter: Emitter, wanted: set[fx.Node], fused:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
         own = Value(node, emitter)
         if kernel and kernel.forward and kernel.applies(own, *args, **kwargs):
-            with emitter.named(node.name):
+            with emitter.named(f"{node.name}_kernel"):
                 value, saved[node] = kernel.forward(*args, **kwargs)
+            value.node._rename(node.name)
             value.spec = node.meta["spec"]
             value.node.meta["name"] = node.meta["name"]
         else:
             value = emitter.proxy(emitter.graph.node_copy(node, lambda source: values[source].node))
         values[node] = value
     return values, saved
+
+
+def _is_gated_step(node: fx.Node) -> bool:
+    """Whether the node is the gate behind an activation whose derivative is a step, and that nothing else reads."""
+    if "gates" not in node.meta:
+        return False
+    activation = node.all_input_nodes[0]
+    rule = RULES.get(activation.target)
+    return rule is not None and rule.step and len(activation.users) == 1
+
+
+def open_where_positive(e: Any, v: Any, fused: bool) -> Any:
+    """GaLU in the error pass: e [v > 0]."""
+    return torch.ops.aten.threshold_backward(e, v, 0) if fused else e * (v > 0)
 
 
 def batch_size(values: Iterable[Value]) -> Any:

@@ -233,6 +233,7 @@ def _shape(weight: Any) -> tuple[int, ...]:
 
 OPENINGS: dict[Any, Callable[..., Any]] = {
     nn.modules.batchnorm._BatchNorm: _batch_norm,
+    nn.ReLU6: lambda module, input: F.relu6(input),  # its own forward is a hardtanh
     F.dropout: _dropout,
     torch.dropout: _dropout,
     F.dropout1d: _feature_dropout,

@@ -287,7 +287,7 @@ class Walk:
         counters: dict[fx.Node, Any] = dict(seeds)
         for node in reversed(self.bu.nodes):
             if node in counters and node in self.wanted and node.op == "call_function":
-                with self.emitter.named(f"td_{node.name}"):
+                with self.emitter.named(f"{node.name}_td"):
                     t = self._whole(node, counters[node])
                     if isinstance(t, Value):
                         t.spec = node.meta["spec"]

@@ -1,9 +1,17 @@
 """The law: Counter-Hebb updates with shared weights and GaLU equal autograd's gradients (float64, 1e-9)."""
 
+from collections.abc import Iterable
+from contextlib import nullcontext
+
 import pytest
+import torch
+import torch.nn.functional as F
+from networks import LARGE, SMALL, build
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import fxfeedback
-from fxfeedback.rules import RULES
+from fxfeedback.rules import RULES, Rule, T, call, transpose
 
 ALL_RULES = {id(rule): rule for rule in RULES.values()}.values()
 
@@ -11,3 +19,159 @@ ALL_RULES = {id(rule): rule for rule in RULES.values()}.values()
 @pytest.mark.parametrize("rule", ALL_RULES, ids=lambda rule: rule.name)
 def test_every_rule_obeys_the_law(rule):
     fxfeedback.check_rule(rule)
+
+
+def test_the_checker_finds_a_wrong_rule(monkeypatch):
+    wrong = Rule("mul", lambda y, x, z: {"x": transpose(lambda t: t * 2.997)}, examples=[call(torch.mul, T(4, 3), 3)])
+    monkeypatch.setitem(RULES, torch.mul, wrong)
+    with pytest.raises(AssertionError, match="update of x is off by 1.0e-03"):
+        fxfeedback.check_rule(wrong)
+
+
+class Gated(TorchFunctionMode):
+    """Multiplies the output of every activation function, in the order of the calls, by the next of `gates`."""
+
+    ACTIVATIONS = (F.relu, torch.relu, F.hardtanh, F.relu6, F.gelu, F.silu, F.hardswish)
+
+    def __init__(self, gates: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.gates = iter(gates)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        return output * next(self.gates) if function in self.ACTIVATIONS else output
+
+
+@pytest.mark.parametrize("instructed", [False, True], ids=["plain", "instructed"])
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", [*SMALL, *LARGE])
+def test_networks_obey_the_law(name, train, instructed):
+    model, x = build(name, train)
+    buffers = {key: buffer.clone() for key, buffer in model.named_buffers()}
+    task = torch.tensor([0, 1, 2, 1]) if instructed else None
+    butd = fxfeedback.to_butd(model, n_tasks=3, embedding=6, example_inputs=(x,))
+    gates = [(t > 0).double() for t in butd.counter_neurons(task).values()] if instructed else []
+    assert len(gates) > 1 or not instructed
+
+    def gradients(network, tensors, **options):
+        torch.manual_seed(1)  # of dropout's masks
+        logits = network(x, **options)
+        return logits, torch.autograd.grad(logits.square().sum(), tensors), [b.clone() for b in model.buffers()]
+
+    x.requires_grad_()
+    tensors = [x, *model.parameters()]
+    logits, updates, statistics = gradients(butd, tensors, task=task)
+    model.load_state_dict(buffers, strict=False)
+    with Gated(gates) if instructed else nullcontext():
+        expected, references, expected_statistics = gradients(model, tensors)
+
+    assert torch.allclose(logits, expected, rtol=1e-12, atol=1e-12)
+    assert all(map(torch.equal, statistics, expected_statistics))
+    largest = max(gradient.abs().max() for gradient in references)
+    for (key, _), update, gradient in zip([("input", x), *model.named_parameters()], updates, references, strict=True):
+        # A bias before a batch norm has no gradient but rounding: there the scale is that of the other gradients.
+        scale = max(gradient.abs().max(), 1e-6 * largest)
+        assert (update - gradient).abs().max() <= 1e-9 * scale, key
+
+
+def test_both_kinds_of_learning_have_the_same_losses():
+    losses = {}
+    for learning in ("counter_hebb", "backprop"):
+        model, x = build("convnet", train=True)
+        butd = fxfeedback.to_butd(model, n_tasks=2, embedding=6, example_inputs=(x,), learning=learning)
+        with torch.no_grad():
+            for parameter in butd.instruction_head.parameters():
+                parameter.copy_(torch.linspace(-1, 1, parameter.numel()).reshape(parameter.shape))
+        optimizer = torch.optim.Adam([p for p in butd.parameters() if p.requires_grad], 1e-2)
+        generator = torch.Generator().manual_seed(0)
+        losses[learning] = []
+        for _ in range(50):
+            x = torch.randn(8, 2, 6, 6, generator=generator, dtype=torch.double)
+            task = torch.randint(2, (8,), generator=generator)
+            loss = nn.functional.cross_entropy(butd(x, task), (x.mean((1, 2, 3)) > 0).long() + 2 * task)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[learning].append(loss.item())
+    ours, theirs = torch.tensor(losses["counter_hebb"]), torch.tensor(losses["backprop"])
+    assert ours[-1] < ours[0]
+    assert ((ours - theirs).abs() <= 1e-9 * theirs).all()
+
+
+def test_the_batch_may_have_any_size():
+    model, _ = build("residual", train=False)
+    butd = fxfeedback.to_butd(model, input_size=(2, 6, 6))
+    for batch in (1, 7, 3):
+        x = torch.randn(batch, 2, 6, 6, dtype=torch.double)
+        expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+        updates = torch.autograd.grad(butd(x).square().sum(), list(butd.parameters()))
+        for a, b in zip(updates, expected, strict=True):
+            assert (a - b).abs().max() <= 1e-9 * b.abs().max()
+
+
+def test_gradients_accumulate_and_the_graph_may_be_kept():
+    model, x = build("convnet", train=False)
+    butd = fxfeedback.to_butd(model, input_size=(2, 6, 6))
+    weight = model[0].weight
+    loss = butd(x).square().sum()
+    loss.backward(retain_graph=True)
+    once = weight.grad.clone()
+    loss.backward()
+    assert torch.equal(weight.grad, 2 * once)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_frozen_parameters_get_nothing_and_cost_nothing():
+    model, x = build("convnet", train=False)
+    model[0].requires_grad_(False)
+    model[1].requires_grad_(False)
+    butd = fxfeedback.to_butd(model, input_size=(2, 6, 6))
+    butd(x).sum().backward()
+    assert model[0].weight.grad is None and model[4].weight.grad is not None
+    made = [node.name for node in butd.learner.graph.nodes]
+    assert "update_4_weight" in made and "update_0_weight" not in made
+    assert "_4_td" in made and not any(name.startswith(("_3_td", "_2_td", "_1_td", "_0_td")) for name in made)
+    model[0].requires_grad_(True)
+    butd(x).sum().backward()
+    assert model[0].weight.grad is not None
+
+
+def test_the_input_gets_its_gradient_only_if_it_asks():
+    model, x = build("convnet", train=False)
+    butd = fxfeedback.to_butd(model.requires_grad_(False), input_size=(2, 6, 6))
+    assert butd(x).grad_fn is None
+    x.requires_grad_()
+    (update,) = torch.autograd.grad(butd(x).square().sum(), x)
+    (gradient,) = torch.autograd.grad(model(x).square().sum(), x)
+    assert (update - gradient).abs().max() <= 1e-9 * gradient.abs().max()
+
+
+def test_tied_parameters_get_the_sum():
+    shared = nn.Linear(6, 6)
+    model = nn.Sequential(shared, nn.ReLU(), shared, nn.ReLU(), nn.Linear(6, 3)).double()
+    model[4].weight = nn.Parameter(model[4].weight)
+    x = torch.randn(5, 6, dtype=torch.double)
+    butd = fxfeedback.to_butd(model, input_size=(6,))
+    expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    updates = torch.autograd.grad(butd(x).square().sum(), list(model.parameters()))
+    for a, b in zip(updates, expected, strict=True):
+        assert (a - b).abs().max() <= 1e-9 * b.abs().max()
+
+
+def test_the_learner_is_explicit_nodes():
+    model, _ = build("convnet", train=False)
+    learner = fxfeedback.to_butd(model, n_tasks=2, input_size=(2, 6, 6)).learner
+    _, updates = learner.graph.output_node().args[0]
+    assert set(updates) == {name for name, _ in model.named_parameters()}
+    assert all(node.name == "update_" + name.replace(".", "_") for name, node in updates.items())
+    assert all(node.name in learner.code for node in updates.values())
+
+
+def test_double_backward_is_refused():
+    model, x = build("mlp", train=False)
+    x.requires_grad_()
+    butd = fxfeedback.to_butd(model, input_size=(2, 6, 6))
+    (gradient,) = torch.autograd.grad(butd(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        gradient.sum().backward()
