@@ -120,7 +120,7 @@ def draw_composites(digits: Digits, size: int, generator: torch.Generator, jitte
 
 
 def jittered(
-    images: Tensor, generator: torch.Generator, degrees: float = 12, scale: float = 0.12, shift: float = 1.5
+    images: Tensor, generator: torch.Generator, degrees: float = 7, scale: float = 0.07, shift: float = 1
 ) -> Tensor:
     """`images` (N, 28, 28), each turned, stretched, sheared and shifted (pixels) by its own small random amounts."""
 

@@ -28,12 +28,12 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 import torchvision
+from multi_mnist import SIDE, SPLIT_SEED, TASKS, Composites, DataError, draw_composites, embedded_digits, mnist_digits
+from multi_mnist_plots import figures
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import fxfeedback
-from multi_mnist import SIDE, SPLIT_SEED, TASKS, Composites, DataError, draw_composites, embedded_digits, mnist_digits
-from multi_mnist_plots import figures
 
 EMBEDDING = 50  # size of the instruction's embedding, as published
 EVALUATION_BATCH = 500
@@ -57,7 +57,8 @@ class Recipe:
 
     def described(self) -> str:
         """The recipe as the help shows it."""
-        return ", ".join(f"{name.replace('_', '-')} {value}" for name, value in asdict(self).items())
+        settings = {name.replace("_", "-"): value for name, value in asdict(self).items() if value is not None}
+        return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
 RECIPES = {
@@ -229,13 +230,13 @@ class Run:
         make_folder(args.out)
         torch.manual_seed(args.seed)
         self.generator = torch.Generator().manual_seed(args.seed)
+        model, self.shape = build_model(args.model)
 
         self.digits, test_digits = mnist_digits(args.data_root, args.download) if args.data_root else embedded_digits()
         test = draw_composites(test_digits, args.test_size, torch.Generator().manual_seed(SPLIT_SEED))
         self.test = test.to(self.device)
         self.data = self.training_data()
 
-        model, self.shape = build_model(args.model)
         butd = fxfeedback.to_butd(
             model,
             n_tasks=len(TASKS),

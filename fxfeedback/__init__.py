@@ -4,6 +4,7 @@ from fxfeedback import errors, rules
 from fxfeedback.butd import BUTD, to_butd
 from fxfeedback.check_rule import check_rule
 from fxfeedback.errors import Error
+from fxfeedback.trace import node_names
 from fxfeedback.version import __version__
 
-__all__ = ["BUTD", "Error", "__version__", "check_rule", "errors", "rules", "to_butd"]
+__all__ = ["BUTD", "Error", "__version__", "check_rule", "errors", "node_names", "rules", "to_butd"]

@@ -166,12 +166,12 @@ class BUTD(nn.Module):
         self._graphs(self._examples).check()
 
     def _adopt(self, net: nn.Module) -> None:
-        """Hold the tensors and submodules of `net` as our own, in the same dictionaries."""
+        """Hold the tensors and submodules of `net` as our own."""
         taken = [name for name in self.OWN if hasattr(net, name)]
         if taken:
             raise OptionError(f"the model's attribute {taken[0]!r} has a name that fxfeedback needs: rename it")
         self.training = net.training
-        self._parameters, self._buffers, self._modules = net._parameters, net._buffers, net._modules
+        self._parameters, self._buffers, self._modules = net._parameters, net._buffers, dict(net._modules)
         self._non_persistent_buffers_set = net._non_persistent_buffers_set
         object.__setattr__(self, "_net", net)
 
@@ -244,6 +244,8 @@ class BUTD(nn.Module):
                 f"the model takes {len(self._examples)} inputs and an instruction, not {len(inputs)} inputs"
             )
         graphs = self._graphs(inputs)
+        if task is None and self.options.heads == "per_task":
+            raise InputError("there is one prediction head per task: give the call a task")
         if task is None:
             return self._run(graphs, False, list(inputs))
         instruction, ids = self._instruction(task, graphs, inputs[0].shape[0])
@@ -338,7 +340,7 @@ class BUTD(nn.Module):
 
     def _fetch(self, name: str) -> torch.Tensor:
         path, _, leaf = name.rpartition(".")
-        return getattr(self._net.get_submodule(path), leaf)
+        return getattr(self.get_submodule(path), leaf)
 
     def _graphs(self, inputs: Sequence[torch.Tensor]) -> "Graphs":
         """The graphs for inputs of this size in the present mode of every module; built once."""
@@ -510,7 +512,7 @@ class Graphs:
         """The gates of every task, (count, ...); computed anew only when a weight has changed."""
         _, names = self._keep("instruct", lambda: lift(self.td))
         tensors = [*(self.butd._fetch(name) for name in names), *self.butd.parameters()]
-        version = tuple((id(tensor), tensor._version) for tensor in tensors)
+        version = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
         if self._gates_of_all is None or self._gates_of_all[0] != version:
             instructions = torch.eye(count, dtype=like.dtype, device=like.device)
             self._gates_of_all = version, self.gates(self.instruct(instructions))
@@ -527,6 +529,7 @@ class Graphs:
         self.bu.task_heads = self.butd.task_heads
         with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
             instruction = graph.placeholder("instruction")
+            instruction.meta["instruction"] = True
             stacked = {
                 operands[name]: graph.get_attr(f"task_heads.{name}")
                 for name in ("weight", "bias")

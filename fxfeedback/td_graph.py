@@ -162,7 +162,8 @@ class BottomUp:
 
     @property
     def inputs(self) -> list[fx.Node]:
-        return [node for node in self.nodes if node.op == "placeholder"]
+        """The model's own inputs."""
+        return [node for node in self.nodes if node.op == "placeholder" and "instruction" not in node.meta]
 
     @property
     def parameters(self) -> list[fx.Node]:

@@ -25,7 +25,7 @@ class ByName(nn.Module):
                 if step not in owner._modules:
                     owner.add_module(step, nn.Module())
                 owner = owner.get_submodule(step)
-            setattr(owner, leaf, item) if leaf.isidentifier() else owner.add_module(leaf, item)  # type: ignore[arg-type]
+            setattr(owner, leaf, item)
 
     def __getitem__(self, name: str) -> Any:
         if name not in self.names:

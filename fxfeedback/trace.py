@@ -13,7 +13,7 @@ import operator
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -199,6 +199,45 @@ class _ShapeRun(fx.Interpreter):
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
+
+
+class NodeInfo(NamedTuple):
+    """What a node computes: its op, and its output's shape with None for the batch (no shape: no tensor)."""
+
+    op: str
+    shape: tuple[int | None, ...] | None
+
+
+def node_names(
+    model: nn.Module,
+    input_size: Sequence[int] | None = None,
+    example_inputs: Sequence[torch.Tensor] | None = None,
+) -> dict[str, NodeInfo]:
+    """The names of the model's nodes, as torchvision gives them, in execution order.
+
+    Args:
+        model: any module that torch.fx can trace; it stays as it is.
+        input_size: size of one input without its batch; default 224 by 224 with the first convolution's channels.
+        example_inputs: instead of input_size, for several inputs: tensors with a batch dimension.
+
+    Raises:
+        TraceError: torch.fx cannot trace the model, or it does not run at this size.
+    """
+    examples = example_inputs or example_for(model, input_size)
+    module = trace(share(model), len(examples))
+    annotate_shapes(module, examples)
+    names = {}
+    for node in module.graph.nodes:
+        if node.op != "output":
+            spec = node.meta["spec"]
+            names[node.meta["name"]] = NodeInfo(_op_name(node, module), spec.sizes if isinstance(spec, Spec) else None)
+    return names
+
+
+def _op_name(node: fx.Node, module: nn.Module) -> str:
+    if node.op == "call_module":
+        return type(module.get_submodule(str(node.target))).__name__
+    return getattr(node.target, "__name__", str(node.target)) if node.op.startswith("call") else node.op
 
 
 def find_node(graph: fx.Graph, name: str) -> fx.Node:

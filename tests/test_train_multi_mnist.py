@@ -1,5 +1,6 @@
 """The main job: its data, its results, and its messages when something is wrong."""
 
+import functools
 import json
 import struct
 from pathlib import Path
@@ -34,6 +35,14 @@ def write_idx(path: Path, array: np.ndarray) -> None:
     kind = {"uint8": 0x08, "float32": 0x0D, "float64": 0x0E}[str(array.dtype)]
     header = struct.pack(f">HBB{array.ndim}I", 0, kind, array.ndim, *array.shape)
     path.write_bytes(header + array.astype(array.dtype.newbyteorder(">")).tobytes())
+
+
+PARSED_ONCE = functools.cache(multi_mnist.mnist_data)  # a second and a half each time
+
+
+@pytest.fixture(autouse=True)
+def quick_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multi_mnist, "mnist_data", PARSED_ONCE)
 
 
 @pytest.fixture

@@ -1,0 +1,175 @@
+"""Every mistake has one clear message that says what to do, and leaves the model as it was."""
+
+import pytest
+import torch
+from networks import build
+from torch import nn
+
+import fxfeedback
+from fxfeedback.errors import InputError, NodeNameError, OptionError, RuleError, TraceError
+
+
+class BranchesOnValues(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+class Exotic(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return torch.cumsum(self.fc(x), 1)
+
+
+class TwoEnds(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.left(x) + self.right(x)
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+
+
+BUILDING = {
+    "untraceable": (
+        lambda: BranchesOnValues(),
+        {"input_size": (4,)},
+        TraceError,
+        r"cannot trace BranchesOnValues.*test_errors.py:\d+: return x if",
+    ),
+    "wrong size": (
+        mlp,
+        {"input_size": (5,)},
+        TraceError,
+        r"does not run on an input of size \(1, 5\).*at node '0'.*input_size=",
+    ),
+    "no size": (lambda: BranchesOnValues(), {}, InputError, r"cannot be guessed: pass input_size="),
+    "size of nothing": (mlp, {"input_size": (0,)}, InputError, r"without its batch"),
+    "no rule": (
+        Exotic,
+        {"input_size": (4,)},
+        RuleError,
+        r"no rule for torch.cumsum \(at node 'cumsum', called at .*test_errors.py:\d+: return torch.cumsum.*CONTRIBUTING",
+    ),
+    "unknown head": (
+        mlp,
+        {"input_size": (4,), "head": "layer2"},
+        NodeNameError,
+        r"no node is called 'layer2'.*node_names",
+    ),
+    "unknown head, near": (
+        lambda: nn.Sequential(first=nn.Linear(4, 4)) if False else TwoEnds(),
+        {"input_size": (4,), "head": "lef"},
+        NodeNameError,
+        r"did you mean 'left'",
+    ),
+    "head is no layer": (
+        mlp,
+        {"input_size": (4,), "head": "1"},
+        NodeNameError,
+        r"'1' is no linear layer or convolution; candidates: '0', '2'",
+    ),
+    "no head": (
+        TwoEnds,
+        {"input_size": (4,), "n_tasks": 2},
+        NodeNameError,
+        r"on every path.*pass head= with one of 'left', 'right'",
+    ),
+    "unknown site": (mlp, {"input_size": (4,), "sites": ["relu"]}, NodeNameError, r"no node is called 'relu'"),
+    "site out of reach": (mlp, {"input_size": (4,), "sites": ["2"]}, NodeNameError, r"TD does not reach '2'"),
+    "weights": (
+        mlp,
+        {"input_size": (4,), "weights": "apart"},
+        OptionError,
+        r"weights='apart': choose one of 'shared', 'separate'",
+    ),
+    "lateral": (
+        mlp,
+        {"input_size": (4,), "lateral": "max"},
+        OptionError,
+        r"lateral='max'.*'galu', 'multiply', 'add', or pass a function",
+    ),
+    "no tasks": (mlp, {"input_size": (4,), "n_tasks": 0}, OptionError, r"n_tasks=0"),
+    "embedding of nothing": (mlp, {"input_size": (4,), "embedding": 5}, OptionError, r"pass n_tasks="),
+    "heads of nothing": (mlp, {"input_size": (4,), "heads": "per_task"}, OptionError, r"needs n_tasks="),
+    "embedding of the wrong size": (
+        mlp,
+        {"input_size": (4,), "n_tasks": 2, "embedding": nn.Linear(2, 5)},
+        OptionError,
+        r"makes \(5,\).*takes \(6,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BUILDING)
+def test_mistakes_in_building(case):
+    make, options, kind, message = BUILDING[case]
+    model = make()
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    with pytest.raises(kind, match=f"(?s){message}") as caught:
+        fxfeedback.to_butd(model, **options)
+    assert isinstance(caught.value, fxfeedback.Error)
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+
+
+CALLS = {
+    "id too large": (lambda b, x: b(x, torch.tensor([0, 1, 2, 3])), r"between 0 and 2; got 0 to 3"),
+    "negative id": (lambda b, x: b(x, torch.tensor([0, 1, -1, 2])), r"between 0 and 2; got -1 to 2"),
+    "one id too many": (
+        lambda b, x: b(x, torch.tensor([0, 1, 2, 1, 1])),
+        r"\(4,\) integer ids or \(4, 3\) floats, not torch.int64 of shape \(5,\)",
+    ),
+    "short vector": (lambda b, x: b(x, torch.zeros(4, 2)), r"has shape \(4, 3\), not \(4, 2\)"),
+    "too few vectors": (lambda b, x: b(x, torch.zeros(3, 3)), r"has shape \(4, 3\), not \(3, 3\)"),
+    "booleans": (lambda b, x: b(x, torch.ones(4, dtype=torch.bool)), r"integer ids"),
+    "too many inputs": (lambda b, x: b(x, x, 1), r"takes 1 inputs and an instruction, not 3 inputs"),
+    "no inputs": (lambda b, x: b(), r"not 0 inputs"),
+}
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_mistakes_in_calls(case):
+    model, x = build("convnet", train=False)
+    butd = fxfeedback.to_butd(model, n_tasks=3, input_size=(2, 6, 6))
+    call, message = CALLS[case]
+    with pytest.raises(InputError, match=message):
+        call(butd, x)
+    assert butd(x, 1).shape == (4, 5)  # and the network is usable afterwards
+
+
+def test_a_wrong_image_size_at_a_call():
+    model, _ = build("convnet", train=False)
+    butd = fxfeedback.to_butd(model, n_tasks=3, input_size=(2, 6, 6))
+    with pytest.raises(TraceError, match=r"does not run on an input of size \(1, 2, 12, 12\)"):
+        butd(torch.zeros(4, 2, 12, 12, dtype=torch.double), 1)
+    with pytest.raises(TraceError, match=r"does not run on an input of size \(1, 3, 6, 6\)"):
+        butd(torch.zeros(4, 3, 6, 6, dtype=torch.double), 1)
+
+
+def test_a_network_without_a_head_learns_but_takes_no_instruction():
+    model = TwoEnds()
+    butd = fxfeedback.to_butd(model, input_size=(4,))
+    butd(torch.randn(3, 4)).sum().backward()
+    assert model.left.weight.grad is not None
+    with pytest.raises(NodeNameError, match="pass head="):
+        butd(torch.randn(3, 4), 0)
+
+
+def test_per_task_heads_need_a_task():
+    model, x = build("mlp", train=False)
+    butd = fxfeedback.to_butd(model, n_tasks=3, input_size=(2, 6, 6), heads="per_task")
+    with pytest.raises(InputError, match="one prediction head per task"):
+        butd(x)
+
+
+def test_a_name_that_is_taken():
+    model = nn.Sequential()
+    model.add_module("td_weights", nn.Linear(4, 3))
+    with pytest.raises(OptionError, match="'td_weights'.*rename it"):
+        fxfeedback.to_butd(model, input_size=(4,))

@@ -1,0 +1,203 @@
+"""What users of torch expect of the module that `to_butd` returns, and of the model that they gave it."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torchvision
+from networks import build
+from torch import nn
+from torch.nn.utils import parametrizations
+from torchvision.models.feature_extraction import get_graph_node_names
+
+import fxfeedback
+
+
+def law_holds(model: nn.Module, butd: nn.Module, *inputs: torch.Tensor) -> None:
+    """Same outputs, and updates equal to autograd's gradients, for every tensor that the model returns."""
+
+    def flat(y):
+        if isinstance(y, torch.Tensor):
+            return [y]
+        return [leaf for part in (y.values() if isinstance(y, dict) else y) for leaf in flat(part)]
+
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    results = []
+    for network in (model, butd):
+        model.load_state_dict(state)
+        outputs = network(*inputs)
+        loss = sum((y * torch.linspace(1, 2, y.numel(), dtype=y.dtype).view_as(y)).sum() for y in flat(outputs))
+        results.append((outputs, torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)))
+    (expected, gradients), (outputs, updates) = results
+    assert type(outputs) is type(expected)
+    for a, b in zip(flat(outputs), flat(expected), strict=True):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
+    largest = max(b.abs().max() for b in gradients if b is not None)
+    for a, b in zip(updates, gradients, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or (a - b).abs().max() <= 1e-9 * max(b.abs().max(), 1e-6 * largest)
+
+
+def test_the_users_model_stays_as_it_is():
+    model, x = build("residual", train=False)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+    expected = model(x)
+    butd = fxfeedback.to_butd(model, n_tasks=2, input_size=(2, 6, 6), td_bias=True, weights="separate").train()
+    butd(x, torch.tensor([0, 1, 0, 1]))
+    assert not any(module.training for module in model.modules())
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
+    model.norm.load_state_dict({key.removeprefix("norm."): v for key, v in before.items() if key.startswith("norm.")})
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert torch.equal(model(x), expected)
+
+
+def test_parameters_and_buffers_are_shared_also_after_moving():
+    model, _ = build("convnet", train=True)
+    butd = fxfeedback.to_butd(model, input_size=(2, 6, 6)).float()
+    ours = dict(butd.named_parameters()) | dict(butd.named_buffers())
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        assert tensor is ours[name]
+        assert tensor.dtype in (torch.float32, torch.int64)
+    x = torch.randn(4, 2, 6, 6)
+    butd(x).sum().backward()
+    assert model[0].weight.grad is not None and model[1].num_batches_tracked == 1
+
+
+def test_state_dict_has_the_models_names():
+    model, _ = build("resnet18", train=False)
+    butd = fxfeedback.to_butd(model, n_tasks=4, embedding=8, input_size=(3, 64, 64))
+    names = set(model.state_dict())
+    assert names < set(butd.state_dict())
+    checkpoint = torchvision.models.resnet18(num_classes=11).state_dict()
+    missing, unexpected = butd.load_state_dict(checkpoint, strict=False)
+    assert not unexpected and all(name.startswith("instruction_head.") for name in missing)
+    assert torch.equal(model.fc.weight, checkpoint["fc.weight"].double())
+
+
+def test_modes_follow_the_user_even_module_by_module():
+    model, x = build("residual", train=False)
+    butd = fxfeedback.to_butd(model, input_size=(2, 6, 6))
+    for switch in (butd.train, butd.eval, lambda: butd.train().norm.eval(), lambda: butd.train().drop.eval()):
+        switch()
+        for ours, theirs in zip(butd.modules(), model.modules(), strict=False):
+            theirs.train(ours.training) if not list(theirs.children()) else setattr(theirs, "training", ours.training)
+        statistics = model.norm.running_mean.clone()
+        torch.manual_seed(0)
+        expected = model(x)
+        model.norm.running_mean.copy_(statistics)
+        torch.manual_seed(0)
+        assert torch.allclose(butd(x), expected, rtol=1e-12)
+
+
+def test_auxiliary_heads_come_in_training_mode_only():
+    model = torchvision.models.googlenet(num_classes=5, aux_logits=True, init_weights=False).double().eval()
+    x = torch.randn(2, 3, 64, 64, dtype=torch.double)
+    butd = fxfeedback.to_butd(model, input_size=(3, 64, 64))
+    law_holds(model, butd, x)
+    model.train(), butd.train()
+    for module in (*model.modules(), *butd.modules()):
+        module.p = 0.0 if isinstance(module, nn.Dropout) else None
+    law_holds(model, butd, x)
+
+
+class Several(nn.Module):
+    """Two inputs, an option, and a dict of a tensor and a tuple for output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(3, 6)
+
+    def forward(self, x, z, scale=2.0, verbose=False, mask=None):
+        y = torch.relu(self.a(x)) * scale
+        if mask is not None:
+            y = y * mask
+        return {"out": y, "parts": (y + self.b(z), torch.chunk(y, 2, 1)[0])}
+
+
+def test_several_inputs_and_outputs():
+    model = Several().double()
+    x, z = torch.randn(5, 4, dtype=torch.double), torch.randn(5, 3, dtype=torch.double)
+    butd = fxfeedback.to_butd(model, example_inputs=(x, z))
+    law_holds(model, butd, x, z)
+    with pytest.raises(fxfeedback.errors.InputError, match="2 inputs"):
+        butd(x)
+
+
+class InPlace(nn.Module):
+    """Overwrites values and reads them afterwards, under every spelling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 6)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        x = self.a(x)
+        self.relu(x)
+        y = self.b(x).mul_(2)
+        torch.relu_(y)
+        z = x + y
+        z += y
+        z.sub_(1)
+        nn.functional.leaky_relu(z, 0.1, True)
+        return z * 2 + y
+
+
+def test_in_place_ops_keep_their_meaning():
+    model = InPlace().double()
+    law_holds(model, fxfeedback.to_butd(model, input_size=(4,)), torch.randn(5, 4, dtype=torch.double))
+
+
+@pytest.mark.parametrize("parametrize", [parametrizations.weight_norm, parametrizations.orthogonal])
+def test_parametrized_weights_learn_through_their_parametrization(parametrize):
+    model = nn.Sequential(parametrize(nn.Linear(4, 6)), nn.ReLU(), nn.Linear(6, 3)).double()
+    law_holds(model, fxfeedback.to_butd(model, input_size=(4,)), torch.randn(5, 4, dtype=torch.double))
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+def test_every_padding_mode(mode):
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=(1, 2), padding_mode=mode), nn.ReLU(), nn.Conv2d(3, 2, 2)).double()
+    law_holds(model, fxfeedback.to_butd(model, input_size=(2, 6, 6)), torch.randn(3, 2, 6, 6, dtype=torch.double))
+
+
+def test_another_input_size_builds_another_graph():
+    model = torchvision.models.resnet18(num_classes=5).double().eval()
+    butd = fxfeedback.to_butd(model, n_tasks=2, input_size=(3, 64, 64))
+    x = torch.randn(2, 3, 40, 72, dtype=torch.double)
+    law_holds(model, butd, x)
+    assert butd(x, torch.tensor([0, 1])).shape == (2, 5)
+
+
+def test_copies_are_independent():
+    model, x = build("convnet", train=False)
+    butd = fxfeedback.to_butd(model, n_tasks=2, input_size=(2, 6, 6), weights="separate")
+    task = torch.tensor([0, 1, 1, 0])
+    expected = butd(x, task)
+    buffer = io.BytesIO()
+    torch.save(butd, buffer)
+    buffer.seek(0)
+    for twin in (copy.deepcopy(butd), torch.load(buffer, weights_only=False)):
+        assert torch.equal(twin(x, task), expected)
+        twin(x, task).sum().backward()
+        assert model[0].weight.grad is None
+        with torch.no_grad():
+            twin.get_parameter("0.weight").zero_()
+        assert torch.equal(butd(x, task), expected)
+
+
+@pytest.mark.parametrize("name", ["alexnet", "resnet18", "densenet121", "googlenet"])
+def test_names_are_torchvisions(name):
+    model = torchvision.models.get_model(name, weights=None).eval()
+    names = fxfeedback.node_names(model)
+    _, expected = get_graph_node_names(model, suppress_diff_warning=True)
+    assert list(names) == expected
+    with torch.no_grad():
+        output = model(torch.zeros(1, 3, 224, 224))
+    assert list(names.values())[-1].shape == (None, *output.shape[1:])
+
+
+def test_names_reach_into_torchvisions_own_blocks():
+    names = fxfeedback.node_names(torchvision.models.mobilenet_v2())
+    assert names["features.3.conv.0.0"] == ("Conv2d", (None, 144, 56, 56))
