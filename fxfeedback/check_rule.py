@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxfeedback.counter_hebb_pass import CounterHebb, Learning, batch_size, cut, key_of, learner
+from fxfeedback.autograd_bridge import CounterHebb, cut
+from fxfeedback.bottom_up import BottomUp
+from fxfeedback.counter_hebb_pass import Learning, key_of, learner
 from fxfeedback.open_modules import open_modules
 from fxfeedback.rules import Rule
 from fxfeedback.rules.examples import C, Example, T
-from fxfeedback.td_graph import BottomUp, Emitter, Unknown, Walk
+from fxfeedback.td_graph import Walk
 from fxfeedback.trace import annotate_shapes, trace
+from fxfeedback.values import Emitter, Unknown, batch_size
 
 
 def check_rule(rule: Rule) -> None:

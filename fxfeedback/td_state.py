@@ -1,13 +1,15 @@
 """The state that TD may have beside the BU weights: twins, biases, norms, instruction head, heads per task."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from fxfeedback.rules import RULES
+from fxfeedback.bottom_up import BottomUp, batch_norm_of, channels_of, operand
+from fxfeedback.errors import OptionError
 
 BATCH_NORM = {3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
@@ -53,45 +55,57 @@ def module_of(weight: str) -> str:
     return weight.rpartition(".")[0] or weight
 
 
-def twin(weight: torch.Tensor, init: str, noise: float) -> torch.Tensor:
-    """A TD weight for a BU weight: drawn anew as torch draws it, or a copy times 1 + noise * randn."""
-    weight = weight.detach()
-    if init == "symmetric":
-        return weight * (1 + noise * torch.randn_like(weight)) if noise else weight.clone()
-    return nn.init.kaiming_uniform_(torch.empty_like(weight), a=math.sqrt(5))
+def twins(
+    weights: Mapping[str, fx.Node], fetch: Callable[[str], torch.Tensor], init: str, noise: float, learn: bool
+) -> ByName:
+    """A TD weight for every BU weight: drawn anew as torch draws it, or a copy times 1 + noise * randn."""
+
+    def draw(weight: torch.Tensor) -> torch.Tensor:
+        if init == "symmetric":
+            return weight * (1 + noise * torch.randn_like(weight)) if noise else weight.clone()
+        return nn.init.kaiming_uniform_(torch.empty_like(weight), a=math.sqrt(5))
+
+    return ByName({name: nn.Parameter(draw(fetch(name).detach()), learn) for name in weights})
 
 
-def td_bias(weight: torch.Tensor, node: fx.Node) -> torch.Tensor:
-    """A bias behind the transpose of a linear layer or convolution, one per input channel, drawn as torch draws biases."""
-    bound = 1 / math.sqrt(math.prod(weight.shape[1:]))
-    return weight.detach().new_empty(in_channels(node)).uniform_(-bound, bound)
+def td_biases(weights: Mapping[str, fx.Node], fetch: Callable[[str], torch.Tensor], learn: bool) -> ByName:
+    """A bias behind the transpose of every linear layer and convolution, one per input channel, drawn as torch's are."""
+
+    def draw(weight: torch.Tensor, node: fx.Node) -> torch.Tensor:
+        bound = 1 / math.sqrt(math.prod(weight.shape[1:]))
+        return weight.new_empty(in_channels(node)).uniform_(-bound, bound)
+
+    biases = {module_of(name): draw(fetch(name).detach(), node) for name, node in weights.items()}
+    return ByName({name: nn.Parameter(bias, learn) for name, bias in biases.items()})
 
 
-def td_norm(node: fx.Node) -> nn.Module:
-    """A batch norm behind the transpose of a convolution, over its input channels."""
-    return BATCH_NORM[len(node.meta["spec"].shape)](in_channels(node))
+def td_norms(bu: BottomUp, weights: Mapping[str, fx.Node]) -> ByName:
+    """A batch norm behind the transpose of every convolution that a batch norm follows, over its input channels."""
+    normed = [weight for weight in dict.fromkeys(map(batch_norm_of, bu.nodes)) if weight is not None]
+    kinds = {name: BATCH_NORM[len(weights[name].meta["spec"].shape)] for name in normed}
+    return ByName({module_of(name): kind(in_channels(weights[name])) for name, kind in kinds.items()})
 
 
 def in_channels(node: fx.Node) -> int:
     """How many input channels a linear layer or convolution has."""
-    rule = RULES[node.target]
-    return rule.operands(node.args, node.kwargs)["input"].meta["spec"].shape[rule.channels]
+    return operand(node, "input").meta["spec"].shape[channels_of(node)]
 
 
-def instruction_head(size: int, hidden: int | Sequence[int] | None, features: int, bias: bool) -> nn.Sequential:
-    """Linear, ReLU, ..., Linear, ReLU from the instruction through the hidden sizes to the prediction head's features."""
-    inner = [] if hidden is None else [hidden] if isinstance(hidden, int) else list(hidden)
-    sizes = [size, *inner, features]
-    layers = [
-        layer for i, o in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(i, o, bias=bias), nn.ReLU())
-    ]
-    return nn.Sequential(*layers)
+def instruction_head(
+    size: int, embedding: int | Sequence[int] | nn.Module | None, features: int, bias: bool
+) -> nn.Module:
+    """Linear, ReLU, ..., Linear, ReLU from the instruction through hidden sizes to the head's features; or a module.
 
-
-class TaskHeads(nn.Module):
-    """One prediction head per task, stacked along the output: weight (tasks * outputs, inputs, ...), bias likewise."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, n_tasks: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.cat([weight.detach()] * n_tasks))
-        self.bias = nn.Parameter(torch.cat([bias.detach()] * n_tasks)) if bias is not None else None
+    Raises:
+        OptionError: the user's module does not make `features` values of an instruction.
+    """
+    if isinstance(embedding, nn.Module):
+        parameter = next(embedding.parameters(), torch.empty(0))
+        made = embedding(parameter.new_zeros(2, size))
+        if made.shape != (2, features):
+            message = f"makes {tuple(made.shape[1:])} of an instruction; the prediction head takes ({features},)"
+            raise OptionError(f"embedding=: the module {message}")
+        return embedding
+    hidden = [] if embedding is None else [embedding] if isinstance(embedding, int) else list(embedding)
+    layers = [(nn.Linear(i, o, bias=bias), nn.ReLU()) for i, o in pairwise([size, *hidden, features])]
+    return nn.Sequential(*chain.from_iterable(layers))

@@ -19,8 +19,8 @@ from fxfeedback.rules.core import RULES, Roles, Rule, constant, fused, known, ro
 from fxfeedback.rules.examples import C, T, call
 
 __all__ = [
-    "C",
     "RULES",
+    "C",
     "Roles",
     "Rule",
     "T",

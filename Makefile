@@ -1,0 +1,35 @@
+# Two commands do everything on a machine with Python, pip, make and git: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Two OpenMP threads that spin at a barrier stall each other on a busy machine.
+export OMP_WAIT_POLICY = passive
+
+.PHONY: demo test lint types tests bench clean
+
+demo: $(VENV)/.installed  ## set up, train the instructed network on real digits, say where the results are
+	$(BIN)/python examples/train_multi_mnist.py
+
+test: lint types tests  ## set up, check style and types, run all tests
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed
+	$(BIN)/mypy
+
+tests: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+bench: $(VENV)/.installed  ## speed of Counter-Hebb learning against autograd, as a table
+	$(BIN)/python benchmarks/counter_hebb_step.py
+
+$(VENV)/.installed: pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs

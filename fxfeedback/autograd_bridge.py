@@ -1,0 +1,138 @@
+"""Let `loss.backward()` run the learner.
+
+`cut` halves the learner's graph where the errors enter; `CounterHebb` is the autograd function whose forward is the first
+half and whose backward is the second.
+"""
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.autograd.function import once_differentiable
+
+from fxfeedback.bottom_up import has_effect
+from fxfeedback.counter_hebb_pass import INPUT
+
+
+@dataclass
+class Halves:
+    """A learner cut in two.
+
+    attributes: the parameters and buffers, by name, that both halves take as inputs.
+    forward: (*inputs, *attributes) -> (tensors of the model's output, values for the error pass).
+    backward: (list of those values and of the errors) -> list of updates; it empties the list as it goes.
+    updates: names of the updates, in order.
+    kept: which of the values are inputs, attributes or outputs, that exist anyway.
+    structure: tensors of the model's output -> the output as the model returns it.
+    """
+
+    attributes: list[str]
+    forward: fx.GraphModule
+    backward: fx.GraphModule
+    updates: list[str]
+    kept: list[bool]
+    structure: fx.GraphModule
+
+
+def lift(module: fx.GraphModule, more: Sequence[str] = ()) -> tuple[fx.GraphModule, list[str]]:
+    """Make parameters and buffers inputs of the graph, behind its own: (graph, their names)."""
+    graph = fx.Graph()
+    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
+    names = list(dict.fromkeys([str(node.target) for node in module.graph.nodes if node.op == "get_attr"] + list(more)))
+    copies = {node: graph.node_copy(node) for node in inputs}
+    lifted = {name: graph.placeholder("_" * name[0].isdigit() + name.replace(".", "_")) for name in names}
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            copies[node] = lifted[str(node.target)]
+        elif node not in copies:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    return fx.GraphModule(module, graph), names
+
+
+def cut(joint: fx.GraphModule) -> Halves:
+    """Cut a learner where the errors enter: everything that the model's output needs, and everything else."""
+    outputs, updates = joint.graph.output_node().args[0]  # type: ignore[misc]
+    module, attributes = lift(joint, [name for name in updates if not name.startswith(INPUT)])
+    nodes = list(module.graph.nodes)
+    outputs, updates = nodes[-1].args[0]  # type: ignore[misc]
+    leaves: list[fx.Node] = []
+    fx.map_arg(outputs, lambda node: leaves.append(node) if node not in leaves else None)
+
+    errors = {node for node in nodes if node.op == "placeholder" and "error" in node.meta}
+    late = _closure(errors, nodes, lambda node: node.all_input_nodes)
+    needed = set(leaves) | {node for node in nodes[:-1] if has_effect(node) and node not in late}
+    early = _closure(needed, nodes[::-1], lambda node: list(node.users))
+    crossing = [
+        node
+        for node in nodes
+        if node in early and any(user not in early for user in node.users if user is not nodes[-1])
+    ]
+    crossing += [node for node in updates.values() if node in early and node not in crossing]
+
+    first = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        if node in early:
+            copies[node] = first.node_copy(node, copies.__getitem__)
+    first.output(([copies[node] for node in leaves], [copies[node] for node in crossing]))
+
+    second = fx.Graph()
+    values = second.placeholder("values")
+    handed_over = [*crossing, *(node for node in nodes if node in errors)]
+    copies = {node: second.call_function(operator.getitem, (values, i)) for i, node in enumerate(handed_over)}
+    second.call_method("clear", (values,))  # each value dies with its last use
+    for node in nodes[:-1]:
+        if node not in early and node not in copies:
+            copies[node] = second.node_copy(node, copies.__getitem__)
+    second.output([copies[node] for node in updates.values()])
+
+    shape = fx.Graph()
+    places = {leaf: shape.placeholder(leaf.name) for leaf in leaves}
+    shape.output(fx.map_arg(outputs, places.__getitem__))
+
+    return Halves(
+        attributes,
+        fx.GraphModule(module, first, "Forward"),
+        fx.GraphModule(module, second, "Backward"),
+        list(updates),
+        [node.op == "placeholder" or node in leaves for node in crossing],
+        fx.GraphModule(nn.Module(), shape, "Output"),
+    )
+
+
+def _closure(
+    start: set[fx.Node], order: Sequence[fx.Node], before: Callable[[fx.Node], Sequence[fx.Node]]
+) -> set[fx.Node]:
+    """`start` and, walking in `order`, every node next to one that is in already."""
+    reached = set(start)
+    for node in order:
+        if node.op != "output" and any(neighbour in reached for neighbour in before(node)):
+            reached.add(node)
+    return reached
+
+
+class CounterHebb(torch.autograd.Function):
+    """The learner as an autograd function: backward runs the error pass and returns the updates as gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, halves: Halves, names: Sequence[str], *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """names: of `values`, which are the graph's inputs and attributes. Returns the tensors of the model's output."""
+        outputs, saved = halves.forward(*values)
+        ctx.halves, ctx.names = halves, names
+        ctx.save_for_backward(*(value if keep else None for value, keep in zip(saved, halves.kept, strict=True)))
+        ctx.between = [None if keep else value for value, keep in zip(saved, halves.kept, strict=True)]
+        ctx.mark_non_differentiable(*(value for value in outputs if not value.is_floating_point()))
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *errors: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        saved = [b if b is not None else a for a, b in zip(ctx.saved_tensors, ctx.between, strict=True)]
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            ctx.between = [None] * len(saved)
+        saved += [error for error in errors if error.is_floating_point()]
+        updates = dict(zip(ctx.halves.updates, ctx.halves.backward(saved), strict=True))
+        return None, None, *(updates.get(name) for name in ctx.names)

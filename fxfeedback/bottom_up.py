@@ -1,0 +1,192 @@
+"""Questions about an opened BU graph: what depends on the input, where the prediction head and the gating sites are."""
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+import networkx as nx
+from torch import fx
+
+from fxfeedback.errors import NodeNameError
+from fxfeedback.rules import RULES
+from fxfeedback.rules.core import CONSTANT
+from fxfeedback.trace import Spec, find_node
+
+
+class BottomUp:
+    """The opened BU graph and what the TD graph asks of it."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.nodes: list[fx.Node] = list(graph.nodes)
+
+    @cached_property
+    def digraph(self) -> "nx.DiGraph":
+        """The data flow: edges from each node to its users."""
+        digraph = nx.DiGraph()
+        digraph.add_nodes_from(self.nodes)
+        digraph.add_edges_from((node, user) for node in self.nodes for user in node.users)
+        return digraph
+
+    @cached_property
+    def dynamic(self) -> set[fx.Node]:
+        """The nodes that depend on the model's input."""
+        return self.below(node for node in self.nodes if node.op == "placeholder")
+
+    def below(self, starts: Iterable[fx.Node]) -> set[fx.Node]:
+        """`starts` and every node that a counter neuron can pass on its way down to them."""
+        reached = set(starts)
+        for node in self.nodes:
+            if node not in reached and passes(node) and any(source in reached for source in node.all_input_nodes):
+                reached.add(node)
+        return reached
+
+    def above(self, start: fx.Node) -> set[fx.Node]:
+        """`start` and every node that a counter neuron of it can reach."""
+        reached = {start}
+        for node in reversed(self.nodes):
+            if node in reached and passes(node):
+                reached.update(source for source in node.all_input_nodes if source in self.dynamic)
+        return reached
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        """The model's own inputs."""
+        return [node for node in self.nodes if node.op == "placeholder" and "instruction" not in node.meta]
+
+    @property
+    def parameters(self) -> list[fx.Node]:
+        """The get_attr nodes: parameters, buffers and constants."""
+        return [node for node in self.nodes if node.op == "get_attr"]
+
+    @property
+    def output(self) -> Any:
+        """The structure that the model returns, with nodes as leaves."""
+        return self.nodes[-1].args[0]
+
+    def output_leaves(self) -> list[fx.Node]:
+        """The tensors that the model returns, in order, each once."""
+        leaves: list[fx.Node] = []
+        fx.map_arg(self.output, lambda node: leaves.append(node) if node not in leaves else None)
+        return [node for node in leaves if is_floating(node)]
+
+    def sites(self, top: fx.Node, names: Sequence[str] | None = None) -> list[fx.Node]:
+        """The gating sites that TD from `top` reaches: the rectifying activations, or the nodes called `names`."""
+        reached = self.above(top) - {top}
+        if names is None:
+            rule = {node: RULES.get(node.target) for node in reached if node.op == "call_function"}
+            return [node for node in self.nodes if node in reached and rule.get(node) and rule[node].rectifies]
+        chosen = {find_node(self.graph, name) for name in names}
+        for node in chosen - reached:
+            raise NodeNameError(f"sites: TD does not reach {node.meta['name']!r} from {top.meta['name']!r}")
+        return [node for node in self.nodes if node in chosen]
+
+    def find_head(self, name: str | None) -> fx.Node:
+        """The prediction head: the node called `name`, or the last linear or convolution that every path to the main
+        output crosses.
+
+        Raises:
+            NodeNameError: there is none, or `name` is no linear or convolution.
+        """
+        weighted = [node for node in self.nodes if self.is_weighted(node)]
+        names = ", ".join(repr(node.meta["name"]) for node in weighted[-5:])
+        if name is not None:
+            head = find_node(self.graph, name)
+            if head not in weighted:
+                raise NodeNameError(f"head={name!r} is no linear layer or convolution; candidates: {names}")
+            return head
+        leaves = self.output_leaves()
+        main = self.output.get("out") if isinstance(self.output, dict) else None
+        crossed = self.crossed_by_all_paths_to(main or leaves[0]) if leaves else []
+        heads = [node for node in crossed if node in weighted]
+        if not heads:
+            raise NodeNameError(
+                "no linear layer or convolution lies on every path to the model's output, so instructions have no "
+                f"prediction head to start from: pass head= with one of {names or 'its linear layers (it has none)'}"
+            )
+        return heads[-1]
+
+    def crossed_by_all_paths_to(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes that every path from the inputs to `node` crosses, from the bottom up: its dominators."""
+        start = "inputs"
+        digraph = self.digraph.copy()
+        digraph.add_edges_from((start, node) for node in self.inputs)
+        dominator = nx.immediate_dominators(digraph, start)
+        chain = [node]
+        while chain[-1] in dominator and dominator[chain[-1]] not in (start, chain[-1], None):
+            chain.append(dominator[chain[-1]])
+        return chain[::-1]
+
+    def is_weighted(self, node: fx.Node) -> bool:
+        """Whether the node is a linear layer or a convolution of a BU value with a weight."""
+        rule = RULES.get(node.target) if node.op == "call_function" else None
+        return bool(rule and rule.weight and node in self.dynamic and weight_of(node) not in self.dynamic)
+
+
+def operand(node: fx.Node, name: str) -> Any:
+    """What a call gives to the operand that the op's rule calls `name`: a node, a number, or None."""
+    return RULES[node.target].operands(node.args, node.kwargs).get(name)
+
+
+def weight_of(node: fx.Node) -> fx.Node:
+    """The weight of a linear layer or convolution, as a node of the BU graph."""
+    return operand(node, RULES[node.target].weight or "")
+
+
+def channels_of(node: fx.Node) -> int:
+    """The dimension of the channels in a linear layer's (last) or a convolution's (1) input and output."""
+    channels = RULES[node.target].channels
+    assert channels is not None, f"the rule of {node.target} has a weight, but does not say where its channels are"
+    return channels
+
+
+def has_effect(node: fx.Node) -> bool:
+    """Whether the node matters although nothing reads it."""
+    return node.op in ("placeholder", "output") or getattr(node.target, "__name__", "").endswith("_")
+
+
+def passes(node: fx.Node) -> bool:
+    """Whether a counter neuron can pass through the node: it computes floating-point tensors, and not by chance."""
+    return node.op == "call_function" and node.target not in CONSTANT and is_floating(node)
+
+
+def is_floating(node: fx.Node) -> bool:
+    """Whether the node's value is a floating-point tensor, or holds one."""
+    specs: list[Any] = [node.meta.get("spec")]
+    if isinstance(specs[0], tuple):
+        specs = list(specs[0])
+    return any(isinstance(spec, Spec) and spec.dtype.is_floating_point for spec in specs)
+
+
+def positions_of(node: fx.Node) -> list[int]:
+    """The dimensions of a node's value that are neither batch nor channels."""
+    spec = node.meta["spec"]
+    channels = channel_dim(node) % len(spec.shape)
+    return [d for d in range(1, len(spec.shape)) if d != channels]
+
+
+def channel_dim(node: fx.Node) -> int:
+    """Where the channels of a value are: 1 behind a convolution or batch norm, last behind a linear layer or layer norm;
+    any other op has them where its input has them."""
+    while node.op == "call_function":
+        rule = RULES.get(node.target)
+        if rule is not None and rule.channels is not None:
+            return rule.channels
+        node = node.all_input_nodes[0]
+    return 1
+
+
+def along_channels(channels: int, spec: Spec) -> list[int]:
+    """The shape in which a vector over channels broadcasts to a tensor."""
+    shape = [1] * len(spec.shape)
+    shape[channels] = spec.shape[channels]
+    return shape
+
+
+def batch_norm_of(node: fx.Node) -> str | None:
+    """For a batch norm that follows a convolution directly: the name of the convolution's weight."""
+    if node.op != "call_function" or getattr(RULES.get(node.target), "name", "") != "batch_norm":
+        return None
+    source = node.args[0]
+    rule = RULES.get(source.target) if isinstance(source, fx.Node) else None
+    return str(weight_of(source).target) if rule and rule.weight and rule.channels == 1 else None

@@ -1,0 +1,36 @@
+"""The gates of an instructed pass: where they stand in the BU graph, and what opens them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxfeedback.bottom_up import positions_of
+
+
+def gate_sites(module: fx.GraphModule, sites: Sequence[fx.Node], lateral: Callable[[Any, Any], Any]) -> fx.GraphModule:
+    """The BU graph with `lateral(value, gate)` behind every site; the gates are inputs, behind the model's own."""
+    graph = fx.Graph()
+    copies = {node: graph.node_copy(node) for node in module.graph.nodes if node.op == "placeholder"}
+    gates = {site: graph.placeholder(f"gate_{site.name}") for site in sites}
+    for node in module.graph.nodes:
+        if node in copies:
+            continue
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+        if node in gates:
+            copies[node] = graph.call_function(lateral, (copies[node], gates[node]))
+            copies[node].meta.update(spec=node.meta["spec"], name=node.meta["name"] + ".gated", gates=node.meta["name"])
+            copies[node]._rename(f"gated_{node.name}")
+    return fx.GraphModule(module, graph, "Predict")
+
+
+def switch_off_channels(t: Any, site: fx.Node) -> Any:
+    """relu(t) in channels whose mean over positions is positive, zero in the others."""
+    return torch.relu(t) * (channel_mean(t, site) > 0)
+
+
+def channel_mean(t: Any, site: fx.Node) -> Any:
+    """The mean over positions, kept as dimensions of size 1."""
+    positions = positions_of(site)
+    return t.mean(positions, keepdim=True) if positions else t
