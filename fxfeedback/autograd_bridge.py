@@ -1,7 +1,7 @@
 """Let `loss.backward()` run the learner.
 
-`cut` halves the learner's graph where the errors enter; `CounterHebb` is the autograd function whose forward is the first
-half and whose backward is the second.
+`cut` halves the learner's graph where the errors enter; `CounterHebb` is the autograd function whose forward is the
+first half and whose backward is the second.
 """
 
 import operator
@@ -119,7 +119,7 @@ class CounterHebb(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, halves: Halves, names: Sequence[str], *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """names: of `values`, which are the graph's inputs and attributes. Returns the tensors of the model's output."""
+        """names: of `values`, the graph's inputs and attributes. Returns the tensors of the model's output."""
         outputs, saved = halves.forward(*values)
         ctx.halves, ctx.names = halves, names
         ctx.save_for_backward(*(value if keep else None for value, keep in zip(saved, halves.kept, strict=True)))

@@ -74,8 +74,7 @@ class BottomUp:
         """The gating sites that TD from `top` reaches: the rectifying activations, or the nodes called `names`."""
         reached = self.above(top) - {top}
         if names is None:
-            rule = {node: RULES.get(node.target) for node in reached if node.op == "call_function"}
-            return [node for node in self.nodes if node in reached and rule.get(node) and rule[node].rectifies]
+            return [node for node in self.nodes if node in reached and rectifies(node)]
         chosen = {find_node(self.graph, name) for name in names}
         for node in chosen - reached:
             raise NodeNameError(f"sites: TD does not reach {node.meta['name']!r} from {top.meta['name']!r}")
@@ -123,6 +122,12 @@ class BottomUp:
         return bool(rule and rule.weight and node in self.dynamic and weight_of(node) not in self.dynamic)
 
 
+def rectifies(node: fx.Node) -> bool:
+    """Whether the node is an activation whose output is a gating site."""
+    rule = RULES.get(node.target) if node.op == "call_function" else None
+    return rule is not None and rule.rectifies
+
+
 def operand(node: fx.Node, name: str) -> Any:
     """What a call gives to the operand that the op's rule calls `name`: a node, a number, or None."""
     return RULES[node.target].operands(node.args, node.kwargs).get(name)
@@ -166,8 +171,10 @@ def positions_of(node: fx.Node) -> list[int]:
 
 
 def channel_dim(node: fx.Node) -> int:
-    """Where the channels of a value are: 1 behind a convolution or batch norm, last behind a linear layer or layer norm;
-    any other op has them where its input has them."""
+    """Where the channels of a value are: 1 behind a convolution or batch norm, last behind a linear or layer norm.
+
+    Any other op has them where its input has them.
+    """
     while node.op == "call_function":
         rule = RULES.get(node.target)
         if rule is not None and rule.channels is not None:

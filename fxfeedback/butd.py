@@ -85,6 +85,8 @@ class BUTD(nn.Module):
     ask for it, under `instruction_head`, `td_weights`, `td_biases`, `td_norms` and `task_heads`.
     """
 
+    _net: nn.Module  # like the user's model, with the same tensors and our modes
+
     OWN = ("instruction_head", "td_weights", "td_biases", "td_norms", "task_heads")
 
     def __init__(self, model: nn.Module, options: Options, example_inputs: Sequence[torch.Tensor]) -> None:
@@ -198,7 +200,7 @@ class BUTD(nn.Module):
 
     @torch.no_grad()
     def _gates(self, graphs: Graphs, instruction: torch.Tensor, ids: torch.Tensor | None) -> list[torch.Tensor]:
-        """The sites' gates, from one instruction pass; over the tasks rather than over the batch where that is shorter."""
+        """The sites' gates, from one instruction pass over the batch, or over all tasks where these are fewer."""
         if ids is None or graphs.instruction_size > len(ids) or self._instructions_mix():
             return graphs.gates(graphs.instruct(instruction))
         return [gates.index_select(0, ids) for gates in graphs.gates_of_all_tasks(like=instruction)]

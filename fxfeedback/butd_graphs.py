@@ -152,14 +152,14 @@ class Graphs:
             self._kept[key] = make()
         return self._kept[key]
 
-    # -- the instruction pass at run time -------------------------------------------------------------------------------
+    # -- the instruction pass at run time -----------------------------------------------------------------------------
 
     def instruct(self, instruction: torch.Tensor) -> dict[str, torch.Tensor]:
         run, names = self._keep("instruct", lambda: lift(self.td))
         return run(instruction, *(self.butd._fetch(name) for name in names))
 
     def gates(self, counters: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        """What the lateral connections take: the counter neurons, of each unit or channel; GaLU needs only their sign."""
+        """What the lateral connections take: counter neurons, of each unit or channel; GaLU needs only their sign."""
         by_channel = self.options.gating == "channel"
         values = [
             channel_mean(t, site) if by_channel else t for t, site in zip(counters.values(), self.sites, strict=True)

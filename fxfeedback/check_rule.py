@@ -25,8 +25,8 @@ def check_rule(rule: Rule) -> None:
     """Try `rule` on its examples.
 
     Raises:
-        AssertionError: an update differs from autograd's gradient by more than 1e-9 of its size, the fused kernels differ
-            from the rule, or the instruction's counter neuron has not the operand's shape.
+        AssertionError: an update differs from autograd's gradient by more than the example's tolerance, with the plain
+            rule or with its fused kernels, or the instruction's counter neuron has not the operand's shape.
         ValueError: the rule has no examples.
     """
     if not rule.examples:

@@ -146,7 +146,7 @@ def _out_of_place(target: Any) -> Any:
     return getattr(torch, name[:-1], None) or getattr(F, name[:-1], target)
 
 
-# -- openings: what forward does, in ops that have rules ----------------------------------------------------------------
+# -- openings: what forward does, in ops that have rules --------------------------------------------------------------
 
 
 def _call(function: Callable[..., Any], input: fx.Proxy, *args: Any) -> fx.Proxy:
@@ -249,5 +249,7 @@ OPENINGS: dict[Any, Callable[..., Any]] = {
     torch.conv2d: _named_padding,
     torch.conv3d: _named_padding,
 }
-"""nn.Module class or function -> the same in ops that have rules, or NotImplemented; every other module opens by its own
-forward."""
+"""nn.Module class or function -> the same in ops that have rules, or NotImplemented.
+
+Every other module opens by its own forward.
+"""

@@ -152,12 +152,12 @@ def _no_rule(node: fx.Node) -> str:
     name = fx.node._get_qualified_name(node.target) if callable(node.target) else str(node.target)
     known = {fx.node._get_qualified_name(target): target for target in RULES}
     return (
-        f"no rule for {name} (at node {_where(node)}){nearest(name, known)}. Add one with @fxfeedback.rules.rule({name}): "
-        "see 'Adding a rule' in CONTRIBUTING.md."
+        f"no rule for {name} (at node {_where(node)}){nearest(name, known)}. "
+        f"Add one with @fxfeedback.rules.rule({name}): see 'Adding a rule' in CONTRIBUTING.md."
     )
 
 
-# -- the instruction pass -----------------------------------------------------------------------------------------------
+# -- the instruction pass ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -226,12 +226,9 @@ def instruct(module: fx.GraphModule, root: nn.Module, how: Instructing) -> fx.Gr
     top = how.head
     if not how.through_head:
         t = emitter.create_proxy("call_module", "instruction_head", (t,), {})
-        top = RULES[how.head.target].operands(how.head.args, how.head.kwargs)["input"]
+        top = operand(how.head, "input")
     spec = top.meta["spec"]
-    channels = RULES[how.head.target].channels
-    t = t.reshape((-1, *along_channels(channels, spec)[1:])).expand(
-        [emitter.size(spec, d) for d in range(len(spec.shape))]
-    )
+    t = t.reshape((-1, *along_channels(channels_of(how.head), spec)[1:])).expand(emitter.sizes(spec))
 
     wanted = bu.below(how.sites)
     Walk(

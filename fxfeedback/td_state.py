@@ -69,7 +69,7 @@ def twins(
 
 
 def td_biases(weights: Mapping[str, fx.Node], fetch: Callable[[str], torch.Tensor], learn: bool) -> ByName:
-    """A bias behind the transpose of every linear layer and convolution, one per input channel, drawn as torch's are."""
+    """A bias per input channel behind the transpose of every linear layer and convolution, drawn as torch draws it."""
 
     def draw(weight: torch.Tensor, node: fx.Node) -> torch.Tensor:
         bound = 1 / math.sqrt(math.prod(weight.shape[1:]))

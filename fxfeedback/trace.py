@@ -11,6 +11,7 @@ import inspect
 import math
 import operator
 import re
+import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -279,14 +280,11 @@ def _is_torch(file: str) -> bool:
 
 
 def _line_of(error: BaseException) -> str:
-    frames = [frame for frame in inspect.getinnerframes(error.__traceback__) if not _is_torch(frame.filename)]
-    if not frames:
-        return ""
-    code = (frames[-1].code_context or [""])[0].strip()
-    return f" (at {frames[-1].filename}:{frames[-1].lineno}: {code})"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_torch(frame.filename)]
+    return f" (at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line})" if frames else ""
 
 
-# -- small parts of trace -----------------------------------------------------------------------------------------------
+# -- small parts of trace ---------------------------------------------------------------------------------------------
 
 
 def _defaults(model: nn.Module, n_inputs: int) -> dict[str, Any]:

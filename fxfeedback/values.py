@@ -104,8 +104,8 @@ class Unknown:
 
     def __getattr__(self, name: str) -> Any:
         raise RuleError(
-            f"a rule asked for .{name} of the BU value {self.node.meta.get('name')!r} in the instruction pass, where no BU "
-            "value exists yet: give the rule roles(instruct=..., error=...)"
+            f"a rule asked for .{name} of the BU value {self.node.meta.get('name')!r} in the instruction pass, where "
+            "no BU value exists yet: give the rule roles(instruct=..., error=...)"
         )
 
 

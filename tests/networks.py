@@ -6,7 +6,7 @@ from torch import nn
 
 
 class Residual(nn.Module):
-    """Every everyday layer once: residual sum, concatenation, chunk, a shared ReLU, squeeze-excitation, pooling, dropout."""
+    """Every everyday layer once: residual sum, cat, chunk, a shared ReLU, squeeze-excitation, pooling, dropout."""
 
     def __init__(self) -> None:
         super().__init__()

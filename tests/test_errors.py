@@ -55,7 +55,7 @@ BUILDING = {
         Exotic,
         {"input_size": (4,)},
         RuleError,
-        r"no rule for torch.cumsum \(at node 'cumsum', called at .*test_errors.py:\d+: return torch.cumsum.*CONTRIBUTING",
+        r"no rule for torch.cumsum \(at node 'cumsum', called at .*test_errors.py:\d+: return torch.cumsum.*ING.md",
     ),
     "unknown head": (
         mlp,
@@ -171,5 +171,5 @@ def test_per_task_heads_need_a_task():
 def test_a_name_that_is_taken():
     model = nn.Sequential()
     model.add_module("td_weights", nn.Linear(4, 3))
-    with pytest.raises(OptionError, match="'td_weights'.*rename it"):
+    with pytest.raises(OptionError, match=r"'td_weights'.*rename it"):
         fxfeedback.to_butd(model, input_size=(4,))

@@ -24,7 +24,7 @@ def test_every_rule_obeys_the_law(rule):
 def test_the_checker_finds_a_wrong_rule(monkeypatch):
     wrong = Rule("mul", lambda y, x, z: {"x": transpose(lambda t: t * 2.997)}, examples=[call(torch.mul, T(4, 3), 3)])
     monkeypatch.setitem(RULES, torch.mul, wrong)
-    with pytest.raises(AssertionError, match="update of x is off by 1.0e-03"):
+    with pytest.raises(AssertionError, match=r"update of x is off by 1.0e-03"):
         fxfeedback.check_rule(wrong)
 
 

@@ -27,7 +27,7 @@ CORES = {
 
 
 def our_name(name: str) -> str | None:
-    """The published tensor's name in our state dict; None where we have none: biases of the instruction head, aliases."""
+    """The published tensor's name in our state dict; None for aliases and for biases of the instruction head."""
     if name.startswith("core_net.layers."):
         return None
     if name.startswith("task_head."):

@@ -88,7 +88,9 @@ def test_noise_on_updates_is_one_draw_per_weight():
     model = three_layers()
     noisy = fxfeedback.to_butd(model, input_size=(4,), weights="separate", td_init="symmetric", update_noise=0.3)
     x = torch.randn(7, 4, dtype=torch.double)
-    expected = dict(zip(dict(model.named_parameters()), torch.autograd.grad(model(x).sum(), list(model.parameters()))))
+    expected = dict(
+        zip(dict(model.named_parameters()), torch.autograd.grad(model(x).sum(), list(model.parameters())), strict=True)
+    )
     factors = []
     for _ in range(200):
         noisy.zero_grad()

@@ -28,8 +28,11 @@ def sub(y, input, other, alpha=1):
 
 @rule(torch.mul, operator.mul)
 def mul(y, input, other):
-    """x z; where one is a weight, linear in the other; where both are BU values, the instruction goes to the larger as it
-    is and to the smaller (a squeeze-excitation's scale) averaged over what it was broadcast over"""
+    """x z: linear in each where the other is a weight.
+
+    Where both are BU values, the instruction goes to the larger as it is, and to the smaller (a squeeze-excitation's
+    scale) averaged over what it was broadcast over.
+    """
     return {
         "input": roles(
             instruct=lambda t: sum_to(t * other, input, y) if known(other) else mean_to(t, input, y),

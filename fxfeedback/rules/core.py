@@ -124,12 +124,17 @@ def rule(
 
     def register(table: Callable[..., dict[str, Roles]]) -> Rule:
         made = Rule(table.__name__, table, weight, rectifies, step, channels)
-        methods = [getattr(torch.Tensor, f.__name__, None) for f in targets if getattr(torch, f.__name__, None) is f]
-        made.targets = [*targets, *(method for method in methods if method)]
+        made.targets = [*targets, *filter(None, map(_tensor_method, targets))]
         RULES.update(dict.fromkeys(made.targets, made))
         return made
 
     return register
+
+
+def _tensor_method(function: Any) -> Any:
+    """torch.mul -> torch.Tensor.mul; None for a function that is not torch's or has no such method."""
+    name = getattr(function, "__name__", "")
+    return getattr(torch.Tensor, name, None) if getattr(torch, name, None) is function else None
 
 
 def fused(of: Rule, *, forward: Callable | None = None, applies: Callable[..., bool] | None = None) -> Callable:
@@ -167,7 +172,7 @@ def stretched(like: Any, y: Any) -> list[int]:
 
 
 def sum_to(t: Counter, like: Any, y: Any) -> Counter:
-    """`t`, which has y's shape, summed over the dimensions along which `like` was broadcast: broadcasting's transpose."""
+    """Broadcasting's transpose: `t`, which has y's shape, summed over the dimensions that `like` was stretched to."""
     dims = stretched(like, y)
     if dims == list(range(y.ndim - like.ndim)):
         return t.sum(dims) if dims else t

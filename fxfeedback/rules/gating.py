@@ -7,7 +7,7 @@ from fxfeedback.rules.examples import C, T, call
 def gate(value, open):
     """GaLU's BU side: `value` where its gate is open, 0 elsewhere.
 
-    open: 1 or 0 for each unit, broadcasting to value's shape; floats, which multiply several times faster than booleans.
+    open: 1 or 0 for each unit, broadcasting to value's shape; floats, as booleans multiply several times slower.
     """
     return value * open.to(value.dtype)
 

@@ -19,8 +19,9 @@ def standardized(input, dims, eps):
     return centred * rstd, rstd
 
 
-def through_statistics(e, normal, rstd, dims):
-    """The error through x̂ = (x - μ) / σ, where μ and σ depend on x: e less its mean and less its part along x̂, over σ."""
+def through_statistics(e, statistics, dims):
+    """The error through x̂ = (x - μ) / σ, where μ and σ depend on x: e less its mean and its part along x̂, over σ."""
+    normal, rstd = statistics
     return (e - e.mean(dims, keepdim=True) - normal * (e * normal).mean(dims, keepdim=True)) * rstd
 
 
@@ -45,7 +46,7 @@ def batch_norm(y, input, running_mean, running_var, weight=None, bias=None, trai
 
     def error(e):
         if training:
-            return through_statistics(scaled(e), *normal(), dims)
+            return through_statistics(scaled(e), normal(), dims)
         return instruct(e)
 
     return {
@@ -95,7 +96,7 @@ def layer_norm(y, input, normalized_shape, weight=None, bias=None, eps=1e-5):
         return e if weight is None else e * weight
 
     return {
-        "input": roles(instruct=scaled, error=lambda e: through_statistics(scaled(e), *normal(), over)),
+        "input": roles(instruct=scaled, error=lambda e: through_statistics(scaled(e), normal(), over)),
         "weight": update(lambda e: (e * normal()[0]).sum(others)),
         "bias": update(lambda e: e.sum(others)),
     }
@@ -131,7 +132,7 @@ def group_norm(y, input, num_groups, weight=None, bias=None, eps=1e-5):
     return {
         "input": roles(
             instruct=scaled,
-            error=lambda e: through_statistics(grouped(scaled(e)), *normal(), within).flatten(1, 2),
+            error=lambda e: through_statistics(grouped(scaled(e)), normal(), within).flatten(1, 2),
         ),
         "weight": update(lambda e: (e * normal()[0].flatten(1, 2)).sum(outside)),
         "bias": update(lambda e: e.sum(outside)),

@@ -20,8 +20,12 @@ def avg_pool(
     """The mean of every window, or its sum over divisor_override"""
     options = window(input, kernel_size, stride, padding)
 
+    def window_mean(i, eye):
+        k, s, p = options[i]
+        return F.avg_pool1d(eye, k, s, p, ceil_mode, count_include_pad)
+
     def spread(t):
-        means = matrices(t, input, lambda i, eye: F.avg_pool1d(eye, *options[i], ceil_mode, count_include_pad))
+        means = matrices(t, input, window_mean)
         if divisor_override is None:
             return along(t, means)
         return along(t, {d: (mean > 0).to(t.dtype) for d, mean in means.items()}) / divisor_override
@@ -87,7 +91,7 @@ def window(input, kernel_size, stride, padding, *more):
 
 
 def matrices(t, input, pool):
-    """For each spatial dimension the transpose of the matrix of a pooling: pool(i, identity) is (size before, size after)."""
+    """Spatial dimension -> the transposed matrix of a pooling along it: pool(i, identity), (before, after)."""
     return {d: pool(i, eye_like(t, input.shape[d])) for i, d in enumerate(spatial(input))}
 
 
