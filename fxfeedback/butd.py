@@ -192,7 +192,7 @@ class BUTD(nn.Module):
         tensors = dict(zip(names, values, strict=True)) | attributes
         wanted = frozenset(name for name, tensor in tensors.items() if tensor.requires_grad)
         if wanted and torch.is_grad_enabled() and self.options.learning == "counter_hebb":
-            halves = graphs.halves(instructed, wanted)
+            halves = graphs.halves(instructed, wanted, torch.is_autocast_enabled(values[0].device.type))
             values += [attributes[name] for name in halves.attributes]
             return halves.structure(*CounterHebb.apply(halves, (*names, *halves.attributes), *values))
         predict, needed = graphs.predict(instructed)

@@ -122,7 +122,7 @@ class Graphs:
         lateral = gate if self.options.exact else self.options.lateral_function
         return self._keep("predicting", lambda: gate_sites(self.bu, self.sites, lateral))
 
-    def learner(self, instructed: bool, wanted: frozenset[str]) -> fx.GraphModule:
+    def learner(self, instructed: bool, wanted: frozenset[str], autocast: bool = False) -> fx.GraphModule:
         learning = Learning(
             wanted=wanted,
             twins=self.twins,
@@ -130,13 +130,16 @@ class Graphs:
             noise=self.options.update_noise,
             lateral=None if self.options.exact else self.options.lateral_function,
             sites=frozenset(site.meta["name"] for site in self.sites),
+            autocast=autocast,
         )
         return self._keep(
-            ("learner", instructed, wanted), lambda: learner(self.predicting(instructed), self.butd, learning)
+            ("learner", instructed, wanted, autocast), lambda: learner(self.predicting(instructed), self.butd, learning)
         )
 
-    def halves(self, instructed: bool, wanted: frozenset[str]) -> Halves:
-        return self._keep(("halves", instructed, wanted), lambda: cut(self.learner(instructed, wanted)))
+    def halves(self, instructed: bool, wanted: frozenset[str], autocast: bool) -> Halves:
+        return self._keep(
+            ("halves", instructed, wanted, autocast), lambda: cut(self.learner(instructed, wanted, autocast))
+        )
 
     def predict(self, instructed: bool) -> tuple[fx.GraphModule, list[str]]:
         return self._keep(("predict", instructed), lambda: lift(self.predicting(instructed)))

@@ -36,6 +36,7 @@ class Learning:
     lateral: (error, BU value) -> error at the sites, in place of the exact derivative; None is GaLU, which is exact.
     sites: names of the gating sites; only an inexact lateral needs them.
     fused: PyTorch's fused kernels in place of the rules, where there are any.
+    autocast: whether the BU pass runs under autocast.
     """
 
     wanted: frozenset[str]
@@ -45,6 +46,7 @@ class Learning:
     lateral: Callable[[Any, Any], Any] | None = None
     sites: frozenset[str] = frozenset()
     fused: bool = True
+    autocast: bool = False
 
 
 def learner(module: fx.GraphModule, root: nn.Module, learning: Learning) -> fx.GraphModule:
@@ -97,6 +99,7 @@ def learner(module: fx.GraphModule, root: nn.Module, learning: Learning) -> fx.G
         ),
         fused=learning.fused,
         saved=saved,
+        autocast=learning.autocast,
     )
     counters = walk.run({leaf: seed for leaf, seed in seeds.items() if leaf in wanted})
     updates = _updates(bu, emitter, counters, values, learning)

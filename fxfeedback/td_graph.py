@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxfeedback.bottom_up import BottomUp, along_channels, batch_norm_of, channels_of, operand, weight_of
+from fxfeedback.bottom_up import BottomUp, along_channels, batch_norm_of, channels_of, is_floating, operand, weight_of
 from fxfeedback.errors import RuleError
 from fxfeedback.gates import switch_off_channels
 from fxfeedback.rules import RULES, Rule
@@ -34,6 +34,7 @@ class Walk:
         convolution: TD biases and norms.
     twin: weight node -> the TD weight that stands for it, or None.
     fused: whether fused kernels may stand in for rules; saved: what their forward handed out, by node.
+    autocast: whether BU values may have several dtypes, so that operands need casts.
     """
 
     bu: BottomUp
@@ -46,6 +47,7 @@ class Walk:
     twin: Callable[[fx.Node], Any] = lambda node: None
     fused: bool = False
     saved: Mapping[fx.Node, Any] = field(default_factory=dict)
+    autocast: bool = False
 
     def run(self, seeds: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
         """From the counter neurons `seeds` down to those of all wanted nodes."""
@@ -65,43 +67,55 @@ class Walk:
         """The counter neurons that `node` brings to its operands: pairs of a BU node and what is added to it."""
         if as_it_is:
             return [(source, t) for source in node.all_input_nodes[:1] if source in self.wanted]
-        rule, args, kwargs = self._call(node)
-        if rule is None:  # an element of a tuple
-            return [(node.args[0], {node.args[1]: t})]  # type: ignore[list-item]
-        operands = rule.operands(node.args, node.kwargs)
-        wanted = {name for name, operand in operands.items() if self._wants(operand)}
-        if (
-            self.fused
-            and self.role == "error"
-            and rule.fused
-            and rule.fused.applies(self.values(node), *args, **kwargs)
-        ):
-            results = rule.fused.error(t, self.values(node), self.saved.get(node, ()), wanted, *args, **kwargs)
-        else:
-            table = rule.table(self.values(node), *args, **kwargs)
-            results = {name: getattr(table[name], self.role)(t) for name in wanted}
-        if rule.weight and "input" in results:
-            results["input"] = self.depart(node, results["input"])
-        pairs = [pair for name in operands if name in results for pair in _zip(operands[name], results[name])]
-        return [(source, counter) for source, counter in pairs if source in self.wanted and counter is not None]
-
-    def _call(self, node: fx.Node) -> tuple[Rule | None, Any, Any]:
+        if _is_element(node):
+            return [(node.args[0], {node.args[1]: t})]
         rule = RULES.get(node.target)
-        if rule is None and _is_element(node):
-            return None, (), {}
         if rule is None:
             raise RuleError(_no_rule(node))
         try:
-            twin = self.twin(weight_of(node)) if rule.weight else None
+            operands = rule.operands(node.args, node.kwargs)
         except TypeError as error:
             raise RuleError(
-                f"the rule {rule.name!r} does not cover this call: {error} (at node {_where(node)})"
+                f"the rule {rule.name!r} does not take this call: {error} (at node {_where(node)})"
             ) from None
-        substitute = {weight_of(node): twin} if twin is not None else {}
-        for weight, value in substitute.items():
-            value.spec = weight.meta["spec"]
-        see = lambda source: substitute.get(source) if source in substitute else self.values(source)  # noqa: E731
-        return rule, _map(node.args, see), _map(node.kwargs, see)
+        wanted = {name for name, operand in operands.items() if self._wants(operand)}
+        results = self.apply(rule, node, t, wanted)
+        if rule.weight and "input" in results:
+            results["input"] = self.depart(node, results["input"])
+        pairs = [pair for name in operands if name in results for pair in _zip(operands[name], results[name])]
+        return [(source, self._cast(c, source)) for source, c in pairs if source in self.wanted and c is not None]
+
+    def apply(self, rule: Rule, node: fx.Node, t: Any, wanted: set[str]) -> dict[str, Any]:
+        """Operand name -> counter neuron, by the rule or by its fused kernel."""
+        y, (args, kwargs) = self.values(node), fx.node.map_arg((node.args, node.kwargs), self._see(rule, node, t))
+        if self.fused and rule.fused and rule.fused.applies(y, *args, **kwargs):
+            return rule.fused.error(t, y, self.saved.get(node, ()), wanted, *args, **kwargs)
+        table = rule.table(y, *args, **kwargs)
+        if not wanted <= set(table):
+            missing = ", ".join(sorted(wanted - set(table)))
+            raise RuleError(f"the rule {rule.name!r} brings no counter neuron to {missing} (at node {_where(node)})")
+        return {name: getattr(table[name], self.role)(t) for name in wanted}
+
+    def _see(self, rule: Rule, node: fx.Node, t: Any) -> Callable[[fx.Node], Any]:
+        """What the rule sees of each operand: a twin in the place of a weight; under autocast t's dtype."""
+        weight = weight_of(node) if rule.weight else None
+        like = t[0] if isinstance(t, list) else t
+
+        def see(source: fx.Node) -> Any:
+            value = self.twin(source) if source is weight else None
+            if value is None:
+                value = self.values(source)
+            if self.autocast and is_floating(source) and (rule.weight or source in self.bu.dynamic):
+                value = value.to(like.dtype)
+            if isinstance(value, Value):
+                value.spec = source.meta.get("spec")
+            return value
+
+        return see
+
+    def _cast(self, counter: Any, source: fx.Node) -> Any:
+        """Under autocast, the counter neuron in the dtype of its BU value."""
+        return counter.to(self.values(source).dtype) if self.autocast and not isinstance(counter, dict) else counter
 
     def _wants(self, operand: Any) -> bool:
         return any(
@@ -114,10 +128,7 @@ class Walk:
         if not isinstance(t, dict):
             return t
         some, specs = next(iter(t.values())), node.meta["spec"]
-        return [
-            t[i] if i in t else some.new_zeros([self.emitter.size(spec, d) for d in range(len(spec.shape))])
-            for i, spec in enumerate(specs)
-        ]
+        return [t[i] if i in t else some.new_zeros(self.emitter.sizes(spec)) for i, spec in enumerate(specs)]
 
 
 def _is_element(node: fx.Node) -> bool:
@@ -138,10 +149,6 @@ def _add(counters: dict[fx.Node, Any], node: fx.Node, t: Any) -> None:
 
 def _zip(operand: Any, counter: Any) -> list[tuple[fx.Node, Any]]:
     return list(zip(operand, counter, strict=True)) if isinstance(operand, (list, tuple)) else [(operand, counter)]
-
-
-def _map(arguments: Any, see: Callable[[fx.Node], Any]) -> Any:
-    return fx.node.map_arg(arguments, see)
 
 
 def _where(node: fx.Node) -> str:
