@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from fxfeedback.bottom_up import has_effect
 from fxfeedback.counter_hebb_pass import INPUT
+from fxfeedback.trace import is_structure, leaves_of
 
 
 @dataclass
@@ -58,8 +59,7 @@ def cut(joint: fx.GraphModule) -> Halves:
     module, attributes = lift(joint, [name for name in updates if not name.startswith(INPUT)])
     nodes = list(module.graph.nodes)
     outputs, updates = nodes[-1].args[0]  # type: ignore[misc]
-    leaves: list[fx.Node] = []
-    fx.map_arg(outputs, lambda node: leaves.append(node) if node not in leaves else None)
+    leaves = leaves_of(outputs)
 
     errors = {node for node in nodes if node.op == "placeholder" and "error" in node.meta}
     late = _closure(errors, nodes, lambda node: node.all_input_nodes)
@@ -91,7 +91,13 @@ def cut(joint: fx.GraphModule) -> Halves:
 
     shape = fx.Graph()
     places = {leaf: shape.placeholder(leaf.name) for leaf in leaves}
-    shape.output(fx.map_arg(outputs, places.__getitem__))
+
+    def rebuild(node: fx.Node) -> fx.Node:
+        if not is_structure(node):
+            return places[node]
+        return shape.call_function(node.target, *fx.map_arg((node.args, node.kwargs), rebuild))
+
+    shape.output(fx.map_arg(outputs, rebuild))
 
     return Halves(
         attributes,

@@ -10,7 +10,7 @@ from torch import fx
 from fxfeedback.errors import NodeNameError
 from fxfeedback.rules import RULES
 from fxfeedback.rules.core import CONSTANT
-from fxfeedback.trace import Spec, find_node
+from fxfeedback.trace import Spec, find_node, leaves_of
 
 
 class BottomUp:
@@ -66,9 +66,7 @@ class BottomUp:
 
     def output_leaves(self) -> list[fx.Node]:
         """The tensors that the model returns, in order, each once."""
-        leaves: list[fx.Node] = []
-        fx.map_arg(self.output, lambda node: leaves.append(node) if node not in leaves else None)
-        return [node for node in leaves if is_floating(node)]
+        return [node for node in leaves_of(self.output) if is_floating(node)]
 
     def sites(self, top: fx.Node, names: Sequence[str] | None = None) -> list[fx.Node]:
         """The gating sites that TD from `top` reaches: the rectifying activations, or the nodes called `names`."""

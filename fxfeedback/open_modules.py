@@ -57,8 +57,6 @@ class _Opener(fx.Tracer):
         with self._at(node):
             if node.op == "call_module":
                 value = self.open_module(self.root.get_submodule(str(node.target)), *args, **kwargs)
-            elif hasattr(node.target, "_fields"):  # a named tuple is structure, not an op
-                value = node.target(*args, **kwargs)  # type: ignore[operator]
             else:
                 name = node.name if node.op in ("placeholder", "get_attr") else None
                 value = self.create_proxy(node.op, node.target, args, kwargs, name)
@@ -100,8 +98,6 @@ class _Opener(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, torch.Tensor) and id(a) in self.names:
             return self.parameter(a).node
-        if isinstance(a, tuple) and hasattr(a, "_fields"):  # torch.fx would make a node of it
-            return type(a)(*(self.create_arg(element) for element in a))
         return super().create_arg(a)
 
     def parameter(self, tensor: torch.Tensor) -> fx.Proxy:

@@ -127,7 +127,7 @@ def _unpack_outputs(module: fx.GraphModule) -> None:
 
     def unpack(node: fx.Node) -> Any:
         specs = node.meta["spec"]
-        if not isinstance(specs, tuple):
+        if not isinstance(specs, tuple) or is_structure(node):
             return node
         elements = tuple(module.graph.call_function(operator.getitem, (node, i)) for i in range(len(specs)))
         for i, (element, spec) in enumerate(zip(elements, specs, strict=True)):
@@ -137,6 +137,25 @@ def _unpack_outputs(module: fx.GraphModule) -> None:
     with module.graph.inserting_before(output):
         output.args = fx.map_arg(output.args, unpack)
     module.recompile()
+
+
+def is_structure(node: fx.Node) -> bool:
+    """Whether the node only builds a named tuple of others."""
+    return node.op == "call_function" and hasattr(node.target, "_fields")
+
+
+def leaves_of(structure: Any) -> list[fx.Node]:
+    """The nodes in what a model returns, in order, each once; a named tuple stands for its elements."""
+    leaves: dict[fx.Node, None] = {}
+
+    def visit(node: fx.Node) -> None:
+        if is_structure(node):
+            fx.map_arg((node.args, node.kwargs), visit)
+        else:
+            leaves[node] = None
+
+    fx.map_arg(structure, visit)
+    return list(leaves)
 
 
 def _spec(small: Any, large: Any) -> Any:
