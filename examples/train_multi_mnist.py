@@ -28,12 +28,12 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 import torchvision
-from multi_mnist import SIDE, SPLIT_SEED, TASKS, Composites, DataError, draw_composites, embedded_digits, mnist_digits
-from multi_mnist_plots import figures
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import fxfeedback
+from multi_mnist import SIDE, SPLIT_SEED, TASKS, Composites, DataError, draw_composites, embedded_digits, mnist_digits
+from multi_mnist_plots import figures
 
 EMBEDDING = 50  # size of the instruction's embedding, as published
 EVALUATION_BATCH = 500

@@ -29,8 +29,14 @@ class BottomUp:
         return digraph
 
     @cached_property
+    def depending_on_inputs(self) -> set[fx.Node]:
+        """The nodes that do not exist before the inputs do: BU values, and their sizes."""
+        inputs = [node for node in self.nodes if node.op == "placeholder"]
+        return set(inputs).union(*(nx.descendants(self.digraph, node) for node in inputs))
+
+    @cached_property
     def dynamic(self) -> set[fx.Node]:
-        """The nodes that depend on the model's input."""
+        """The BU values: nodes that depend on the model's input and that a counter neuron can reach."""
         return self.below(node for node in self.nodes if node.op == "placeholder")
 
     def below(self, starts: Iterable[fx.Node]) -> set[fx.Node]:

@@ -16,7 +16,7 @@ from fxfeedback.bottom_up import BottomUp, along_channels, batch_norm_of, channe
 from fxfeedback.errors import RuleError
 from fxfeedback.gates import switch_off_channels
 from fxfeedback.rules import RULES, Rule
-from fxfeedback.trace import nearest, user_line
+from fxfeedback.trace import user_line
 from fxfeedback.values import Emitter, Unknown, Value
 
 
@@ -156,11 +156,10 @@ def _where(node: fx.Node) -> str:
 
 
 def _no_rule(node: fx.Node) -> str:
-    name = fx.node._get_qualified_name(node.target) if callable(node.target) else str(node.target)
-    known = {fx.node._get_qualified_name(target): target for target in RULES}
+    name = fx.node._get_qualified_name(node.target)
     return (
-        f"no rule for {name} (at node {_where(node)}){nearest(name, known)}. "
-        f"Add one with @fxfeedback.rules.rule({name}): see 'Adding a rule' in CONTRIBUTING.md."
+        f"no rule for {name} (at node {_where(node)}). Add one with @fxfeedback.rules.rule({name}): "
+        "see 'Adding a rule' in CONTRIBUTING.md."
     )
 
 
@@ -202,7 +201,7 @@ def instruct(module: fx.GraphModule, root: nn.Module, how: Instructing) -> fx.Gr
     constants: dict[fx.Node, Value] = {}
 
     def see(node: fx.Node) -> Any:
-        if node in bu.dynamic:
+        if node in bu.depending_on_inputs:
             return Unknown(emitter, node)
         if node not in constants:
             for source in node.all_input_nodes:

@@ -45,6 +45,10 @@ class ByName(nn.Module):
         """The dotted names."""
         return list(self.names)
 
+    def values(self) -> list[Any]:
+        """The parameters or modules."""
+        return [self[name] for name in self.names]
+
     def items(self) -> list[tuple[str, Any]]:
         """(dotted name, parameter or module) pairs."""
         return [(name, self[name]) for name in self.names]

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from networks import build
 from torch import nn
 
 import fxfeedback
 from fxfeedback.errors import InputError, NodeNameError, OptionError, RuleError, TraceError
+from networks import build
 
 
 class BranchesOnValues(nn.Module):

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import build
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import fxfeedback
+from networks import build
 
 
 class Site(torch.autograd.Function):

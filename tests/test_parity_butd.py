@@ -14,8 +14,9 @@ import fxfeedback
 PARITY = Path(__file__).parent / "parity"
 sys.path += [str(PARITY), str(PARITY.parent)]
 
-import published_nets  # noqa: E402
 from fill import fill, fill_input  # noqa: E402
+
+import published_nets  # noqa: E402
 
 CASES = sorted(path.stem for path in PARITY.glob("butd_*.json"))
 CORES = {

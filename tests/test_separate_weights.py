@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import build
 from torch import nn
 
 import fxfeedback
+from networks import build
 
 
 def angle(w: torch.Tensor, v: torch.Tensor) -> float:

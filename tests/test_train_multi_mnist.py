@@ -5,15 +5,16 @@ import json
 import struct
 from pathlib import Path
 
-import multi_mnist
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-import train_multi_mnist
-from multi_mnist import DataError, Digits
 from PIL import Image
 from torch import nn
+
+import multi_mnist
+import train_multi_mnist
+from multi_mnist import DataError, Digits
 
 TINY = ["--train-size", "64", "--test-size", "20", "--batch-size", "16", "--epochs", "2", "--device", "cpu"]
 RESULTS = {"metrics.json", "model.safetensors", "learning_curves.png", "active_share.png", "overlap.png"}

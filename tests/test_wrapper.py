@@ -6,12 +6,12 @@ import io
 import pytest
 import torch
 import torchvision
-from networks import build
 from torch import nn
 from torch.nn.utils import parametrizations
 from torchvision.models.feature_extraction import get_graph_node_names
 
 import fxfeedback
+from networks import build
 
 
 def law_holds(model: nn.Module, butd: nn.Module, *inputs: torch.Tensor) -> None:
@@ -89,6 +89,16 @@ def test_modes_follow_the_user_even_module_by_module():
         model.norm.running_mean.copy_(statistics)
         torch.manual_seed(0)
         assert torch.allclose(butd(x), expected, rtol=1e-12)
+
+
+def test_what_fxfeedback_adds_is_no_part_of_the_model():
+    """A Sequential runs all its children; the instruction head must not become one when a new graph is traced."""
+    model, x = build("convnet", train=False)
+    butd = fxfeedback.to_butd(model, n_tasks=2, input_size=(2, 6, 6), weights="separate", td_bias=True)
+    before = butd(x, 1)
+    butd.train()(x, 1)
+    assert [name for name, _ in model.named_children()] == [str(i) for i in range(11)]
+    assert butd.eval()(x).shape == before.shape
 
 
 def test_auxiliary_heads_come_in_training_mode_only():

@@ -169,6 +169,18 @@ def prelu(y, input, weight):
     }
 
 
+@rule(F.softmax, torch.softmax)
+def softmax(y, input, dim, **options):
+    """exp x / Σ exp x over dim"""
+    return pointwise(lambda e: y * (e - (e * y).sum(dim, keepdim=True)))
+
+
+@rule(F.log_softmax, torch.log_softmax)
+def log_softmax(y, input, dim, **options):
+    """x - log Σ exp x over dim"""
+    return pointwise(lambda e: e - torch.exp(y) * e.sum(dim, keepdim=True))
+
+
 relu.examples = [call(F.relu, T(4, 5)), call(torch.relu, T(4, 5, 2))]
 leaky_relu.examples = [call(F.leaky_relu, T(4, 5)), call(F.leaky_relu, T(4, 5), 0.3)]
 relu6.examples = [call(F.relu6, T(200, 5))]
@@ -185,3 +197,5 @@ hardsigmoid.examples = [
 ]
 softplus.examples = [call(F.softplus, T(4, 5)), call(F.softplus, T(4, 5), beta=2.0, threshold=1.0)]
 prelu.examples = [call(F.prelu, T(4, 5, 3), T(5)), call(F.prelu, T(4, 5), T(1))]
+softmax.examples = [call(F.softmax, T(4, 5), 1), call(lambda x: x.softmax(-1), T(4, 5, 3))]
+log_softmax.examples = [call(F.log_softmax, T(4, 5, 3), dim=1)]
