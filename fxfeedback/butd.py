@@ -221,7 +221,7 @@ class BUTD(nn.Module):
     def _fetch(self, name: str) -> torch.Tensor:
         """The parameter or buffer `name`, computed anew where it is parametrized."""
         path, _, leaf = name.rpartition(".")
-        return getattr(self.get_submodule(path), leaf)
+        return getattr(self.get_submodule(path) if path else self._net, leaf)
 
     def _of(self, node: fx.Node) -> torch.Tensor:
         return self._fetch(str(node.target))

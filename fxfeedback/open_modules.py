@@ -15,8 +15,9 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 from torchvision.ops import stochastic_depth
 
+from fxfeedback.errors import RuleError
 from fxfeedback.rules.core import as_tuple
-from fxfeedback.trace import is_operator_in_place
+from fxfeedback.trace import is_operator_in_place, user_line
 
 OUT_OF_PLACE = {
     operator.iadd: operator.add,
@@ -49,7 +50,7 @@ class _Opener(fx.Tracer):
         self.graph = fx.Graph(tracer_cls=type(self))
         self.names = _tensor_names(module)
         self.values: dict[fx.Node, Any] = {}
-        self.present: fx.Node | None = None
+        self.present: Any = None  # the node that is being opened
 
     def open(self, node: fx.Node) -> None:
         args = fx.map_arg(node.args, self.values.__getitem__)
@@ -68,7 +69,15 @@ class _Opener(fx.Tracer):
 
     def open_module(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         opening = next((OPENINGS[kind] for kind in type(module).__mro__ if kind in OPENINGS), None)
-        return opening(module, *args, **kwargs) if opening else module.forward(*args, **kwargs)
+        try:
+            return opening(module, *args, **kwargs) if opening else module.forward(*args, **kwargs)
+        except Exception as error:
+            node = self.present
+            raise RuleError(
+                f"torch.nn.{type(module).__name__} does not open into ops that have rules: {error} "
+                f"(at node {node.meta['name']!r}{user_line(node)}). Write that part in torch functions, or leave it "
+                "outside of what is converted."
+            ) from error
 
     @contextmanager
     def _at(self, node: fx.Node) -> Iterator[None]:

@@ -57,6 +57,12 @@ BUILDING = {
         RuleError,
         r"no rule for torch.cumsum \(at node 'cumsum', called at .*test_errors.py:\d+: return torch.cumsum.*ING.md",
     ),
+    "a module that does not open": (
+        lambda: nn.Sequential(nn.Linear(4, 4), nn.GRUCell(4, 4)),
+        {"input_size": (4,)},
+        RuleError,
+        r"torch.nn.GRUCell does not open into ops that have rules.*at node '1'",
+    ),
     "unknown head": (
         mlp,
         {"input_size": (4,), "head": "layer2"},
@@ -64,7 +70,7 @@ BUILDING = {
         r"no node is called 'layer2'.*node_names",
     ),
     "unknown head, near": (
-        lambda: nn.Sequential(first=nn.Linear(4, 4)) if False else TwoEnds(),
+        TwoEnds,
         {"input_size": (4,), "head": "lef"},
         NodeNameError,
         r"did you mean 'left'",
