@@ -1,0 +1,109 @@
+"""Each step of the pipeline takes a graph and returns one, and can be used alone."""
+
+import networkx as nx
+import pytest
+import torch
+from torch import fx
+
+import fxfeedback
+from fxfeedback.bottom_up import BottomUp
+from fxfeedback.open_modules import open_modules
+from fxfeedback.rules import RULES
+from fxfeedback.trace import annotate_shapes, share, trace
+from networks import LARGE, build
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", ["residual", *LARGE])
+def test_tracing_and_opening_change_nothing(name, train):
+    model, x = build(name, train)
+    model, x = model.float(), x.float()
+    results = []
+    for step in (lambda net: net, trace, lambda net: open_modules(trace(net))):
+        network = step(share(model))
+        state = {key: value.clone() for key, value in model.state_dict().items()}
+        torch.manual_seed(0)
+        results.append([network(x.clone()), *(b.clone() for b in model.buffers())])
+        model.load_state_dict(state)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+@pytest.mark.parametrize("name", ["residual", *LARGE])
+def test_opened_graphs_are_functional_and_named(name):
+    model, _ = build(name, train=True)
+    traced = trace(share(model))
+    opened = open_modules(traced)
+    kinds = {node.op for node in opened.graph.nodes}
+    assert kinds == {"placeholder", "get_attr", "call_function", "output"}
+    names = [node.meta["name"] for node in opened.graph.nodes if node.op == "call_function"]
+    assert len(set(names)) == len(names)
+    kept = {node.meta["name"] for node in traced.graph.nodes if node.op.startswith("call")}
+    # What computes nothing (identity, dropout that is off) leaves no node behind; every other node keeps its name.
+    assert len(kept - set(names)) <= sum(isinstance(m, torch.nn.Identity) for m in model.modules())
+    in_place = [n for n in opened.graph.nodes if getattr(n.target, "__name__", "").endswith("_")]
+    assert {n.args[0].target.rpartition(".")[2] for n in in_place} <= {"num_batches_tracked"}
+
+
+def test_shapes_say_what_grows_with_the_batch():
+    class Windows(torch.nn.Module):
+        def forward(self, x):
+            windows = x.unfold(1, 4, 4).reshape(-1, 4)
+            return torch.cat([windows, windows]), windows.t(), x.mean()
+
+    module = trace(Windows())
+    annotate_shapes(module, (torch.empty(5, 12),))
+    cat, transposed, mean = (node.meta["spec"] for node in module.graph.output_node().args[0])
+    assert cat.sizes == (None, 4) and cat.per_sample == (6, 0)
+    assert transposed.sizes == (4, None) and transposed.per_sample == (0, 3)
+    assert mean.sizes == ()
+
+
+@pytest.mark.parametrize("name", ["residual", *LARGE])
+def test_the_head_is_the_last_layer_that_all_paths_cross(name):
+    """Without the head no path is left; without any later linear layer or convolution there still is one."""
+    model, x = build(name, train=False)
+    module = open_modules(trace(share(model)))
+    annotate_shapes(module, (x,))
+    bu = BottomUp(module.graph)
+    head, start, end = bu.find_head(None), bu.inputs[0], bu.nodes[-1]
+
+    def connected_without(node: fx.Node) -> bool:
+        graph = bu.digraph.copy()
+        graph.remove_node(node)
+        return nx.has_path(graph, start, end)
+
+    assert not connected_without(head)
+    later = bu.nodes[bu.nodes.index(head) + 1 :]
+    assert all(connected_without(node) for node in later if bu.is_weighted(node))
+
+
+def test_the_graphs_can_be_printed():
+    model, _ = build("residual", train=False)
+    butd = fxfeedback.to_butd(model, n_tasks=2, input_size=(2, 6, 6))
+    for graph in (butd.bu, butd.td, butd.learner):
+        assert isinstance(graph, fx.GraphModule)
+        assert "depthwise_weight" in graph.code
+        graph.graph.lint()
+    instruction = torch.eye(2, dtype=torch.double)
+    for ours, theirs in zip(butd.td(instruction).values(), butd.counter_neurons(instruction).values(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_the_printed_learner_is_what_loss_backward_runs():
+    model, x = build("convnet", train=False)
+    butd = fxfeedback.to_butd(model, n_tasks=2, input_size=(2, 6, 6))
+    gates = [(t > 0).double() for t in butd.counter_neurons([0, 1, 1, 0]).values()]
+    error = torch.randn(4, 5, dtype=torch.double)
+    outputs, updates = butd.learner(x, *gates, error)
+    logits = butd(x, [0, 1, 1, 0])
+    logits.backward(error)
+    assert torch.equal(outputs, logits)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(updates[name], parameter.grad)
+
+
+def test_every_op_has_one_rule_and_every_rule_says_its_formula():
+    for target, rule in RULES.items():
+        assert target in rule.targets
+        assert rule.table.__doc__ and rule.examples
