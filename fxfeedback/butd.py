@@ -1,6 +1,6 @@
 """`to_butd`: an instructed BU-TD network around any traceable model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,11 +10,12 @@ from fxfeedback import td_state
 from fxfeedback.autograd_bridge import CounterHebb
 from fxfeedback.bottom_up import operand
 from fxfeedback.butd_graphs import Graphs
-from fxfeedback.errors import InputError, OptionError
+from fxfeedback.errors import InputError
 from fxfeedback.instruction import read_instruction
 from fxfeedback.options import Lateral, Options
 from fxfeedback.task_heads import TaskHeads
-from fxfeedback.trace import example_for, share
+from fxfeedback.trace import example_for
+from fxfeedback.wrapper import Wrapper, stand_ins
 
 
 def to_butd(
@@ -78,35 +79,21 @@ def to_butd(
     return BUTD(model, Options(**options), example_inputs or example_for(model, input_size))
 
 
-class BUTD(nn.Module):
+class BUTD(Wrapper):
     """An instructed BU-TD network, made by `to_butd`.
 
     Parameters and buffers of the user's model are attributes under their own names. Further state lies, where options
     ask for it, under `instruction_head`, `td_weights`, `td_biases`, `td_norms` and `task_heads`.
     """
 
-    _net: nn.Module  # like the user's model, with the same tensors and our modes
-
     OWN = ("instruction_head", "td_weights", "td_biases", "td_norms", "task_heads")
 
     def __init__(self, model: nn.Module, options: Options, example_inputs: Sequence[torch.Tensor]) -> None:
-        super().__init__()
-        self._adopt(share(model))
+        super().__init__(model)
         self.options = options
-        self._examples = [torch.empty(1, *x.shape[1:], dtype=x.dtype, device="meta") for x in example_inputs]
-        self._cache: dict[Any, Graphs] = {}
+        self._examples = stand_ins(example_inputs)
         self._add_td_state()
         self._graphs(self._examples).check()
-
-    def _adopt(self, net: nn.Module) -> None:
-        """Hold the tensors and submodules of `net` as our own."""
-        taken = [name for name in self.OWN if hasattr(net, name)]
-        if taken:
-            raise OptionError(f"the model's attribute {taken[0]!r} has a name that fxfeedback needs: rename it")
-        self.training = net.training
-        self._parameters, self._buffers, self._modules = net._parameters, net._buffers, dict(net._modules)
-        self._non_persistent_buffers_set = net._non_persistent_buffers_set
-        object.__setattr__(self, "_net", net)  # to be traced; as an attribute only, or its tensors would count twice
 
     def _add_td_state(self) -> None:
         """Make the parameters and modules that the options ask for."""
@@ -214,44 +201,12 @@ class BUTD(nn.Module):
         takes_ids = self.options.instruction_size is None
         return read_instruction(task, graphs.instruction_size, batch, self._like(), takes_ids)
 
-    def _like(self) -> torch.Tensor:
-        """A tensor of our dtype, on our device."""
-        return next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
-
-    def _fetch(self, name: str) -> torch.Tensor:
-        """The parameter or buffer `name`, computed anew where it is parametrized."""
-        path, _, leaf = name.rpartition(".")
-        return getattr(self.get_submodule(path) if path else self._net, leaf)
-
     def _of(self, node: fx.Node) -> torch.Tensor:
         return self._fetch(str(node.target))
 
     def _graphs(self, inputs: Sequence[torch.Tensor]) -> Graphs:
         """The graphs for inputs of this size in the present mode of every module; built once."""
-        children = (child for name, child in self.named_children() if name not in self.OWN)
-        modes = (self.training, *(module.training for child in children for module in child.modules()))
-        key = (modes, tuple(x.shape[1:] for x in inputs))
+        key = (self._modes(), tuple(x.shape[1:] for x in inputs))
         if key not in self._cache:
-            self._cache[key] = Graphs(self, [x[:1].to("meta") for x in inputs])
+            self._cache[key] = Graphs(self, stand_ins(inputs))
         return self._cache[key]
-
-    def train(self, mode: bool = True) -> "BUTD":
-        """As nn.Module.train."""
-        self._net.training = mode
-        return super().train(mode)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "BUTD":
-        """As nn.Module._apply; buffers keep their identity, as parameters do, so that the user's model follows."""
-        before = [(module._buffers, dict(module._buffers)) for module in self.modules()]
-        super()._apply(fn, recurse)
-        for buffers, kept in before:
-            for name, old in kept.items():
-                new = buffers[name]
-                if old is not None and new is not None and torch._has_compatible_shallow_copy_type(old, new):
-                    old.data = new
-                    buffers[name] = old
-        self._cache.clear()
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": {}}

@@ -1,0 +1,75 @@
+"""What every module that fxfeedback returns has in common: it holds a model's tensors as its own, and traces it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from fxfeedback.errors import OptionError
+from fxfeedback.trace import share
+
+
+class Wrapper(nn.Module):
+    """A module with the parameters, buffers and submodules of a user's model, under their own names.
+
+    The user's model is neither changed nor kept: `_net` is a copy of its modules that shares its tensors. Graphs made
+    from it are kept in `_cache`, by mode and whatever else they depend on.
+    """
+
+    OWN: tuple[str, ...] = ()
+    """Names of the submodules that the wrapper adds."""
+
+    _net: nn.Module  # like the user's model, with the same tensors and our modes
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        net = share(model)
+        taken = [name for name in self.OWN if hasattr(net, name)]
+        if taken:
+            raise OptionError(f"the model's attribute {taken[0]!r} has a name that fxfeedback needs: rename it")
+        self.training = net.training
+        self._parameters, self._buffers, self._modules = net._parameters, net._buffers, dict(net._modules)
+        self._non_persistent_buffers_set = net._non_persistent_buffers_set
+        object.__setattr__(self, "_net", net)  # as an attribute only, or its tensors would count twice
+        self._cache: dict[Any, Any] = {}
+
+    def _modes(self) -> tuple[bool, ...]:
+        """The mode of every module of the model."""
+        children = (child for name, child in self.named_children() if name not in self.OWN)
+        return (self.training, *(module.training for child in children for module in child.modules()))
+
+    def _like(self) -> torch.Tensor:
+        """A tensor of our dtype, on our device."""
+        return next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
+
+    def _fetch(self, name: str) -> torch.Tensor:
+        """The parameter or buffer `name`, computed anew where it is parametrized."""
+        path, _, leaf = name.rpartition(".")
+        return getattr(self.get_submodule(path) if path else self._net, leaf)
+
+    def train(self, mode: bool = True) -> Self:
+        """As nn.Module.train."""
+        self._net.training = mode
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """As nn.Module._apply; buffers keep their identity, as parameters do, so that the user's model follows."""
+        before = [(module._buffers, dict(module._buffers)) for module in self.modules()]
+        super()._apply(fn, recurse)
+        for buffers, kept in before:
+            for name, old in kept.items():
+                new = buffers[name]
+                if old is not None and new is not None and torch._has_compatible_shallow_copy_type(old, new):
+                    old.data = new
+                    buffers[name] = old
+        self._cache.clear()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": {}}
+
+
+def stand_ins(example_inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """One-sample tensors without data, of the examples' sizes and dtypes."""
+    return [torch.empty(1, *x.shape[1:], dtype=x.dtype, device="meta") for x in example_inputs]
