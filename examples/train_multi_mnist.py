@@ -62,7 +62,7 @@ class Recipe:
 
 
 RECIPES = {
-    "convnet": Recipe(epochs=16, batch_size=128, lr=1e-3, lr_decay=None, weight_decay=0.0, augment=True),
+    "convnet": Recipe(epochs=36, batch_size=128, lr=1e-3, lr_decay=None, weight_decay=0.0, augment=True),
     "published": Recipe(epochs=30, batch_size=64, lr=5e-4, lr_decay=0.95, weight_decay=0.0, augment=False),
 }
 TORCHVISION_RECIPE = Recipe(epochs=5, batch_size=64, lr=5e-4, lr_decay=None, weight_decay=0.0, augment=True)

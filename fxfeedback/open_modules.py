@@ -27,10 +27,14 @@ OUT_OF_PLACE = {
 }
 
 
-def open_modules(module: fx.GraphModule) -> fx.GraphModule:
-    """The same computation as `module`, in functional out-of-place ops with the same names."""
+def open_modules(module: fx.GraphModule, strict: bool = True) -> fx.GraphModule:
+    """The same computation as `module`, in functional out-of-place ops with the same names.
+
+    Raises:
+        RuleError: a torch.nn module does not open, and `strict`; otherwise it stays closed.
+    """
     with parametrize.cached():
-        opener = _Opener(module)
+        opener = _Opener(module, strict)
         for node in module.graph.nodes:
             opener.open(node)
     for node in opener.graph.nodes:
@@ -44,9 +48,10 @@ def open_modules(module: fx.GraphModule) -> fx.GraphModule:
 class _Opener(fx.Tracer):
     """One walk over a traced graph; `values` maps its nodes to proxies of the opened graph."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: fx.GraphModule, strict: bool) -> None:
         super().__init__()
         self.root = module
+        self.strict = strict
         self.graph = fx.Graph(tracer_cls=type(self))
         self.names = _tensor_names(module)
         self.values: dict[fx.Node, Any] = {}
@@ -73,6 +78,8 @@ class _Opener(fx.Tracer):
             return opening(module, *args, **kwargs) if opening else module.forward(*args, **kwargs)
         except Exception as error:
             node = self.present
+            if not self.strict:
+                return self.create_proxy("call_module", node.target, args, kwargs)
             raise RuleError(
                 f"torch.nn.{type(module).__name__} does not open into ops that have rules: {error} "
                 f"(at node {node.meta['name']!r}{user_line(node)}). Write that part in torch functions, or leave it "
@@ -115,7 +122,9 @@ class _Opener(fx.Tracer):
         for node in self.graph.nodes:
             if node.op == "get_attr" and node.target == name:
                 return self.proxy(node)
-        return super().create_proxy("get_attr", name, (), {})
+        proxy = super().create_proxy("get_attr", name, (), {})
+        proxy.node.meta["name"] = name
+        return proxy
 
 
 def _tensor_names(module: nn.Module) -> dict[int, str]:

@@ -1,0 +1,286 @@
+"""`add_feedback`: long-range modulatory connections between named nodes of any traceable model."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxfeedback.autograd_bridge import lift
+from fxfeedback.bottom_up import BottomUp, channel_dim
+from fxfeedback.errors import InputError, NodeNameError, OptionError
+from fxfeedback.modulation import Modulation
+from fxfeedback.open_modules import open_modules
+from fxfeedback.rewrite import Link, Unrolling, channels_last, unroll
+from fxfeedback.trace import Spec, annotate_shapes, example_for, find_node, trace
+from fxfeedback.wrapper import Wrapper, stand_ins
+
+State = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Connection:
+    """One LRM connection, from the node `source` to the node `destination`.
+
+    order: "norm-squash-resize", or "resize-norm-squash"; norm: "layer", or "channel"; resize: "bilinear", "bicubic" or
+    "area" (see `Modulation`). activation: "relu" or "none" behind the modulated destination; "auto": ReLU for vectors
+    and channel-first maps, as published, none for channel-last maps.
+    """
+
+    source: str
+    destination: str
+    order: str = "norm-squash-resize"
+    norm: str = "layer"
+    resize: str = "bilinear"
+    activation: str = "auto"
+
+
+@dataclass(frozen=True)
+class Steering:
+    """What a source hands on instead of its own activation: alpha * activation + (1 - alpha) * its signal.
+
+    activation: shaped like the source's, or with batch 1. strength: factor on the connection's scales, one number or
+    (negative, positive).
+    """
+
+    source: str
+    activation: torch.Tensor
+    strength: float | Sequence[float] | torch.Tensor = 1.0
+    alpha: float | torch.Tensor = 1.0
+
+
+def add_feedback(
+    model: nn.Module,
+    connections: Iterable[Any],
+    passes: int = 2,
+    *,
+    input_size: Sequence[int] | None = None,
+    example_inputs: Sequence[torch.Tensor] | None = None,
+) -> "FeedbackModel":
+    """Add long-range modulatory connections to a model and run it in several passes.
+
+    In each pass a destination y becomes relu(y + y Σ m), where m comes from its sources' values: of the previous pass
+    for a source that runs later (feedback), of the present pass for one that runs earlier (skip). A destination without
+    a signal is left alone, so the first pass of a feedback-only model is the model ("Cognitive Steering in Deep Neural
+    Networks via Long-Range Modulatory Feedback Connections", NeurIPS 2023).
+
+    Args:
+        model: any module that torch.fx can trace. It stays as it is; its parameters are shared, not copied.
+        connections: pairs (source, destination), dicts, or `Connection`s; names as `node_names` gives them.
+        passes: how many passes a call makes unless it says otherwise.
+        input_size: size of one input without its batch; default 224 by 224 with the first convolution's channels.
+        example_inputs: instead of input_size, for several inputs: tensors with a batch dimension.
+
+    Raises:
+        NodeNameError: a name that no node has, or one that cannot be source or destination.
+        OptionError: options that do not exist or do not go together, a connection given twice.
+        TraceError: torch.fx cannot trace the model, or it does not run at this size.
+    """
+    made = [_connection(connection) for connection in connections]
+    return FeedbackModel(model, made, passes, example_inputs or example_for(model, input_size))
+
+
+class FeedbackModel(Wrapper):
+    """A model with LRM connections, made by `add_feedback`.
+
+    Parameters and buffers of the user's model are attributes under their own names; the connections' blocks lie under
+    `modulations`.
+    """
+
+    OWN = ("modulations",)
+
+    def __init__(
+        self, model: nn.Module, connections: Sequence[Connection], passes: int, examples: Sequence[torch.Tensor]
+    ) -> None:
+        super().__init__(model)
+        _check_passes(passes)
+        self.connections, self.passes = tuple(connections), passes
+        self._examples = stand_ins(examples)
+        bu = self._bottom_up()
+        _check_connections(bu, self.connections)
+        blocks = {_block_name(c): _block(bu, c).to(self._like()) for c in self.connections}
+        self.modulations = nn.ModuleDict(blocks)
+
+    def forward(
+        self,
+        *inputs: torch.Tensor,
+        passes: int | None = None,
+        steering: Any = (),
+        steer_first_pass: bool = False,
+        return_all: bool = True,
+    ) -> Any:
+        """The model's output of every pass, a list; with return_all=False that of the last pass.
+
+        Args:
+            inputs: the model's own.
+            passes: how many; default as the model was made.
+            steering: a `Steering` or a dict, or several; applied after every pass.
+            steer_first_pass: apply it before the first pass, too.
+
+        Raises:
+            InputError: a steering activation of the wrong shape.
+            NodeNameError: a steered node that is no source.
+        """
+        return self._run(inputs, passes, None, steering, steer_first_pass, return_all)[0]
+
+    def unroll(
+        self,
+        *inputs: torch.Tensor,
+        passes: int | None = None,
+        state: State | None = None,
+        steering: Any = (),
+        steer_first_pass: bool = False,
+        return_all: bool = True,
+    ) -> tuple[Any, State]:
+        """As the call, from the state of an earlier call on; returns (outputs, state)."""
+        return self._run(inputs, passes, state, steering, steer_first_pass, return_all)[:2]
+
+    def readout(self, *inputs: torch.Tensor, nodes: Sequence[str] = (), **options: Any) -> list[dict[str, Any]]:
+        """For every pass a dict: node name -> its value; for a destination also before, modulation, after."""
+        if not nodes and inputs and not isinstance(inputs[-1], torch.Tensor):
+            inputs, nodes = inputs[:-1], inputs[-1]
+        names = tuple(find_node(self._bottom_up().graph, name).meta["name"] for name in nodes)
+        return self._run(inputs, options.pop("passes", None), None, readout=names, **options)[2]
+
+    def unrolled(self, passes: int | None = None) -> fx.GraphModule:
+        """The flat graph of this many passes: inputs -> (outputs, state, readouts)."""
+        return self._unrolled(Unrolling(self.passes if passes is None else passes))[0]
+
+    def modulation(self, source: str, destination: str) -> Modulation:
+        """The block of one connection."""
+        for connection in self.connections:
+            if (connection.source, connection.destination) == (source, destination):
+                return self.modulations[_block_name(connection)]  # type: ignore[return-value]
+        known = ", ".join(f"{c.source} -> {c.destination}" for c in self.connections)
+        raise NodeNameError(f"there is no connection {source} -> {destination}; there are: {known}")
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _run(
+        self,
+        inputs: Sequence[torch.Tensor],
+        passes: int | None,
+        state: State | None,
+        steering: Any = (),
+        steer_first_pass: bool = False,
+        return_all: bool = True,
+        readout: tuple[str, ...] = (),
+    ) -> tuple[Any, State, list[dict[str, Any]]]:
+        passes = self.passes if passes is None else passes
+        _check_passes(passes)
+        steered = self._steered(steering)
+        state = state or {}
+        what = Unrolling(passes, return_all, tuple(state), tuple(steered), steer_first_pass, readout)
+        _, (run, attributes) = self._unrolled(what)
+        signals = [*state.values(), *(tensor for tensors in steered.values() for tensor in tensors)]
+        return run(*inputs, *signals, *(self._fetch(name) for name in attributes))
+
+    def _bottom_up(self) -> fx.GraphModule:
+        """The opened graph in the present mode, with shapes."""
+        key = ("bottom up", self._modes())
+        if key not in self._cache:
+            module = open_modules(trace(self._net, len(self._examples)), strict=False)
+            annotate_shapes(module, self._examples)
+            self._cache[key] = module
+        return self._cache[key]
+
+    def _unrolled(self, what: Unrolling) -> tuple[fx.GraphModule, tuple[fx.GraphModule, list[str]]]:
+        key = (what, self._modes())
+        if key not in self._cache:
+            bu = self._bottom_up()
+            links = [_link(bu, connection) for connection in self.connections]
+            module = unroll(bu, self, links, what)
+            self._cache[key] = module, lift(module)
+        return self._cache[key]
+
+    def _steered(self, steering: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Source name -> (activation, alpha, strength) as tensors."""
+        several = [steering] if isinstance(steering, (Steering, Mapping)) else list(steering or ())
+        result, like, graph = {}, self._like(), self._bottom_up().graph
+        sources = {find_node(graph, c.source).meta["name"]: find_node(graph, c.source) for c in self.connections}
+        for one in several:
+            one = Steering(**one) if isinstance(one, Mapping) else one
+            name = find_node(graph, one.source).meta["name"]
+            if name not in sources:
+                raise NodeNameError(f"{one.source!r} cannot be steered: it is no source; sources: {', '.join(sources)}")
+            activation = torch.as_tensor(one.activation).to(like)
+            expected = sources[name].meta["spec"].sizes
+            if activation.ndim != len(expected) or activation.shape[channel_dim(sources[name])] not in expected:
+                shape = ", ".join("batch" if n is None else str(n) for n in expected)
+                raise InputError(
+                    f"steering {one.source!r} takes an activation of shape ({shape}), not {tuple(activation.shape)}"
+                )
+            strength = torch.as_tensor(one.strength, dtype=like.dtype, device=like.device).expand(2)
+            result[name] = activation, torch.as_tensor(one.alpha, dtype=like.dtype, device=like.device), strength
+        return result
+
+
+def _connection(given: Any) -> Connection:
+    if isinstance(given, Connection):
+        return given
+    try:
+        return Connection(**given) if isinstance(given, Mapping) else Connection(*given)
+    except TypeError as error:
+        raise OptionError(
+            f"{given!r} is no connection ({error}): give (source, destination), a dict or a Connection"
+        ) from None
+
+
+def _check_passes(passes: Any) -> None:
+    if not isinstance(passes, int) or passes < 1:
+        raise OptionError(f"passes={passes!r}: give a positive whole number")
+
+
+def _check_connections(bu: fx.GraphModule, connections: Sequence[Connection]) -> None:
+    graph = bu.graph
+    seen: set[tuple[fx.Node, fx.Node]] = set()
+    activations: dict[fx.Node, str] = {}
+    needed = BottomUp(graph)
+    reaches_output = set(needed.nodes[-1].all_input_nodes)
+    for node in reversed(needed.nodes):
+        if node in reaches_output:
+            reaches_output.update(node.all_input_nodes)
+    for connection in connections:
+        source, destination = find_node(graph, connection.source), find_node(graph, connection.destination)
+        arrow = f"{connection.source} -> {connection.destination}"
+        if (source, destination) in seen:
+            raise OptionError(f"the connection {arrow} is given twice")
+        seen.add((source, destination))
+        for node, role in ((source, "source"), (destination, "destination")):
+            if not isinstance(node.meta["spec"], Spec) or len(node.meta["spec"].shape) < 2:
+                raise NodeNameError(f"{arrow}: the {role} {node.meta['name']!r} is no vector and no map")
+            if len(node.meta["spec"].shape) == 3 and channels_last(node):
+                raise NodeNameError(
+                    f"{arrow}: the {role} {node.meta['name']!r} is a sequence of tokens: connect maps or vectors"
+                )
+        if destination not in reaches_output:
+            raise NodeNameError(f"{arrow}: the model's output does not depend on {connection.destination!r}")
+        if activations.setdefault(destination, connection.activation) != connection.activation:
+            raise OptionError(f"{arrow}: connections into one destination must agree on activation=")
+
+
+def _block_name(connection: Connection) -> str:
+    return f"{connection.source}_to_{connection.destination}".replace(".", "_")
+
+
+def _block(bu: fx.GraphModule, connection: Connection) -> Modulation:
+    nodes = [find_node(bu.graph, name) for name in (connection.source, connection.destination)]
+    shapes = [_channels_first(node) for node in nodes]
+    channels = (shapes[0][0], shapes[1][0])
+    return Modulation(channels, shapes[0][1:], shapes[1][1:], connection.order, connection.norm, connection.resize)
+
+
+def _channels_first(node: fx.Node) -> tuple[int, ...]:
+    """(channels, ...) of a node's value."""
+    shape = node.meta["spec"].shape
+    return (shape[-1], *shape[1:-1]) if channels_last(node) else shape[1:]
+
+
+def _link(bu: fx.GraphModule, connection: Connection) -> Link:
+    source, destination = find_node(bu.graph, connection.source), find_node(bu.graph, connection.destination)
+    automatic = "none" if channels_last(destination) else "relu"
+    activation = automatic if connection.activation == "auto" else connection.activation
+    if activation not in ("relu", "none"):
+        raise OptionError(f"activation={activation!r}: choose one of 'auto', 'relu', 'none'")
+    return Link(source, destination, f"modulations.{_block_name(connection)}", activation)

@@ -1,0 +1,202 @@
+"""Insert LRM connections into a graph and unroll its passes into one flat graph.
+
+`unroll` walks the graph once per pass. A node is emitted again only where one of its inputs differs from those that it
+had in an earlier pass; otherwise both passes share it. What nobody needs is dropped at the end.
+"""
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from fxfeedback.bottom_up import channel_dim, has_effect
+from fxfeedback.open_modules import survival, surviving_channels
+from fxfeedback.trace import Spec
+
+RANDOM = (torch.native_dropout, survival, surviving_channels)
+
+
+@dataclass(frozen=True)
+class Link:
+    """One connection between nodes of a graph.
+
+    block: qualified name of its `Modulation`; activation: "relu" or "none", what follows the destination's modulation.
+    """
+
+    source: fx.Node
+    destination: fx.Node
+    block: str
+    activation: str
+
+
+@dataclass(frozen=True)
+class Unrolling:
+    """What is unrolled.
+
+    passes: how many; all_outputs: whether every pass returns its output, or only the last.
+    state: names of the sources that have a signal from an earlier call.
+    steered: names of the steered sources; steer_first: whether steering begins before the first pass.
+    readout: names of nodes that are returned for every pass.
+    """
+
+    passes: int
+    all_outputs: bool = True
+    state: tuple[str, ...] = ()
+    steered: tuple[str, ...] = ()
+    steer_first: bool = False
+    readout: tuple[str, ...] = ()
+
+
+@dataclass
+class Unroller:
+    """Emits the passes, one after the other, into `graph`."""
+
+    source: fx.Graph
+    links: Sequence[Link]
+    what: Unrolling
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    emitted: dict[Any, fx.Node] = field(default_factory=dict)
+    signals: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    steering: dict[fx.Node, tuple[fx.Node, fx.Node, fx.Node]] = field(default_factory=dict)
+    strength: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+    def run(self) -> fx.Graph:
+        """The flat graph: inputs, then states, then (activation, alpha, strength) of each steered source.
+
+        It returns a list of outputs (or the last), a dict of the sources' last signals, and a dict of the readouts.
+        """
+        inputs = {node: self.graph.node_copy(node) for node in self.source.nodes if node.op == "placeholder"}
+        sources = {link.source.meta["name"]: link.source for link in self.links}
+        self.signals = {sources[name]: self.placeholder("state", name) for name in self.what.state}
+        kinds = ("activation", "alpha", "strength")
+        self.steering = {sources[n]: tuple(self.placeholder(k, n) for k in kinds) for n in self.what.steered}
+        if self.what.steer_first:
+            self.steer()
+        outputs, readouts = [], []
+        for number in range(1, self.what.passes + 1):
+            output, readout = self.one_pass(number, inputs)
+            outputs.append(output)
+            readouts.append(readout)
+            self.steer()
+        state = {name: self.signals[source] for name, source in sources.items()}
+        self.graph.output((outputs if self.what.all_outputs else outputs[-1], state, readouts))
+        self.graph.eliminate_dead_code(is_impure_node=has_effect)
+        return self.graph
+
+    def one_pass(self, number: int, inputs: dict[fx.Node, fx.Node]) -> tuple[Any, dict[str, Any]]:
+        """One pass over the graph: its output, and what is read out of it."""
+        values, readout = dict(inputs), {}
+        feedback = dict(self.signals)  # what the previous pass handed on
+        for node in self.source.nodes:
+            if node.op == "output":
+                output = fx.map_arg(node.args[0], values.__getitem__)
+            elif node not in values:
+                values[node] = before = self.emit(node, values, number)
+                # A source that ran earlier in this pass hands on its present value, any other that of the previous one.
+                present = {source: value for source, value in values.items() if source is not node}
+                links = [link for link in self.links if link.destination is node]
+                signals = [(link, present.get(link.source, feedback.get(link.source))) for link in links]
+                signals = [(link, signal) for link, signal in signals if signal is not None]
+                modulation = self.modulation(before, signals)
+                if modulation is not None:
+                    values[node] = self.modulated(before, modulation, signals[0][0].activation)
+                if node.meta["name"] in self.what.readout:
+                    readout[node.meta["name"]] = (values[node], before, modulation)
+        self.signals = {link.source: values[link.source] for link in self.links}
+        return output, readout
+
+    def emit(self, node: fx.Node, values: dict[fx.Node, fx.Node], number: int) -> fx.Node:
+        """The node in this pass: an earlier pass's where the inputs are the same and nothing is drawn at random."""
+        key = (node, *(values[source] for source in node.all_input_nodes))
+        if key in self.emitted and node.target not in RANDOM and not has_effect(node):
+            if node.target is F.batch_norm:
+                self.advance_statistics(self.emitted[key])
+            return self.emitted[key]
+        copy = self.graph.node_copy(node, values.__getitem__)
+        if number > 1 and node.op != "get_attr":
+            copy._rename(f"{node.name}_pass{number}")
+            copy.meta = {**node.meta, "pass": number}
+        self.emitted[key] = copy
+        return copy
+
+    def advance_statistics(self, norm: fx.Node) -> None:
+        """A batch norm in training mode whose value two passes share has seen the batch once more all the same."""
+        arguments = dict(
+            zip(("input", "mean", "var", "weight", "bias", "training", "momentum"), norm.args, strict=False)
+        )
+        arguments |= norm.kwargs
+        if arguments.get("training") and arguments.get("mean") is not None:
+            self.graph.call_function(advance_, (arguments["input"], *norm.args[1:3], arguments["momentum"]))
+
+    def modulation(self, y: fx.Node, signals: Sequence[tuple[Link, fx.Node]]) -> fx.Node | None:
+        """Σ over the connections of m, or None where none has a signal."""
+        total = None
+        for link, signal in signals:
+            key = (link.block, signal, y, self.strength.get(link.source))
+            if key not in self.emitted:
+                self.emitted[key] = self.block(link, signal, y)
+            m = self.emitted[key]
+            total = m if total is None else self.once(operator.add, total, m)
+        return total
+
+    def block(self, link: Link, signal: fx.Node, y: fx.Node) -> fx.Node:
+        """m of one connection; blocks have their channels first, so values that have them last are turned."""
+        first = self.once(torch.movedim, signal, -1, 1) if channels_last(link.source) else signal
+        turned = self.once(torch.movedim, y, -1, 1) if channels_last(link.destination) else y
+        m = self.graph.call_module(link.block, (first, turned, self.strength.get(link.source)))
+        return self.once(torch.movedim, m, 1, -1) if channels_last(link.destination) else m
+
+    def modulated(self, y: fx.Node, modulation: fx.Node, activation: str) -> fx.Node:
+        """relu(y + y m)"""
+        value = self.once(operator.add, y, self.once(operator.mul, y, modulation))
+        return self.once(torch.relu, value) if activation == "relu" else value
+
+    def steer(self) -> None:
+        """signal <- alpha activation + (1 - alpha) signal; from now on the source's scales are multiplied."""
+        for source, (activation, alpha, strength) in self.steering.items():
+            signal = self.signals.get(source)
+            if signal is None:
+                self.signals[source] = activation
+            else:
+                rest = self.once(operator.sub, 1, alpha)
+                mixed = (self.once(operator.mul, alpha, activation), self.once(operator.mul, rest, signal))
+                self.signals[source] = self.once(operator.add, *mixed)
+            self.strength[source] = strength
+
+    def once(self, function: Any, *args: Any) -> fx.Node:
+        """The call's node; one for equal calls."""
+        key = (function, *args)
+        if key not in self.emitted:
+            self.emitted[key] = self.graph.call_function(function, args)
+        return self.emitted[key]
+
+    def placeholder(self, kind: str, name: str) -> fx.Node:
+        return self.graph.placeholder(f"{kind}_{name.replace('.', '_')}")
+
+
+def unroll(module: fx.GraphModule, root: nn.Module, links: Sequence[Link], what: Unrolling) -> fx.GraphModule:
+    """The passes of `module` with its connections, as one flat graph (see `Unroller.run`).
+
+    Args:
+        module: a graph in functional ops, with shapes.
+        root: has its parameters and the connections' blocks.
+    """
+    return fx.GraphModule(root, Unroller(module.graph, links, what).run(), "Unrolled")
+
+
+def channels_last(node: fx.Node) -> bool:
+    """Whether the node's value is a map with its channels last."""
+    spec = node.meta["spec"]
+    return isinstance(spec, Spec) and len(spec.shape) > 2 and channel_dim(node) % len(spec.shape) == len(spec.shape) - 1
+
+
+@torch.no_grad()
+def advance_(input: torch.Tensor, running_mean: torch.Tensor, running_var: torch.Tensor, momentum: float) -> None:
+    """Advance batch norm's running statistics, in place, by the batch `input` (N, C, ...)."""
+    var, mean = torch.var_mean(input, [0, *range(2, input.ndim)])
+    running_mean.lerp_(mean, momentum)
+    running_var.lerp_(var, momentum)
