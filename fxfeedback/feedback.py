@@ -10,9 +10,10 @@ from torch import fx, nn
 from fxfeedback.autograd_bridge import lift
 from fxfeedback.bottom_up import BottomUp, channel_dim
 from fxfeedback.errors import InputError, NodeNameError, OptionError
+from fxfeedback.layout import layout_of
 from fxfeedback.modulation import Modulation
 from fxfeedback.open_modules import open_modules
-from fxfeedback.rewrite import Link, Unrolling, channels_last, unroll
+from fxfeedback.rewrite import Link, Unrolling, unroll
 from fxfeedback.trace import Spec, annotate_shapes, example_for, find_node, trace
 from fxfeedback.wrapper import Wrapper, stand_ins
 
@@ -25,7 +26,7 @@ class Connection:
 
     order: "norm-squash-resize", or "resize-norm-squash"; norm: "layer", or "channel"; resize: "bilinear", "bicubic" or
     "area" (see `Modulation`). activation: "relu" or "none" behind the modulated destination; "auto": ReLU for vectors
-    and channel-first maps, as published, none for channel-last maps.
+    and channel-first maps, as published, none for tokens and channel-last maps.
     """
 
     source: str
@@ -250,12 +251,10 @@ def _check_connections(bu: fx.GraphModule, connections: Sequence[Connection]) ->
         for node, role in ((source, "source"), (destination, "destination")):
             if not isinstance(node.meta["spec"], Spec) or len(node.meta["spec"].shape) < 2:
                 raise NodeNameError(f"{arrow}: the {role} {node.meta['name']!r} is no vector and no map")
-            if len(node.meta["spec"].shape) == 3 and channels_last(node):
-                raise NodeNameError(
-                    f"{arrow}: the {role} {node.meta['name']!r} is a sequence of tokens: connect maps or vectors"
-                )
         if destination not in reaches_output:
             raise NodeNameError(f"{arrow}: the model's output does not depend on {connection.destination!r}")
+        if connection.activation not in ("auto", "relu", "none"):
+            raise OptionError(f"activation={connection.activation!r}: choose one of 'auto', 'relu', 'none'")
         if activations.setdefault(destination, connection.activation) != connection.activation:
             raise OptionError(f"{arrow}: connections into one destination must agree on activation=")
 
@@ -265,22 +264,12 @@ def _block_name(connection: Connection) -> str:
 
 
 def _block(bu: fx.GraphModule, connection: Connection) -> Modulation:
-    nodes = [find_node(bu.graph, name) for name in (connection.source, connection.destination)]
-    shapes = [_channels_first(node) for node in nodes]
-    channels = (shapes[0][0], shapes[1][0])
-    return Modulation(channels, shapes[0][1:], shapes[1][1:], connection.order, connection.norm, connection.resize)
-
-
-def _channels_first(node: fx.Node) -> tuple[int, ...]:
-    """(channels, ...) of a node's value."""
-    shape = node.meta["spec"].shape
-    return (shape[-1], *shape[1:-1]) if channels_last(node) else shape[1:]
+    source, destination = (layout_of(find_node(bu.graph, n)) for n in (connection.source, connection.destination))
+    return Modulation(source, destination, connection.order, connection.norm, connection.resize)
 
 
 def _link(bu: fx.GraphModule, connection: Connection) -> Link:
     source, destination = find_node(bu.graph, connection.source), find_node(bu.graph, connection.destination)
-    automatic = "none" if channels_last(destination) else "relu"
+    automatic = "relu" if layout_of(destination).kind in ("vector", "map") else "none"
     activation = automatic if connection.activation == "auto" else connection.activation
-    if activation not in ("relu", "none"):
-        raise OptionError(f"activation={activation!r}: choose one of 'auto', 'relu', 'none'")
     return Link(source, destination, f"modulations.{_block_name(connection)}", activation)

@@ -1,7 +1,8 @@
 """The LRM block: how one connection modulates its destination (Konkle and Alvarez, "Cognitive Steering in Deep Neural
 Networks via Long-Range Modulatory Feedback Connections", NeurIPS 2023).
 
-    z    = resize(tanh(N(a)))             a: the source's activation; resized to the destination's present size
+    z    = resize(tanh(N(a)))             a: the source's activation; resized to the destination's present size;
+                                          a vector is broadcast
     P(z) = neg_scale z where z < 0, pos_scale z elsewhere
     m    = conv1x1(P(z))                  the source's channels -> the destination's
 
@@ -9,13 +10,13 @@ The destination y becomes relu(y + y Σ m), the sum running over its connections
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from fxfeedback.errors import OptionError
+from fxfeedback.layout import Layout
 
 ORDERS = ("norm-squash-resize", "resize-norm-squash")
 NORMS = ("layer", "channel")
@@ -48,8 +49,13 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(shape))
         self.bias = nn.Parameter(torch.zeros(shape))
 
+    def of_vector(self, a: torch.Tensor) -> torch.Tensor:
+        """Normalise (B, C) over its channels; a map's weight and bias are averaged over its positions."""
+        per_channel = [p.flatten(1).mean(1) if p.ndim > 1 else p for p in (self.weight, self.bias)]
+        return F.layer_norm(a, a.shape[1:], *per_channel)
+
     def forward(self, a: torch.Tensor) -> torch.Tensor:
-        """a: (B, C, ...)."""
+        """Normalise a map (B, C, ...)."""
         if self.over == "channel":
             return F.layer_norm(a.movedim(1, -1), self.weight.shape, self.weight, self.bias).movedim(-1, 1)
         weight, bias = (resize(p.unsqueeze(0), a.shape[2:]).squeeze(0) for p in (self.weight, self.bias))
@@ -60,9 +66,7 @@ class Modulation(nn.Module):
     """The block of one connection.
 
     Args:
-        channels: of source and destination.
-        source_size: spatial size of the source, () for a vector.
-        size: spatial size of the destination when the model is built, () for a vector.
+        source, destination: the layouts of the two values when the model is built.
         order: "norm-squash-resize", or "resize-norm-squash".
         norm: "layer", or "channel".
         resize: "bilinear", "bicubic" or "area".
@@ -70,9 +74,8 @@ class Modulation(nn.Module):
 
     def __init__(
         self,
-        channels: tuple[int, int],
-        source_size: Sequence[int],
-        size: Sequence[int],
+        source: Layout,
+        destination: Layout,
         order: str = "norm-squash-resize",
         norm: str = "layer",
         resize: str = "bilinear",
@@ -81,44 +84,57 @@ class Modulation(nn.Module):
         for name, value, choices in (("order", order, ORDERS), ("norm", norm, NORMS), ("resize", resize, RESIZES)):
             if value not in choices:
                 raise OptionError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}")
-        self.order, self.resize = order, resize
-        self.of_vector, self.onto_vector = not source_size, not size
-        one_position = all(n == 1 for n in source_size)
-        positions = [1] * len(source_size) if self.onto_vector else list(size)
-        self.norm = Norm(channels[0], () if one_position else positions, norm)
+        self.source, self.destination, self.order, self.resize = source, destination, order, resize
+        one_position = all(n == 1 for n in source.size)
+        self.norm = Norm(source.channels, () if one_position else self._onto(destination.size), norm)
         self.neg_scale = nn.Parameter(torch.ones(1))
         self.pos_scale = nn.Parameter(torch.ones(1))
-        self.modulation = nn.Conv2d(channels[0], channels[1], 1)
+        self.modulation = nn.Conv2d(source.channels, destination.channels, 1)
 
-    def forward(self, a: torch.Tensor, y: torch.Tensor, strength: Any = None) -> torch.Tensor:
-        """The connection's share of the modulation of y.
+    def forward(self, a: torch.Tensor, y: torch.Tensor, strength: torch.Tensor | None = None) -> torch.Tensor:
+        """The connection's share m of the modulation of y.
 
         Args:
-            a: the source's activation, (B, C) or (B, C, ...).
+            a: the source's activation.
             y: the destination, of which only the size matters.
-            strength: factors on the two scales, a tensor (2,): negative, positive.
+            strength: factors on the two scales, (2,): negative, positive.
 
         Returns:
-            (B, C_y), or (B, C_y, ...) that broadcasts to y.
+            m in y's layout, broadcasting to y.
         """
-        z = a[(...,) + (None,) * max(y.ndim - 2, 1)] if self.of_vector else a
-        size = [1] * (z.ndim - 2) if self.onto_vector else y.shape[2:]
-        if self.order == "norm-squash-resize":
-            z = self._resize(torch.tanh(self.norm(z)), size)
+        a, class_token = self.source.to_map(a)
+        size, class_tokens = self._onto(self.destination.sizes_of(y)), self.destination.class_tokens(y)
+        if class_token is not None and self.destination.kind == "vector":
+            a, class_token = class_token, None  # what a class token is for
+        of_class = None
+        if class_tokens and a.ndim > 2:
+            of_class = self._project(
+                self._squash_class(a.flatten(2).mean(2) if class_token is None else class_token), strength
+            )
+        if a.ndim == 2:
+            z = torch.tanh(self.norm.of_vector(a))[(...,) + (None,) * len(size)]  # broadcast
+        elif self.order == "norm-squash-resize":
+            z = resize(torch.tanh(self.norm(a)), size, self.resize)
         else:
-            z = torch.tanh(self.norm(self._resize(z, size)))
+            z = torch.tanh(self.norm(resize(a, size, self.resize)))
+        m = self._project(z, strength)
+        if a.ndim == 2 and self.destination.kind == "tokens":
+            return m.flatten(2).transpose(1, 2)  # one for all tokens
+        return self.destination.from_map(m, of_class, class_tokens)
+
+    def _onto(self, size: Sequence[int]) -> Sequence[int]:
+        """The size that the source's map is resized to: the destination's, or one position for a vector."""
+        return size or [1] * max(len(self.source.size), 1)
+
+    def _squash_class(self, a: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.norm.of_vector(a))
+
+    def _project(self, z: torch.Tensor, strength: torch.Tensor | None) -> torch.Tensor:
+        """P and the 1x1 convolution, of a vector or a map of any number of dimensions."""
         neg, pos = self.neg_scale, self.pos_scale
         if strength is not None:
             neg, pos = neg * strength[0], pos * strength[1]
-        m = self._project(torch.where(z < 0, neg * z, pos * z))
-        return m.flatten(1) if self.onto_vector else m
-
-    def _resize(self, z: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-        return z if self.of_vector else resize(z, size, self.resize)  # a vector is broadcast
-
-    def _project(self, z: torch.Tensor) -> torch.Tensor:
-        """conv1x1 for maps of any number of dimensions."""
-        weight = self.modulation.weight.flatten(1)
+        z = torch.where(z < 0, neg * z, pos * z)
         if z.ndim == 4:
             return self.modulation(z)
-        return F.linear(z.movedim(1, -1), weight, self.modulation.bias).movedim(-1, 1)
+        return F.linear(z.movedim(1, -1), self.modulation.weight.flatten(1), self.modulation.bias).movedim(-1, 1)

@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fxfeedback.bottom_up import channel_dim, has_effect
+from fxfeedback.bottom_up import has_effect
 from fxfeedback.open_modules import survival, surviving_channels
-from fxfeedback.trace import Spec
 
 RANDOM = (torch.native_dropout, survival, surviving_channels)
 
@@ -136,19 +135,13 @@ class Unroller:
         """Σ over the connections of m, or None where none has a signal."""
         total = None
         for link, signal in signals:
-            key = (link.block, signal, y, self.strength.get(link.source))
+            arguments = (signal, y, self.strength.get(link.source))
+            key = (link.block, *arguments)
             if key not in self.emitted:
-                self.emitted[key] = self.block(link, signal, y)
+                self.emitted[key] = self.graph.call_module(link.block, arguments)
             m = self.emitted[key]
             total = m if total is None else self.once(operator.add, total, m)
         return total
-
-    def block(self, link: Link, signal: fx.Node, y: fx.Node) -> fx.Node:
-        """m of one connection; blocks have their channels first, so values that have them last are turned."""
-        first = self.once(torch.movedim, signal, -1, 1) if channels_last(link.source) else signal
-        turned = self.once(torch.movedim, y, -1, 1) if channels_last(link.destination) else y
-        m = self.graph.call_module(link.block, (first, turned, self.strength.get(link.source)))
-        return self.once(torch.movedim, m, 1, -1) if channels_last(link.destination) else m
 
     def modulated(self, y: fx.Node, modulation: fx.Node, activation: str) -> fx.Node:
         """relu(y + y m)"""
@@ -186,12 +179,6 @@ def unroll(module: fx.GraphModule, root: nn.Module, links: Sequence[Link], what:
         root: has its parameters and the connections' blocks.
     """
     return fx.GraphModule(root, Unroller(module.graph, links, what).run(), "Unrolled")
-
-
-def channels_last(node: fx.Node) -> bool:
-    """Whether the node's value is a map with its channels last."""
-    spec = node.meta["spec"]
-    return isinstance(spec, Spec) and len(spec.shape) > 2 and channel_dim(node) % len(spec.shape) == len(spec.shape) - 1
 
 
 @torch.no_grad()

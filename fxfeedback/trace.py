@@ -81,6 +81,7 @@ def trace(model: nn.Module, n_inputs: int = 1) -> fx.GraphModule:
             "flow that depends on tensor values; wrap the part in a function marked with torch.fx.wrap, or pass a "
             "traceable part of the model."
         ) from error
+    _keep_constants(model)
     for node in graph.nodes:
         node.meta["name"] = tracer.node_to_qualname.get(node, node.name)
     for node in [node for node in graph.nodes if node.op == "placeholder"][n_inputs:]:
@@ -310,6 +311,14 @@ def _defaults(model: nn.Module, n_inputs: int) -> dict[str, Any]:
     """forward's arguments beyond the inputs stay at their defaults and are no inputs of the graph."""
     arguments = list(inspect.signature(model.forward).parameters.values())[n_inputs:]
     return {a.name: a.default for a in arguments if a.default is not a.empty}
+
+
+def _keep_constants(model: nn.Module) -> None:
+    """Tensors that tracing left on the model, from torch.tensor(...) in its code, become buffers: they move with it."""
+    for name in [name for name in vars(model) if name.startswith("_tensor_constant")]:
+        value = getattr(model, name)
+        delattr(model, name)
+        model.register_buffer(name, value, persistent=False)
 
 
 def _erase_with_users(node: fx.Node) -> None:
