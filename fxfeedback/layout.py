@@ -76,7 +76,7 @@ def layout_of(node: fx.Node) -> Layout:
 
 
 def token_grid(length: int) -> tuple[int, tuple[int, ...]]:
-    """(class tokens, grid) of a sequence: the fewest class tokens that leave a square grid, or else a line of tokens."""
+    """(class tokens, grid) of a sequence: the fewest class tokens that leave a square, or a line of all tokens."""
     for before in range(MOST_CLASS_TOKENS + 1):
         side = math.isqrt(max(length - before, 0))
         if side > 1 and side * side == length - before:

@@ -51,8 +51,8 @@ class Norm(nn.Module):
 
     def of_vector(self, a: torch.Tensor) -> torch.Tensor:
         """Normalise (B, C) over its channels; a map's weight and bias are averaged over its positions."""
-        per_channel = [p.flatten(1).mean(1) if p.ndim > 1 else p for p in (self.weight, self.bias)]
-        return F.layer_norm(a, a.shape[1:], *per_channel)
+        weight, bias = (p.reshape(len(p), -1).mean(1) for p in (self.weight, self.bias))
+        return F.layer_norm(a, a.shape[1:], weight, bias)
 
     def forward(self, a: torch.Tensor) -> torch.Tensor:
         """Normalise a map (B, C, ...)."""
@@ -131,7 +131,8 @@ class Modulation(nn.Module):
 
     def _project(self, z: torch.Tensor, strength: torch.Tensor | None) -> torch.Tensor:
         """P and the 1x1 convolution, of a vector or a map of any number of dimensions."""
-        neg, pos = self.neg_scale, self.pos_scale
+        neg: torch.Tensor = self.neg_scale
+        pos: torch.Tensor = self.pos_scale
         if strength is not None:
             neg, pos = neg * strength[0], pos * strength[1]
         z = torch.where(z < 0, neg * z, pos * z)
