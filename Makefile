@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two OpenMP threads that spin at a barrier stall each other on a busy machine.
 export OMP_WAIT_POLICY = passive
 
-.PHONY: demo test lint types tests bench clean
+.PHONY: demo test lint types tests bench zoo-lrm clean
 
 demo: $(VENV)/.installed  ## set up, train the instructed network on real digits, say where the results are
 	$(BIN)/python examples/train_multi_mnist.py
@@ -24,6 +24,9 @@ tests: $(VENV)/.installed
 
 bench: $(VENV)/.installed  ## speed of Counter-Hebb learning against autograd, as a table
 	$(BIN)/python benchmarks/counter_hebb_step.py
+
+zoo-lrm: $(VENV)/.installed  ## a feedback connection in every model of torchvision, as a table (an hour)
+	$(BIN)/python zoo/feedback.py
 
 $(VENV)/.installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from fxfeedback.bottom_up import has_effect
 from fxfeedback.counter_hebb_pass import INPUT
-from fxfeedback.trace import is_structure, leaves_of
+from fxfeedback.trace import identifier, is_structure, leaves_of
 
 
 @dataclass
@@ -44,7 +44,7 @@ def lift(module: fx.GraphModule, more: Sequence[str] = ()) -> tuple[fx.GraphModu
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     names = list(dict.fromkeys([str(node.target) for node in module.graph.nodes if node.op == "get_attr"] + list(more)))
     copies = {node: graph.node_copy(node) for node in inputs}
-    lifted = {name: graph.placeholder("_" * name[0].isdigit() + name.replace(".", "_")) for name in names}
+    lifted = {name: graph.placeholder(identifier(name)) for name in names}
     for node in module.graph.nodes:
         if node.op == "get_attr":
             copies[node] = lifted[str(node.target)]

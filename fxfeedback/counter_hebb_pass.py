@@ -4,6 +4,7 @@
 autograd_bridge.py lets `loss.backward()` run it. No gradient is taken anywhere.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -150,7 +151,7 @@ def _updates(
 
     def emit(name: str, value: Any) -> None:
         value.node.meta["update"] = name
-        value.node._rename("update_" + name.removeprefix(INPUT).replace(".", "_"))
+        value.node._rename("update_" + re.sub(r"\W", "_", name.removeprefix(INPUT)))
         updates[name] = value.node
 
     weights = {weight_of(node): node for node in bu.nodes if bu.is_weighted(node)}

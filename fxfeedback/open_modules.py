@@ -17,7 +17,7 @@ from torchvision.ops import stochastic_depth
 
 from fxfeedback.errors import RuleError
 from fxfeedback.rules.core import as_tuple
-from fxfeedback.trace import is_operator_in_place, user_line
+from fxfeedback.trace import identifier, is_operator_in_place, user_line
 
 OUT_OF_PLACE = {
     operator.iadd: operator.add,
@@ -40,7 +40,7 @@ def open_modules(module: fx.GraphModule, strict: bool = True) -> fx.GraphModule:
     for node in opener.graph.nodes:
         node.meta.pop("origin", None)
         if node.op == "call_function":
-            node._rename(node.meta["name"].replace(".", "_"))
+            node._rename(identifier(node.meta["name"]))
     opener.graph.lint()
     return fx.GraphModule(module, opener.graph, type(module).__name__)
 
@@ -70,6 +70,7 @@ class _Opener(fx.Tracer):
             value.node.meta["name"] = node.meta["name"]
         self.values[node] = value
         if _is_in_place(node, self.root) and isinstance(node.args[0], fx.Node):
+            _check_overwriting(node, self.root)
             self.values[node.args[0]] = value  # who reads the overwritten value later reads the new one
 
     def open_module(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -146,6 +147,44 @@ def _is_in_place(node: fx.Node, root: nn.Module) -> bool:
     if node.op not in ("call_function", "call_method") or not node.args:
         return False
     return bool(node.kwargs.get("inplace")) or _out_of_place(node.target) is not node.target
+
+
+def _check_overwriting(node: fx.Node, root: nn.Module) -> None:
+    """Refuse an in-place op that changes memory which is read later under another name: as a view, or by a view."""
+    before = {}
+    for other in node.graph.nodes:
+        before[other] = True
+        if other is node:
+            break
+    memory = _memory_of(node.args[0], root)
+    for other in before:
+        shares = other is not node and other is not node.args[0] and _memory_of(other, root) is memory
+        if shares and any(user not in before for user in other.users):
+            raise RuleError(
+                f"the in-place op at node {node.meta['name']!r}{user_line(node)} overwrites memory that is read again "
+                f"as {other.meta['name']!r}: write it out of place (x = x + y, not x.add_(y))"
+            )
+
+
+VIEWS = {
+    "getitem", "view", "view_as", "reshape", "flatten", "unflatten", "transpose", "permute", "movedim", "t", "squeeze",
+    "unsqueeze", "select", "narrow", "expand", "chunk", "split", "unbind", "contiguous", "dropout",
+}  # fmt: skip
+VIEW_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.modules.dropout._DropoutNd)
+
+
+def _memory_of(node: Any, root: nn.Module) -> Any:
+    """The node whose memory the node's value lies in, or may lie in: what it is a view of."""
+    while isinstance(node, fx.Node) and node.args and (_is_view(node, root) or _is_in_place(node, root)):
+        node = node.args[0]
+    return node
+
+
+def _is_view(node: fx.Node, root: nn.Module) -> bool:
+    if node.op == "call_module":
+        return isinstance(root.get_submodule(str(node.target)), VIEW_MODULES)
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return node.op in ("call_method", "call_function") and name in VIEWS
 
 
 def _out_of_place(target: Any) -> Any:

@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from fxfeedback.bottom_up import has_effect
 from fxfeedback.open_modules import survival, surviving_channels
+from fxfeedback.trace import identifier
 
 RANDOM = (torch.native_dropout, survival, surviving_channels)
 
@@ -168,7 +169,7 @@ class Unroller:
         return self.emitted[key]
 
     def placeholder(self, kind: str, name: str) -> fx.Node:
-        return self.graph.placeholder(f"{kind}_{name.replace('.', '_')}")
+        return self.graph.placeholder(f"{kind}_{identifier(name)}")
 
 
 def unroll(module: fx.GraphModule, root: nn.Module, links: Sequence[Link], what: Unrolling) -> fx.GraphModule:

@@ -159,6 +159,15 @@ def leaves_of(structure: Any) -> list[fx.Node]:
     return list(leaves)
 
 
+def _plain(arguments: Any) -> Any:
+    """torch.fx's immutable lists and dicts as plain ones."""
+    if isinstance(arguments, dict):
+        return {key: _plain(value) for key, value in arguments.items()}
+    if isinstance(arguments, list):
+        return [_plain(value) for value in arguments]
+    return tuple(map(_plain, arguments)) if type(arguments) is tuple else arguments
+
+
 def _spec(small: Any, large: Any) -> Any:
     if isinstance(small, torch.Tensor):
         return Spec(
@@ -203,6 +212,9 @@ class _ShapeRun(fx.Interpreter):
         if n.op != "output":
             self.values[n] = value
         return value
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
+        return _plain(super().fetch_args_kwargs_from_env(n))  # the generated code has plain lists, too
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().get_attr(target, args, kwargs)
@@ -276,6 +288,12 @@ def find_node(graph: fx.Graph, name: str) -> fx.Node:
     raise NodeNameError(
         f"no node is called {name!r}{nearest(name, named)}. fxfeedback.node_names(model) lists all names."
     )
+
+
+def identifier(name: str) -> str:
+    """A node or parameter name as a Python name: layer1.0.conv1 -> layer1_0_conv1."""
+    name = re.sub(r"\W", "_", name)
+    return f"_{name}" if name[:1].isdigit() else name
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

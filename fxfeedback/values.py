@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx, nn
 
 from fxfeedback.errors import RuleError
-from fxfeedback.trace import EXAMPLE_BATCH, Spec
+from fxfeedback.trace import EXAMPLE_BATCH, Spec, identifier
 
 
 class Emitter(fx.Tracer):
@@ -59,7 +59,7 @@ class Emitter(fx.Tracer):
         """The parameter or buffer `name`; one node however often it is used."""
         for node in self.graph.find_nodes(op="get_attr", target=name):
             return self.proxy(node)
-        value = self.create_proxy("get_attr", name, (), {}, name.replace(".", "_"))
+        value = self.create_proxy("get_attr", name, (), {}, identifier(name))
         value.spec = spec
         return value
 

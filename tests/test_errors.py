@@ -23,6 +23,17 @@ class Exotic(nn.Module):
         return torch.cumsum(self.fc(x), 1)
 
 
+class OverwritesAView(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.fc(x)
+        x[:, 1:].mul_(2)
+        return x
+
+
 class TwoEnds(nn.Module):
     def __init__(self):
         super().__init__()
@@ -62,6 +73,12 @@ BUILDING = {
         {"input_size": (4,)},
         RuleError,
         r"torch.nn.GRUCell does not open into ops that have rules.*at node '1'",
+    ),
+    "an in-place op on a view": (
+        OverwritesAView,
+        {"input_size": (4,)},
+        RuleError,
+        r"in-place op at node 'mul_', called at .*x\[:, 1:\].mul_\(2\) overwrites memory that is read again as 'fc'",
     ),
     "unknown head": (
         mlp,

@@ -1,0 +1,148 @@
+"""Checkpoints of the published LRM models: their tensors' names, older and newer, and what is checked of a file."""
+
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+
+from fxfeedback.errors import Error, OptionError
+from fxfeedback.feedback import FeedbackModel
+
+SHOWN = 10  # names of one kind that an error lists
+
+
+class CheckpointError(Error, ValueError):
+    """A checkpoint that cannot be read, or whose tensors are not the model's."""
+
+
+def load_lrm_steering(model: FeedbackModel, path_or_state_dict: str | os.PathLike[str] | Mapping[str, Any]) -> None:
+    """Load a checkpoint of the published LRM models into `model`: all of it or, with an error, nothing.
+
+    The tensors may be at top level or under "model" or "state_dict", with `module.` before their names, and named as in
+    the older releases (`backbone.` for `feedforward.`, `features8` for `features_8`); so may those of our own
+    `state_dict()`. Only tensors are read from a file, never code.
+
+    Args:
+        model: made by `add_feedback`, with the checkpoint's connections and the input size it was made for.
+        path_or_state_dict: a file, a URL (kept in torch.hub's cache; what is downloaded is checked against the hash in
+            the file's name), or what `torch.load` gave.
+
+    Raises:
+        CheckpointError: a file that is not there, is damaged or holds more than data; a URL that cannot be read or
+            whose hash is wrong; tensors that are missing, extra or misshapen.
+        OptionError: a model that `add_feedback` did not make; neither a path nor a state dict.
+    """
+    if not isinstance(model, FeedbackModel):
+        raise OptionError(f"a {type(model).__name__} has no LRM connections: pass the model that add_feedback returned")
+    if isinstance(path_or_state_dict, Mapping):
+        where, content = "the state dict", path_or_state_dict
+    elif isinstance(path_or_state_dict, (str, os.PathLike)):
+        where = os.fspath(path_or_state_dict)
+        content = _read(where)
+    else:
+        raise OptionError(f"give a path, a URL or a state dict, not a {type(path_or_state_dict).__name__}")
+    model.load_state_dict(_match(model, _tensors(content, where), where))
+
+
+def _read(where: str) -> Any:
+    """What the file or URL holds; CheckpointError where that is not plain data."""
+    try:
+        if "://" in where:
+            return torch.hub.load_state_dict_from_url(where, map_location="cpu", check_hash=True, weights_only=True)
+        return torch.load(where, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no file {where}: give a path, or a URL of fxfeedback.models.WEIGHTS") from None
+    except OSError as error:
+        raise CheckpointError(f"{where} cannot be read: {error}") from error
+    except pickle.UnpicklingError as error:  # its message advises to load without weights_only: not passed on
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        reason = (
+            f"refers to {code[1]}: save a model's state_dict() only" if code else "holds other things or is damaged"
+        )
+        raise CheckpointError(f"{_file(where)} was not loaded: it is no plain file of tensors, it {reason}") from None
+    except Exception as error:  # a damaged file can raise nearly anything
+        reason = (str(error).splitlines() or ["it ends too early"])[0]
+        raise CheckpointError(f"{_file(where)} is damaged or no checkpoint: {reason}; get it again") from error
+
+
+def _file(where: str) -> str:
+    """The path or URL; of a URL also the file in torch.hub's cache, which has to go before it is read anew."""
+    cached = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(where).path).name)
+    return f"{where} (remove {cached} to download it again)" if "://" in where and cached.exists() else where
+
+
+def _tensors(content: Any, where: str) -> Mapping[str, Any]:
+    """Name -> tensor, from a checkpoint's content."""
+    for key in ("model", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
+        raise CheckpointError(f"{where} holds no state dict: it must map names to tensors")
+    return content
+
+
+def _match(model: FeedbackModel, tensors: Mapping[str, Any], where: str) -> dict[str, torch.Tensor]:
+    """The tensors under our names; CheckpointError unless they are exactly the model's."""
+    own = model.state_dict()
+    published = _published_names(model)
+    ours = {name: name for name in own}
+    ours |= {_squeezed(name): our_name for our_name, name in published.items()}
+    ours |= {name: our_name for our_name, name in published.items()}
+    matched, extra, misfits = {}, [], []
+    for name, value in tensors.items():
+        present = re.sub(r"^backbone\.", "feedforward.", re.sub(r"^(module\.)+", "", name))
+        our_name = ours.get(present) or ours.get(_squeezed(present))
+        if our_name is None or our_name in matched:
+            extra.append(name)
+        else:
+            matched[our_name] = value
+            if misfit := _misfit(value, own[our_name]):
+                misfits.append(f"{name} {misfit}")
+    missing = [name for our_name, name in published.items() if our_name not in matched]
+    kinds = {"missing": missing, "extra": extra, "misshapen": misfits}
+    wrong = [f"{kind}: {_some(names)}" for kind, names in kinds.items() if names]
+    if wrong:
+        raise CheckpointError(f"{where} does not fit the model, which stays as it was; {'; '.join(wrong)}")
+    return matched
+
+
+def _published_names(model: FeedbackModel) -> dict[str, str]:
+    """Our name of every tensor -> its name in a published checkpoint."""
+    blocks = {}
+    for connection, block in zip(model.connections, model.modulations, strict=True):
+        source, destination = (name.replace(".", "_") for name in (connection.source, connection.destination))
+        blocks[block] = f"lrm.{destination}_modulation.from_{source}_to_{destination}"
+    names = {}
+    for name in model.state_dict():
+        if name.startswith("modulations."):
+            _, block, leaf = name.split(".", 2)
+            names[name] = f"{blocks[block]}.{re.sub(r'^norm[.]', 'rescale.norm.', leaf)}"
+        else:
+            names[name] = f"feedforward.{name}"
+    return names
+
+
+def _squeezed(name: str) -> str:
+    """A published name without the underscores of its modulation, which older releases leave out in part."""
+    return re.sub(r"^lrm\.\w+\.\w+", lambda block: block[0].replace("_", ""), name)
+
+
+def _misfit(value: Any, own: torch.Tensor) -> str | None:
+    """What keeps `value` from being copied into `own`."""
+    if not isinstance(value, torch.Tensor):
+        return f"is a {type(value).__name__}, not a tensor"
+    if value.shape != own.shape:
+        return f"has shape {tuple(value.shape)}, the model's {tuple(own.shape)}"
+    if value.is_floating_point() != own.is_floating_point() or value.layout != own.layout or value.is_meta:
+        return f"is {value.dtype}, {value.layout}, on {value.device}; the model's is {own.dtype}, {own.layout}"
+    return None
+
+
+def _some(names: list[str]) -> str:
+    rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + rest
