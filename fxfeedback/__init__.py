@@ -1,10 +1,11 @@
 """fxfeedback: feedback and instruction for any torchvision model, by rewriting its torch.fx graph."""
 
-from fxfeedback import errors, rules
+from fxfeedback import errors, models, rules
 from fxfeedback.butd import BUTD, to_butd
 from fxfeedback.check_rule import check_rule
 from fxfeedback.errors import Error
-from fxfeedback.feedback import Connection, FeedbackModel, Steering, add_feedback
+from fxfeedback.feedback import Connection, FeedbackModel, Readout, Steering, add_feedback
+from fxfeedback.published import load_lrm_steering
 from fxfeedback.trace import node_names
 from fxfeedback.version import __version__
 
@@ -13,11 +14,14 @@ __all__ = [
     "Connection",
     "Error",
     "FeedbackModel",
+    "Readout",
     "Steering",
     "__version__",
     "add_feedback",
     "check_rule",
     "errors",
+    "load_lrm_steering",
+    "models",
     "node_names",
     "rules",
     "to_butd",

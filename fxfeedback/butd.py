@@ -89,15 +89,14 @@ class BUTD(Wrapper):
     OWN = ("instruction_head", "td_weights", "td_biases", "td_norms", "task_heads")
 
     def __init__(self, model: nn.Module, options: Options, example_inputs: Sequence[torch.Tensor]) -> None:
-        super().__init__(model)
+        super().__init__(model, example_inputs)
         self.options = options
-        self._examples = stand_ins(example_inputs)
         self._add_td_state()
-        self._graphs(self._examples).check()
+        self._graphs(self._stand_ins()).check()
 
     def _add_td_state(self) -> None:
         """Make the parameters and modules that the options ask for."""
-        options, graphs = self.options, self._graphs(self._examples)
+        options, graphs = self.options, self._graphs(self._stand_ins())
         learns = options.learning == "counter_hebb"
         if options.n_tasks is not None:
             size, features = options.instruction_size or options.n_tasks, td_state.in_channels(graphs.head)
@@ -108,7 +107,7 @@ class BUTD(Wrapper):
             weight, bias = (operand(graphs.head, name) for name in ("weight", "bias"))
             self.task_heads = TaskHeads(self._of(weight), self._of(bias) if bias else None, options.n_tasks or 0)
             self._cache.clear()
-            graphs = self._graphs(self._examples)
+            graphs = self._graphs(self._stand_ins())
         if options.weights == "separate":
             mirrored = learns and options.td_learning == "mirror"
             self.td_weights = td_state.twins(graphs.weights, self._fetch, options.td_init, options.td_noise, mirrored)
@@ -151,24 +150,24 @@ class BUTD(Wrapper):
 
     def counter_neurons(self, task: Any) -> dict[str, torch.Tensor]:
         """Site name -> counter neurons of the instruction pass, (B, ...) like the site's value; B is 1 for one id."""
-        graphs = self._graphs(self._examples)
+        graphs = self._graphs(self._stand_ins())
         with torch.no_grad():
             return graphs.instruct(self._instruction(task, graphs, None)[0])
 
     @property
     def bu(self) -> fx.GraphModule:
         """The BU graph in functional ops, in the present mode, at the example's size."""
-        return self._graphs(self._examples).bu
+        return self._graphs(self._stand_ins()).bu
 
     @property
     def td(self) -> fx.GraphModule:
         """The instruction pass: instruction -> counter neurons at every site."""
-        return self._graphs(self._examples).td
+        return self._graphs(self._stand_ins()).td
 
     @property
     def learner(self) -> fx.GraphModule:
         """BU pass (gated, if there are sites), error pass and one update node per learning parameter, in one graph."""
-        graphs = self._graphs(self._examples)
+        graphs = self._graphs(self._stand_ins())
         return graphs.learner(graphs.can_instruct, graphs.learning_parameters())
 
     # -- inside -------------------------------------------------------------------------------------------------------

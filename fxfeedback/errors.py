@@ -23,3 +23,7 @@ class OptionError(Error, ValueError):
 
 class InputError(Error, ValueError):
     """An input or an instruction of the wrong shape, dtype or range."""
+
+
+class CheckpointError(Error, ValueError):
+    """A checkpoint that cannot be read, or whose tensors are not the model's."""

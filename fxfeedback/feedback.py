@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -15,7 +15,7 @@ from fxfeedback.modulation import Modulation
 from fxfeedback.open_modules import open_modules
 from fxfeedback.rewrite import Link, Unrolling, unroll
 from fxfeedback.trace import Spec, annotate_shapes, example_for, find_node, trace
-from fxfeedback.wrapper import Wrapper, stand_ins
+from fxfeedback.wrapper import Wrapper
 
 State = dict[str, torch.Tensor]
 
@@ -49,6 +49,18 @@ class Steering:
     activation: torch.Tensor
     strength: float | Sequence[float] | torch.Tensor = 1.0
     alpha: float | torch.Tensor = 1.0
+
+
+class Readout(NamedTuple):
+    """A node's value in one pass; at a destination also its value before and after the modulation, and Σ m between.
+
+    modulation is None in a pass in which no connection has a signal.
+    """
+
+    value: torch.Tensor
+    before: torch.Tensor | None = None
+    modulation: torch.Tensor | None = None
+    after: torch.Tensor | None = None
 
 
 def add_feedback(
@@ -94,13 +106,19 @@ class FeedbackModel(Wrapper):
     def __init__(
         self, model: nn.Module, connections: Sequence[Connection], passes: int, examples: Sequence[torch.Tensor]
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, examples)
         _check_passes(passes)
         self.connections, self.passes = tuple(connections), passes
-        self._examples = stand_ins(examples)
         bu = self._bottom_up()
         _check_connections(bu, self.connections)
-        blocks = {_block_name(c): _block(bu, c).to(self._like()) for c in self.connections}
+        names = [_block_name(c) for c in self.connections]
+        for i, name in enumerate(names):
+            if name in names[:i]:
+                first, second = self.connections[names.index(name)], self.connections[i]
+                raise OptionError(
+                    f"{first} and {second} would both have the block {name!r}: rename a module of the model"
+                )
+        blocks = {name: _block(bu, c).to(self._like()) for name, c in zip(names, self.connections, strict=True)}
         self.modulations = nn.ModuleDict(blocks)
 
     def forward(
@@ -137,12 +155,23 @@ class FeedbackModel(Wrapper):
         """As the call, from the state of an earlier call on; returns (outputs, state)."""
         return self._run(inputs, passes, state, steering, steer_first_pass, return_all)[:2]
 
-    def readout(self, *inputs: torch.Tensor, nodes: Sequence[str] = (), **options: Any) -> list[dict[str, Any]]:
-        """For every pass a dict: node name -> its value; for a destination also before, modulation, after."""
-        if not nodes and inputs and not isinstance(inputs[-1], torch.Tensor):
-            inputs, nodes = inputs[:-1], inputs[-1]
-        names = tuple(find_node(self._bottom_up().graph, name).meta["name"] for name in nodes)
-        return self._run(inputs, options.pop("passes", None), None, readout=names, **options)[2]
+    def readout(self, *inputs: Any, passes: int | None = None, **options: Any) -> list[dict[str, Readout]]:
+        """Node name -> `Readout`, for every pass.
+
+        Args:
+            inputs: the model's own, and behind them the names of the nodes; a module's name stands for its last node.
+            passes, options: as in the call.
+        """
+        *own, names = inputs
+        graph = self._bottom_up().graph
+        found = {name: find_node(graph, name).meta["name"] for name in names}
+        destinations = {find_node(graph, c.destination).meta["name"] for c in self.connections}
+        read = self._run(own, passes, None, readout=tuple(found.values()), **options)[2]
+
+        def at(node: str, value: torch.Tensor, before: torch.Tensor, modulation: torch.Tensor | None) -> Readout:
+            return Readout(value, before, modulation, value) if node in destinations else Readout(value)
+
+        return [{name: at(node, *one_pass[node]) for name, node in found.items()} for one_pass in read]
 
     def unrolled(self, passes: int | None = None) -> fx.GraphModule:
         """The flat graph of this many passes: inputs -> (outputs, state, readouts)."""
@@ -182,7 +211,7 @@ class FeedbackModel(Wrapper):
         key = ("bottom up", self._modes())
         if key not in self._cache:
             module = open_modules(trace(self._net, len(self._examples)), strict=False)
-            annotate_shapes(module, self._examples)
+            annotate_shapes(module, self._stand_ins())
             self._cache[key] = module
         return self._cache[key]
 

@@ -10,14 +10,10 @@ from urllib.parse import urlparse
 
 import torch
 
-from fxfeedback.errors import Error, OptionError
+from fxfeedback.errors import CheckpointError, OptionError
 from fxfeedback.feedback import FeedbackModel
 
 SHOWN = 10  # names of one kind that an error lists
-
-
-class CheckpointError(Error, ValueError):
-    """A checkpoint that cannot be read, or whose tensors are not the model's."""
 
 
 def load_lrm_steering(model: FeedbackModel, path_or_state_dict: str | os.PathLike[str] | Mapping[str, Any]) -> None:

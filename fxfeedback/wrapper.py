@@ -22,8 +22,9 @@ class Wrapper(nn.Module):
 
     _net: nn.Module  # like the user's model, with the same tensors and our modes
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, example_inputs: Sequence[torch.Tensor]) -> None:
         super().__init__()
+        self._examples = stand_ins(example_inputs)
         net = share(model)
         taken = [name for name in self.OWN if hasattr(net, name)]
         if taken:
@@ -33,6 +34,11 @@ class Wrapper(nn.Module):
         self._non_persistent_buffers_set = net._non_persistent_buffers_set
         object.__setattr__(self, "_net", net)  # as an attribute only, or its tensors would count twice
         self._cache: dict[Any, Any] = {}
+
+    def _stand_ins(self) -> list[torch.Tensor]:
+        """Tensors without data like the example inputs, in our present dtype."""
+        like = self._like()
+        return [x.to(like.dtype) if x.is_floating_point() else x for x in self._examples]
 
     def _modes(self) -> tuple[bool, ...]:
         """The mode of every module of the model."""

@@ -21,7 +21,8 @@ from torch import nn
 
 import fxfeedback
 from fxfeedback import models
-from fxfeedback.published import CheckpointError, load_lrm_steering
+from fxfeedback.errors import CheckpointError
+from fxfeedback.published import load_lrm_steering
 from test_parity_lrm import our_name, small
 
 ROOT = Path(__file__).parent.parent

@@ -236,3 +236,14 @@ def test_autocast(name, train):
     error = norm([u - e for u, e in zip(update, exact, strict=True)]) / norm(exact)
     usual = norm([g - e for g, e in zip(gradient, exact, strict=True)]) / norm(exact)
     assert error < 1.5 * usual + 0.01
+
+
+def test_casting_a_converted_model():
+    """Graphs are traced anew for the new dtype, whatever the example inputs were."""
+    model, _ = build("convnet", train=False)
+    butd = fxfeedback.to_butd(model, n_tasks=2, input_size=(2, 6, 6)).float()
+    feedback = fxfeedback.add_feedback(model, [("10", "0")], input_size=(2, 6, 6)).float()
+    x = torch.randn(3, 2, 6, 6)
+    assert butd(x, 1).dtype == feedback(x)[1].dtype == butd.counter_neurons(1)["2"].dtype == torch.float32
+    assert "update_0_weight" in butd.learner.code
+    assert butd.bfloat16()(x.bfloat16(), 1).dtype == torch.bfloat16
