@@ -1,7 +1,8 @@
 """`add_feedback`: long-range modulatory connections between named nodes of any traceable model."""
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -9,12 +10,12 @@ from torch import fx, nn
 
 from fxfeedback.autograd_bridge import lift
 from fxfeedback.bottom_up import BottomUp, channel_dim
-from fxfeedback.errors import InputError, NodeNameError, OptionError
+from fxfeedback.errors import InputError, NodeNameError, OptionError, TraceError
 from fxfeedback.layout import layout_of
 from fxfeedback.modulation import Modulation
 from fxfeedback.open_modules import open_modules
 from fxfeedback.rewrite import Link, Unrolling, unroll
-from fxfeedback.trace import Spec, annotate_shapes, example_for, find_node, trace
+from fxfeedback.trace import Spec, annotate_shapes, example_for, find_node, share, trace
 from fxfeedback.wrapper import Wrapper
 
 State = dict[str, torch.Tensor]
@@ -70,7 +71,7 @@ def add_feedback(
     *,
     input_size: Sequence[int] | None = None,
     example_inputs: Sequence[torch.Tensor] | None = None,
-) -> "FeedbackModel":
+) -> Any:
     """Add long-range modulatory connections to a model and run it in several passes.
 
     In each pass a destination y becomes relu(y + y Σ m), where m comes from its sources' values: of the previous pass
@@ -85,13 +86,45 @@ def add_feedback(
         input_size: size of one input without its batch; default 224 by 224 with the first convolution's channels.
         example_inputs: instead of input_size, for several inputs: tensors with a batch dimension.
 
+    Returns:
+        A `FeedbackModel`. Where torch.fx cannot trace the whole model, but a part that has all the connections: a copy
+        of the model with its own call, in which that part is a `FeedbackModel` that returns its last pass.
+
     Raises:
         NodeNameError: a name that no node has, or one that cannot be source or destination.
         OptionError: options that do not exist or do not go together, a connection given twice.
         TraceError: torch.fx cannot trace the model, or it does not run at this size.
     """
     made = [_connection(connection) for connection in connections]
-    return FeedbackModel(model, made, passes, example_inputs or example_for(model, input_size))
+    try:
+        return FeedbackModel(model, made, passes, example_inputs or example_for(model, input_size))
+    except TraceError as error:
+        return _add_feedback_inside(model, made, passes, input_size, error)
+
+
+def _add_feedback_inside(
+    model: nn.Module, connections: Sequence[Connection], passes: int, input_size: Any, whole: TraceError
+) -> nn.Module:
+    """A copy of a model that cannot be traced, with the smallest traceable part that has all connections rewritten."""
+    names = [name for c in connections for name in (c.source, c.destination)]
+    steps = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    path = [step[0] for step in itertools.takewhile(lambda step: len(set(step)) == 1, steps)]
+    copy = share(model)
+    while path:
+        part, inside = ".".join(path), len(".".join(path)) + 1
+        try:
+            module = model.get_submodule(part)
+            moved = [replace(c, source=c.source[inside:], destination=c.destination[inside:]) for c in connections]
+            made = FeedbackModel(module, moved, passes, example_for(module, input_size), return_all=False)
+        except (AttributeError, TraceError):
+            path = path[:-1]
+            continue
+        setattr(copy.get_submodule(".".join(path[:-1])), path[-1], made)
+        return copy
+    raise TraceError(
+        f"{whole} Or let all connections lie inside one part of the model that can be traced, such as its backbone: "
+        "that part is then rewritten alone."
+    ) from whole
 
 
 class FeedbackModel(Wrapper):
@@ -104,11 +137,16 @@ class FeedbackModel(Wrapper):
     OWN = ("modulations",)
 
     def __init__(
-        self, model: nn.Module, connections: Sequence[Connection], passes: int, examples: Sequence[torch.Tensor]
+        self,
+        model: nn.Module,
+        connections: Sequence[Connection],
+        passes: int,
+        examples: Sequence[torch.Tensor],
+        return_all: bool = True,
     ) -> None:
         super().__init__(model, examples)
         _check_passes(passes)
-        self.connections, self.passes = tuple(connections), passes
+        self.connections, self.passes, self.return_all = tuple(connections), passes, return_all
         bu = self._bottom_up()
         _check_connections(bu, self.connections)
         names = [_block_name(c) for c in self.connections]
@@ -127,7 +165,7 @@ class FeedbackModel(Wrapper):
         passes: int | None = None,
         steering: Any = (),
         steer_first_pass: bool = False,
-        return_all: bool = True,
+        return_all: bool | None = None,
     ) -> Any:
         """The model's output of every pass, a list; with return_all=False that of the last pass.
 
@@ -141,6 +179,7 @@ class FeedbackModel(Wrapper):
             InputError: a steering activation of the wrong shape.
             NodeNameError: a steered node that is no source.
         """
+        return_all = self.return_all if return_all is None else return_all
         return self._run(inputs, passes, None, steering, steer_first_pass, return_all)[0]
 
     def unroll(
