@@ -214,7 +214,9 @@ class FeedbackModel(Wrapper):
 
     def unrolled(self, passes: int | None = None) -> fx.GraphModule:
         """The flat graph of this many passes: inputs -> (outputs, state, readouts)."""
-        return self._unrolled(Unrolling(self.passes if passes is None else passes))[0]
+        passes = self.passes if passes is None else passes
+        _check_passes(passes)
+        return self._unrolled(Unrolling(passes))[0]
 
     def modulation(self, source: str, destination: str) -> Modulation:
         """The block of one connection."""
@@ -238,8 +240,12 @@ class FeedbackModel(Wrapper):
     ) -> tuple[Any, State, list[dict[str, Any]]]:
         passes = self.passes if passes is None else passes
         _check_passes(passes)
-        steered = self._steered(steering)
+        steered = self._steered(steering, inputs)
         state = state or {}
+        sources = self._sources()
+        for name in state:
+            if name not in sources:
+                raise NodeNameError(f"state: {name!r} is no source; sources: {', '.join(sources)}")
         what = Unrolling(passes, return_all, tuple(state), tuple(steered), steer_first_pass, readout)
         _, (run, attributes) = self._unrolled(what)
         signals = [*state.values(), *(tensor for tensors in steered.values() for tensor in tensors)]
@@ -263,37 +269,45 @@ class FeedbackModel(Wrapper):
             self._cache[key] = module, lift(module)
         return self._cache[key]
 
-    def _steered(self, steering: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    def _sources(self) -> dict[str, fx.Node]:
+        """The connections' sources by node name."""
+        nodes = [find_node(self._bottom_up().graph, c.source) for c in self.connections]
+        return {node.meta["name"]: node for node in nodes}
+
+    def _steered(self, steering: Any, inputs: Sequence[torch.Tensor]) -> dict[str, tuple[torch.Tensor, ...]]:
         """Source name -> (activation, alpha, strength) as tensors."""
         several = [steering] if isinstance(steering, (Steering, Mapping)) else list(steering or ())
-        result, like, graph = {}, self._like(), self._bottom_up().graph
-        sources = {find_node(graph, c.source).meta["name"]: find_node(graph, c.source) for c in self.connections}
-        for one in several:
-            one = Steering(**one) if isinstance(one, Mapping) else one
-            name = find_node(graph, one.source).meta["name"]
+        if not several:
+            return {}
+        result: dict[str, tuple[torch.Tensor, ...]] = {}
+        like, sources = self._like(), self._sources()
+        at_example_size = [x.shape[1:] for x in inputs] == [x.shape[1:] for x in self._examples]
+        for given in several:
+            one = _steering(given)
+            name = find_node(self._bottom_up().graph, one.source).meta["name"]
             if name not in sources:
                 raise NodeNameError(f"{one.source!r} cannot be steered: it is no source; sources: {', '.join(sources)}")
             activation = torch.as_tensor(one.activation).to(like)
-            expected = sources[name].meta["spec"].sizes
-            if activation.ndim != len(expected) or activation.shape[channel_dim(sources[name])] not in expected:
-                shape = ", ".join("batch" if n is None else str(n) for n in expected)
-                raise InputError(
-                    f"steering {one.source!r} takes an activation of shape ({shape}), not {tuple(activation.shape)}"
-                )
-            strength = torch.as_tensor(one.strength, dtype=like.dtype, device=like.device).expand(2)
-            result[name] = activation, torch.as_tensor(one.alpha, dtype=like.dtype, device=like.device), strength
+            _check_activation(activation, one.source, sources[name], len(inputs[0]), at_example_size)
+            strength = torch.as_tensor(one.strength, dtype=like.dtype, device=like.device)
+            if strength.numel() not in (1, 2):
+                raise InputError(f"steering {one.source!r}: strength is one number or two (negative, positive)")
+            alpha = torch.as_tensor(one.alpha, dtype=like.dtype, device=like.device)
+            result[name] = activation, alpha, strength.reshape(-1).expand(2)
         return result
 
 
 def _connection(given: Any) -> Connection:
+    form = "give (source, destination), a dict or a Connection, with names of nodes"
     if isinstance(given, Connection):
         return given
     try:
-        return Connection(**given) if isinstance(given, Mapping) else Connection(*given)
+        made = Connection(**given) if isinstance(given, Mapping) else Connection(*given)
     except TypeError as error:
-        raise OptionError(
-            f"{given!r} is no connection ({error}): give (source, destination), a dict or a Connection"
-        ) from None
+        raise OptionError(f"{given!r} is no connection ({error}): {form}") from None
+    if not isinstance(made.source, str) or not isinstance(made.destination, str):
+        raise OptionError(f"{given!r} is no connection: {form}")
+    return made
 
 
 def _check_passes(passes: Any) -> None:
@@ -323,7 +337,8 @@ def _check_connections(bu: fx.GraphModule, connections: Sequence[Connection]) ->
             raise NodeNameError(f"{arrow}: the model's output does not depend on {connection.destination!r}")
         if connection.activation not in ("auto", "relu", "none"):
             raise OptionError(f"activation={connection.activation!r}: choose one of 'auto', 'relu', 'none'")
-        if activations.setdefault(destination, connection.activation) != connection.activation:
+        activation = _activation(connection, destination)
+        if activations.setdefault(destination, activation) != activation:
             raise OptionError(f"{arrow}: connections into one destination must agree on activation=")
 
 
@@ -338,6 +353,34 @@ def _block(bu: fx.GraphModule, connection: Connection) -> Modulation:
 
 def _link(bu: fx.GraphModule, connection: Connection) -> Link:
     source, destination = find_node(bu.graph, connection.source), find_node(bu.graph, connection.destination)
-    automatic = "relu" if layout_of(destination).kind in ("vector", "map") else "none"
-    activation = automatic if connection.activation == "auto" else connection.activation
-    return Link(source, destination, f"modulations.{_block_name(connection)}", activation)
+    return Link(source, destination, f"modulations.{_block_name(connection)}", _activation(connection, destination))
+
+
+def _activation(connection: Connection, destination: fx.Node) -> str:
+    """ "relu" or "none"; "auto" decides by the destination's layout."""
+    if connection.activation != "auto":
+        return connection.activation
+    return "relu" if layout_of(destination).kind in ("vector", "map") else "none"
+
+
+def _steering(given: Any) -> Steering:
+    if isinstance(given, Steering):
+        return given
+    try:
+        return Steering(**given)
+    except TypeError as error:
+        raise OptionError(
+            f"{given!r} is no steering ({error}): give a Steering, or a dict with its arguments"
+        ) from None
+
+
+def _check_activation(activation: torch.Tensor, name: str, source: fx.Node, batch: int, exact: bool) -> None:
+    """A steering activation is shaped like its source; at another input size only its channels are known."""
+    expected, channels = source.meta["spec"].sizes, channel_dim(source)
+    shape = tuple(activation.shape)
+    fits = len(shape) == len(expected) and shape[0] in (1, batch) and shape[channels] == expected[channels]
+    if fits and exact:
+        fits = all(n is None or n == m for n, m in zip(expected[1:], shape[1:], strict=True))
+    if not fits:
+        wanted = ", ".join("batch" if n is None else str(n) for n in expected)
+        raise InputError(f"steering {name!r} takes an activation of shape ({wanted}), not {shape}; batch: 1 or {batch}")

@@ -66,6 +66,8 @@ class _Opener(fx.Tracer):
             else:
                 name = node.name if node.op in ("placeholder", "get_attr") else None
                 value = self.create_proxy(node.op, node.target, args, kwargs, name)
+            if node.op.startswith("call") and isinstance(value, fx.Proxy) and value.node.meta.get("origin") is not node:
+                value = _call(same, value)  # dropout that is off, an identity: they keep their name
         if isinstance(value, fx.Proxy) and value.node.meta.get("origin") is node:
             value.node.meta["name"] = node.meta["name"]
         self.values[node] = value
@@ -223,7 +225,7 @@ def _batch_norm(module: Any, input: fx.Proxy) -> fx.Proxy:
         module.weight,
         module.bias,
         training,
-        momentum or 0.0,
+        0.0 if momentum is None else momentum,
         module.eps,
     )
 
@@ -231,6 +233,11 @@ def _batch_norm(module: Any, input: fx.Proxy) -> fx.Proxy:
 def cumulative_momentum(num_batches_tracked: torch.Tensor) -> float:
     """The momentum that makes running statistics a plain average: 1 / number of batches."""
     return 1.0 if num_batches_tracked.is_meta else 1.0 / num_batches_tracked.item()
+
+
+def same(input: torch.Tensor) -> torch.Tensor:
+    """The input itself: what is left of dropout in evaluation mode, and of nn.Identity."""
+    return input
 
 
 def _dropout(input: fx.Proxy, p: float = 0.5, training: bool = True, inplace: bool = False) -> fx.Proxy:

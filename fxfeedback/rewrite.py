@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fxfeedback.bottom_up import has_effect
-from fxfeedback.open_modules import survival, surviving_channels
+from fxfeedback.bottom_up import has_effect, operand
+from fxfeedback.open_modules import cumulative_momentum, survival, surviving_channels
 from fxfeedback.trace import identifier
 
-RANDOM = (torch.native_dropout, survival, surviving_channels)
+ANEW = (torch.native_dropout, survival, surviving_channels, cumulative_momentum)
+"""Never shared between passes: what is drawn at random, and what counts the passes."""
 
 
 @dataclass(frozen=True)
@@ -84,18 +85,19 @@ class Unroller:
             self.steer()
         state = {name: self.signals[source] for name, source in sources.items()}
         self.graph.output((outputs if self.what.all_outputs else outputs[-1], state, readouts))
-        self.graph.eliminate_dead_code(is_impure_node=has_effect)
+        self.graph.eliminate_dead_code(is_impure_node=lambda node: has_effect(node) or _counts_batches(node))
         return self.graph
 
     def one_pass(self, number: int, inputs: dict[fx.Node, fx.Node]) -> tuple[Any, dict[str, Any]]:
         """One pass over the graph: its output, and what is read out of it."""
-        values, readout = dict(inputs), {}
+        values: dict[fx.Node, fx.Node] = {}
+        readout: dict[str, Any] = {}
         feedback = dict(self.signals)  # what the previous pass handed on
         for node in self.source.nodes:
             if node.op == "output":
                 output = fx.map_arg(node.args[0], values.__getitem__)
-            elif node not in values:
-                values[node] = before = self.emit(node, values, number)
+            else:
+                values[node] = before = inputs[node] if node in inputs else self.emit(node, values, number)
                 # A source that ran earlier in this pass hands on its present value, any other that of the previous one.
                 present = {source: value for source, value in values.items() if source is not node}
                 links = [link for link in self.links if link.destination is node]
@@ -112,7 +114,7 @@ class Unroller:
     def emit(self, node: fx.Node, values: dict[fx.Node, fx.Node], number: int) -> fx.Node:
         """The node in this pass: an earlier pass's where the inputs are the same and nothing is drawn at random."""
         key = (node, *(values[source] for source in node.all_input_nodes))
-        if key in self.emitted and node.target not in RANDOM and not has_effect(node):
+        if key in self.emitted and node.target not in ANEW and not has_effect(node):
             if node.target is F.batch_norm:
                 self.advance_statistics(self.emitted[key])
             return self.emitted[key]
@@ -125,12 +127,9 @@ class Unroller:
 
     def advance_statistics(self, norm: fx.Node) -> None:
         """A batch norm in training mode whose value two passes share has seen the batch once more all the same."""
-        arguments = dict(
-            zip(("input", "mean", "var", "weight", "bias", "training", "momentum"), norm.args, strict=False)
-        )
-        arguments |= norm.kwargs
-        if arguments.get("training") and arguments.get("mean") is not None:
-            self.graph.call_function(advance_, (arguments["input"], *norm.args[1:3], arguments["momentum"]))
+        if _counts_batches(norm):
+            x, mean, var = (operand(norm, name) for name in ("input", "running_mean", "running_var"))
+            self.graph.call_function(advance_, (x, mean, var, operand(norm, "momentum")))
 
     def modulation(self, y: fx.Node, signals: Sequence[tuple[Link, fx.Node]]) -> fx.Node | None:
         """Σ over the connections of m, or None where none has a signal."""
@@ -180,6 +179,12 @@ def unroll(module: fx.GraphModule, root: nn.Module, links: Sequence[Link], what:
         root: has its parameters and the connections' blocks.
     """
     return fx.GraphModule(root, Unroller(module.graph, links, what).run(), "Unrolled")
+
+
+def _counts_batches(node: fx.Node) -> bool:
+    """Whether the node is a batch norm in training mode that keeps running statistics."""
+    keeps = node.target is F.batch_norm and operand(node, "running_mean") is not None
+    return keeps and operand(node, "training") is True
 
 
 @torch.no_grad()

@@ -285,9 +285,10 @@ def find_node(graph: fx.Graph, name: str) -> fx.Node:
     inside = [node for key, node in named.items() if key.startswith(name + ".")]
     if inside and name:
         return inside[-1]
-    raise NodeNameError(
-        f"no node is called {name!r}{nearest(name, named)}. fxfeedback.node_names(model) lists all names."
-    )
+    steps = [key.split(".") for key in named]
+    modules = [".".join(path[:i]) for path in steps for i in range(1, len(path))]
+    hint = nearest(name, dict.fromkeys([*modules, *named]))
+    raise NodeNameError(f"no node is called {name!r}{hint}. fxfeedback.node_names(model) lists all names.")
 
 
 def identifier(name: str) -> str:

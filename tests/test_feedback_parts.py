@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torchvision
-from networks import convnet
 from torch import nn
 
 import fxfeedback
+from networks import convnet
 
 
 class Outer(nn.Module):

@@ -1,7 +1,6 @@
 """The unrolled graph: it agrees with a plain loop over passes and nodes, and it computes nothing twice."""
 
 import copy
-from functools import partial
 
 import hypothesis
 import networkx as nx
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import NodePathTracer
-from torchvision.ops import StochasticDepth, stochastic_depth
+from torchvision.ops import stochastic_depth
 
 import fxfeedback
 from fxfeedback import Connection, Steering
@@ -109,13 +108,14 @@ class Net(nn.Module):
         self.layers = nn.ModuleList(layer if isinstance(layer, nn.Module) else None for layer, _ in program)
         self.heads = nn.ModuleList(nn.Linear(channels, 4) for _, channels in unread)
         self.program, self.unread, self.in_place = program, unread, in_place
+        self.overwriting = {i for i, layer in enumerate(self.layers) if getattr(layer, "inplace", False)}
 
     def forward(self, x):
         values = [x]
-        for module, (layer, places) in zip(self.layers, self.program, strict=True):
+        for place, (module, (layer, places)) in enumerate(zip(self.layers, self.program, strict=True)):
             a = [values[place] for place in places]
             if module is not None:
-                y, overwrites = module(*a), isinstance(module, nn.ReLU) and layer.inplace
+                y, overwrites = module(*a), place in self.overwriting
             elif layer == "add_":
                 y, overwrites = a[0].add_(a[1]) if self.in_place else a[0].add(a[1]), True
             else:
@@ -211,7 +211,7 @@ def connected(draw):
     """A net, and the net with random connections."""
     net = draw(nets())
     x = torch.randn(BATCH, 2, 5, 5).double()
-    names = [n for n, info in fxfeedback.node_names(net, example_inputs=(x,)).items() if info.shape and n != "x"]
+    names = [n for n, info in fxfeedback.node_names(net, example_inputs=(x,)).items() if info.shape]
     pairs = draw(st.lists(st.tuples(*[st.sampled_from(names)] * 2), min_size=1, max_size=4, unique=True))
     activations = {destination: draw(st.sampled_from(["auto", "auto", "none"])) for _, destination in pairs}
     connections = [
@@ -260,23 +260,244 @@ def close(a, b, tolerance=1e-12):
 
 @settings(
     deadline=None,
-    max_examples=200,
+    max_examples=250,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 )
 @given(st.data())
 def test_random_graphs_agree_with_the_reference(data):
     net, model, x = data.draw(connected())
-    plain, state, expected_state = net.out_of_place(), None, None
+    plain, names, state, expected_state, losses = net.out_of_place(), names_of(net), None, None, [0, 0]
     for _ in range(data.draw(st.integers(1, 2))):
         call = data.draw(calls(model, x))
-        hypothesis.note(f"{[m for m in net.program]} {model.connections} {call}")
-        with torch.no_grad():
-            expected, expected_state = reference(plain, names_of(net), model, x, state=expected_state, **call)
-            outputs, state = model.unroll(x, state=state, **call)
+        hypothesis.note(f"{net.program} {model.connections} {call}")
+        expected, expected_state = reference(plain, names, model, x, state=expected_state, **call)
+        outputs, state = model.unroll(x, state=state, **call)
         assert len(outputs) == len(expected) == call["passes"]
         assert all(close(a, b) for a, b in zip(outputs, expected, strict=True))
         assert state.keys() == expected_state.keys()
         assert all(close(state[name], expected_state[name]) for name in state)
         for (name, a), b in zip(net.named_buffers(), plain.buffers(), strict=True):
             assert close(a.double(), b.double()), name
+        for i, results in enumerate((outputs, expected)):
+            losses[i] = losses[i] + sum((output * (p + 1)).cos().sum() for p, output in enumerate(results))
+    ours = torch.autograd.grad(losses[0], [*net.parameters(), *model.modulations.parameters()], allow_unused=True)
+    theirs = torch.autograd.grad(losses[1], [*plain.parameters(), *model.modulations.parameters()], allow_unused=True)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a is None or not a.any()) if b is None else close(a, b, 1e-9)
+
+
+REAL = {
+    "alexnet": LRM3,
+    "resnet18": [
+        ("layer4.1.relu_1", "layer1.1.relu_1"),
+        ("layer2.1.add", "layer3.0.conv1"),
+        ("fc", "layer2.1.relu_1"),
+        ("layer3.0.bn1", "layer3.0.bn1"),
+    ],
+}
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("name", REAL)
+def test_torchvision_agrees_with_the_reference(name, train):
+    net = make(name).double().train(train)
+    plain = copy.deepcopy(net)
+    for module in [*net.modules(), *plain.modules()]:
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    for module in plain.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+    x = torch.randn(2, 3, 64, 64, dtype=torch.double)
+    model = fxfeedback.add_feedback(net, REAL[name], input_size=(3, 64, 64))
+    with torch.no_grad():
+        expected, _ = reference(plain, names_of(net), model, x, 3)
+        outputs = model(x, passes=3)
+    assert all(close(a, b) for a, b in zip(outputs, expected, strict=True))
+    assert all(close(a.double(), b.double()) for a, b in zip(net.buffers(), plain.buffers(), strict=True))
+
+
+def test_a_cumulative_average_counts_every_pass():
+    net = nn.Sequential(
+        nn.Conv2d(2, 3, 3),
+        nn.BatchNorm2d(3, momentum=None),
+        nn.ReLU(),
+        nn.Conv2d(3, 4, 1),
+        nn.BatchNorm2d(4, momentum=None),
+    ).double()
+    plain, x = copy.deepcopy(net), torch.randn(BATCH, 2, 5, 5).double()
+    model = fxfeedback.add_feedback(net, [("4", "2")], input_size=(2, 5, 5))
+    expected, _ = reference(plain, names_of(net), model, x, 3)
+    assert all(close(a, b) for a, b in zip(model(x, passes=3), expected, strict=True))
+    for (name, a), b in zip(net.named_buffers(), plain.buffers(), strict=True):
+        assert close(a.double(), b.double()), name
+
+
+def test_in_training_the_statistics_do_not_depend_on_what_is_returned():
+    """Heads of early passes are dropped with return_all=False; their batch norms have seen the batch all the same."""
+    x, buffers = torch.randn(BATCH, 2, 5, 5), []
+    for return_all in (True, False):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+        fxfeedback.add_feedback(net, [("1", "0")], input_size=(2, 5, 5))(x, return_all=return_all)
+        buffers.append(list(net.buffers()))
+    assert all(torch.allclose(a, b) for a, b in zip(*buffers, strict=True))
+
+
+# -- sharing -----------------------------------------------------------------------------------------------------------
+
+
+def make(name):
+    torch.manual_seed(0)
+    options = {"init_weights": False} if name == "googlenet" else {}
+    return torchvision.models.get_model(name, num_classes=7, **options)
+
+
+class Dependence:
+    """What depends on what in a net: (name, "own") is a node's own value, (name, "handed on") what others read."""
+
+    def __init__(self, net, connections):
+        graph = trace(share(net)).graph
+        self.names = [node.meta["name"] for node in graph.nodes if node.op not in ("output", "get_attr")]
+        order = {name: i for i, name in enumerate(self.names)}
+        ends = [tuple(last_inside(self.names, end) for end in pair) for pair in connections]
+        self.feedback = [(s, d) for s, d in ends if order[s] >= order[d]]
+        self.digraph = nx.DiGraph()
+        for node in graph.nodes:
+            name = node.meta["name"]
+            self.digraph.add_edge((name, "own"), (name, "handed on"))
+            for operand in node.all_input_nodes:
+                self.digraph.add_edge((operand.meta["name"], "handed on"), (name, "own"))
+        for s, d in ends:
+            if order[s] < order[d]:
+                self.digraph.add_edge((s, "handed on"), (d, "handed on"))
+        self.random = [node.meta["name"] for node in graph.nodes if is_random(node, net)]
+
+    def changing(self, passes):
+        """Per pass the set of nodes that differ from the pass before; in the first pass, all."""
+        sets = [set(self.digraph)]
+        for _ in range(passes - 1):
+            starts = {(d, "handed on") for s, d in self.feedback if (s, "handed on") in sets[-1]}
+            starts |= {(name, "own") for name in self.random}
+            sets.append(starts.union(*(nx.descendants(self.digraph, start) for start in starts)))
+        return [{name for name in self.names if (name, "own") in changed} for changed in sets]
+
+
+def last_inside(names, end):
+    return end if end in names else [name for name in names if name.startswith(f"{end}.")][-1]
+
+
+def is_random(node, net):
+    if node.target is stochastic_depth:
+        p, training = node.args[1], node.kwargs.get("training", node.args[-1])
+        return training and p > 0
+    module = net.get_submodule(node.target) if node.op == "call_module" else None
+    return isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0
+
+
+SHARING = {
+    "alexnet": LRM3,
+    "resnet18": [("layer4", "layer2"), ("layer1.1.conv1", "layer3.0.bn1")],
+    "resnet50": [("layer4", "layer3.0.conv1")],
+    "densenet121": [("features.denseblock4", "features.denseblock3.denselayer5.conv2")],
+    "mobilenet_v2": [("features.18", "features.8.conv.0.0"), ("features.14", "features.14")],
+    "efficientnet_b0": [("features.8", "features.5.0.block.0.0"), ("classifier.1", "features.6.1.block.2.fc1")],
+    "googlenet": [("inception4b.branch4.1.relu", "inception4b.branch2.0.conv"), ("fc", "inception5b.branch1.relu")],
+}
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("name", SHARING)
+def test_only_what_lies_downstream_of_a_changed_modulation_is_computed_again(name, train):
+    net = make(name).train(train)
+    model = fxfeedback.add_feedback(net, SHARING[name], input_size=(3, 64, 64))
+    expected = Dependence(net, SHARING[name]).changing(4)
+    emitted = [set() for _ in expected]
+    for node in model.unrolled(passes=4).graph.nodes:
+        if "name" in node.meta:
+            emitted[node.meta.get("pass", 1) - 1].add(node.meta["name"])
+    computing = emitted[0] & expected[0]  # a closed dropout or identity computes nothing and has no node
+    assert len(computing) > 0.9 * len(expected[0]) - len([m for m in net.modules() if isinstance(m, nn.Dropout)])
+    assert 0 < len(expected[1] & computing) < len(computing)
+    for again, should in zip(emitted[1:], expected[1:], strict=True):
+        assert again & expected[0] == should & computing
+    if train:
+        norms = {n for n, module in net.named_modules() if isinstance(module, nn.BatchNorm2d)} & computing
+        advanced = [node for node in model.unrolled(passes=4).graph.nodes if node.name.startswith("advance_")]
+        assert len(advanced) == sum(len(norms - should) for should in expected[1:])
+
+
+def test_signals_that_do_not_change_are_not_applied_again():
+    """A feedback source that lies beside its destination has the same value in every pass: two passes say it all."""
+    net = make("googlenet").eval()
+    connections = [("inception4b.branch4.1.relu", "inception4b.branch2.0.conv")]
+    assert Dependence(net, connections).changing(3)[2] == set()
+    model = fxfeedback.add_feedback(net, connections, input_size=(3, 64, 64))
+    outputs = model.unrolled(passes=4).graph.output_node().args[0][0]
+    assert len(outputs) == 4 and len(set(outputs)) == 2
+    assert len([node for node in model.unrolled(passes=4).graph.nodes if node.op == "call_module"]) == 1
+
+
+# -- what it costs -----------------------------------------------------------------------------------------------------
+
+
+def flops_per_layer(net, x):
+    """Name -> FLOPs of every layer of torch.nn, by running it; only these have FLOPs."""
+    flops, counter = {}, FlopCounterMode(display=False)
+    hooks = []
+    for name, module in net.named_modules():
+        if not list(module.children()):
+            hooks += count(counter, module, flops, name)
+    with counter:
+        net(x)
+    for hook in hooks:
+        hook.remove()
+    assert sum(flops.values()) == counter.get_total_flops()
+    return flops
+
+
+def count(counter, module, flops, name):
+    def before(*_):
+        flops[name] = flops.get(name, 0) - counter.get_total_flops()
+
+    def after(*_):
+        flops[name] += counter.get_total_flops()
+
+    return module.register_forward_pre_hook(before), module.register_forward_hook(after)
+
+
+@pytest.mark.parametrize("passes", [1, 2, 3])
+@pytest.mark.parametrize("name", ["alexnet", "resnet50"])
+def test_flops_are_those_of_the_nodes_computed_again(name, passes):
+    net, x = make(name).eval(), torch.randn(2, 3, 64, 64)
+    layers = flops_per_layer(net, x)
+    model = fxfeedback.add_feedback(net, SHARING[name], input_size=(3, 64, 64))
+    blocks, counter = {}, FlopCounterMode(display=False)
+    for pair in SHARING[name]:
+        count(counter, model.modulation(*pair), blocks, "blocks")
+    with counter:
+        model(x, passes=passes)
+    sets = Dependence(net, SHARING[name]).changing(passes)
+    expected = sum(layers.get(node, 0) for nodes in sets for node in nodes)
+    assert counter.get_total_flops() - blocks.get("blocks", 0) == expected
+    assert (blocks.get("blocks", 0) > 0) == (passes > 1)
+
+
+def test_heads_of_early_passes_cost_nothing_when_only_the_last_is_returned():
+    net, x = make("alexnet").eval(), torch.randn(2, 3, 64, 64)
+    layers = flops_per_layer(net, x)
+    connections = [("features.9", "features.6")]
+    model = fxfeedback.add_feedback(net, connections, input_size=(3, 64, 64))
+    counted = []
+    for return_all in (True, False):
+        blocks, counter = {}, FlopCounterMode(display=False)
+        hooks = count(counter, model.modulation(*connections[0]), blocks, "blocks")
+        with counter:
+            outputs = model(x, passes=3, return_all=return_all)
+        counted.append(counter.get_total_flops() - blocks["blocks"])
+        for hook in hooks:
+            hook.remove()
+    head = sum(n for name, n in layers.items() if name.startswith("classifier") or name == "features.10")
+    assert counted == [sum(layers.values()) + 2 * (layers["features.8"] + head), counted[0] - 2 * head]
+    assert torch.equal(outputs, model(x, passes=3)[-1])

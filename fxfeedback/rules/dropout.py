@@ -3,8 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-from fxfeedback.open_modules import survival, surviving_channels
-from fxfeedback.rules.core import constant, roles, rule
+from fxfeedback.open_modules import same, survival, surviving_channels
+from fxfeedback.rules.core import as_is, constant, roles, rule, transpose
 from fxfeedback.rules.examples import T, call
 
 
@@ -15,7 +15,14 @@ def dropout(y, input, p, train):
     return {"input": roles(instruct=lambda t: t[0], error=lambda e: e[0] * y[1] * scale)}
 
 
+@rule(same)
+def identity(y, input):
+    """x itself: dropout that is off, nn.Identity"""
+    return {"input": transpose(as_is)}
+
+
 constant(survival, surviving_channels)  # stochastic depth and channel dropout are products with a random factor
 
 
+identity.examples = [call(torch.nn.Identity(), T(4, 5)), call(F.dropout, T(4, 5), 0.3, False)]
 dropout.examples = [call(F.dropout, T(40, 5), 0.3), call(F.dropout2d, T(40, 5, 3, 3), 0.3)]
