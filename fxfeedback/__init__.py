@@ -6,6 +6,7 @@ from fxfeedback.check_rule import check_rule
 from fxfeedback.errors import Error
 from fxfeedback.feedback import Connection, FeedbackModel, Readout, Steering, add_feedback
 from fxfeedback.published import load_lrm_steering
+from fxfeedback.storage import load, save
 from fxfeedback.trace import node_names
 from fxfeedback.version import __version__
 
@@ -20,9 +21,11 @@ __all__ = [
     "add_feedback",
     "check_rule",
     "errors",
+    "load",
     "load_lrm_steering",
     "models",
     "node_names",
     "rules",
+    "save",
     "to_butd",
 ]

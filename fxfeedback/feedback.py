@@ -1,21 +1,20 @@
 """`add_feedback`: long-range modulatory connections between named nodes of any traceable model."""
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 
-from fxfeedback.autograd_bridge import lift
 from fxfeedback.bottom_up import BottomUp, channel_dim
 from fxfeedback.errors import InputError, NodeNameError, OptionError, TraceError
 from fxfeedback.layout import layout_of
 from fxfeedback.modulation import Modulation
 from fxfeedback.open_modules import open_modules
 from fxfeedback.rewrite import Link, Unrolling, unroll
-from fxfeedback.trace import Spec, annotate_shapes, example_for, find_node, share, trace
+from fxfeedback.trace import Spec, annotate_shapes, example_for, find_node, put, trace
 from fxfeedback.wrapper import Wrapper
 
 State = dict[str, torch.Tensor]
@@ -105,22 +104,19 @@ def add_feedback(
 def _add_feedback_inside(
     model: nn.Module, connections: Sequence[Connection], passes: int, input_size: Any, whole: TraceError
 ) -> nn.Module:
-    """A copy of a model that cannot be traced, with the smallest traceable part that has all connections rewritten."""
+    """A copy of a model that cannot be traced, with the largest traceable part that has all connections rewritten."""
     names = [name for c in connections for name in (c.source, c.destination)]
     steps = zip(*(name.split(".")[:-1] for name in names), strict=False)
     path = [step[0] for step in itertools.takewhile(lambda step: len(set(step)) == 1, steps)]
-    copy = share(model)
-    while path:
-        part, inside = ".".join(path), len(".".join(path)) + 1
+    for part in itertools.accumulate(path, "{}.{}".format):
+        inside = len(part) + 1
         try:
             module = model.get_submodule(part)
             moved = [replace(c, source=c.source[inside:], destination=c.destination[inside:]) for c in connections]
             made = FeedbackModel(module, moved, passes, example_for(module, input_size), return_all=False)
         except (AttributeError, TraceError):
-            path = path[:-1]
             continue
-        setattr(copy.get_submodule(".".join(path[:-1])), path[-1], made)
-        return copy
+        return put(model, part, made)
     raise TraceError(
         f"{whole} Or let all connections lie inside one part of the model that can be traced, such as its backbone: "
         "that part is then rewritten alone."
@@ -135,6 +131,9 @@ class FeedbackModel(Wrapper):
     """
 
     OWN = ("modulations",)
+    connections: tuple[Connection, ...]
+    passes: int
+    return_all: bool
 
     def __init__(
         self,
@@ -146,7 +145,9 @@ class FeedbackModel(Wrapper):
     ) -> None:
         super().__init__(model, examples)
         _check_passes(passes)
-        self.connections, self.passes, self.return_all = tuple(connections), passes, return_all
+        vars(self).update(  # past nn.Module, for which a child of the model may have such a name
+            connections=tuple(connections), passes=passes, return_all=return_all
+        )
         bu = self._bottom_up()
         _check_connections(bu, self.connections)
         names = [_block_name(c) for c in self.connections]
@@ -216,7 +217,7 @@ class FeedbackModel(Wrapper):
         """The flat graph of this many passes: inputs -> (outputs, state, readouts)."""
         passes = self.passes if passes is None else passes
         _check_passes(passes)
-        return self._unrolled(Unrolling(passes))[0]
+        return self._unrolled(Unrolling(passes))
 
     def modulation(self, source: str, destination: str) -> Modulation:
         """The block of one connection."""
@@ -240,16 +241,15 @@ class FeedbackModel(Wrapper):
     ) -> tuple[Any, State, list[dict[str, Any]]]:
         passes = self.passes if passes is None else passes
         _check_passes(passes)
-        steered = self._steered(steering, inputs)
-        state = state or {}
-        sources = self._sources()
-        for name in state:
-            if name not in sources:
-                raise NodeNameError(f"state: {name!r} is no source; sources: {', '.join(sources)}")
-        what = Unrolling(passes, return_all, tuple(state), tuple(steered), steer_first_pass, readout)
-        _, (run, attributes) = self._unrolled(what)
-        signals = [*state.values(), *(tensor for tensors in steered.values() for tensor in tensors)]
-        return run(*inputs, *signals, *(self._fetch(name) for name in attributes))
+        _check_inputs(inputs, self._examples)
+        state, several = state or {}, _several(steering)
+        steered = tuple([one.source for one in several])
+        plan = self._plan(self._modes(), passes, return_all, tuple(state), steered, steer_first_pass, readout)
+        at_example_size = all(x.shape[1:] == y.shape[1:] for x, y in zip(inputs, self._examples, strict=True))
+        signals, like = list(state.values()), self._like()
+        for one, (sizes, channels) in zip(several, plan.steered, strict=True):
+            signals += _steering_tensors(one, sizes, channels, len(inputs[0]), at_example_size, like)
+        return plan.run(self._root, *inputs, *signals)
 
     def _bottom_up(self) -> fx.GraphModule:
         """The opened graph in the present mode, with shapes."""
@@ -260,41 +260,43 @@ class FeedbackModel(Wrapper):
             self._cache[key] = module
         return self._cache[key]
 
-    def _unrolled(self, what: Unrolling) -> tuple[fx.GraphModule, tuple[fx.GraphModule, list[str]]]:
-        key = (what, self._modes())
-        if key not in self._cache:
-            bu = self._bottom_up()
-            links = [_link(bu, connection) for connection in self.connections]
-            module = unroll(bu, self, links, what)
-            self._cache[key] = module, lift(module)
+    def _unrolled(self, what: Unrolling) -> fx.GraphModule:
+        bu = self._bottom_up()
+        return unroll(bu, self, [_link(bu, connection) for connection in self.connections], what)
+
+    def _plan(self, modes: tuple[bool, ...], *what: Any) -> "_Plan":
+        """What a call runs; made once."""
+        key = ("plan", modes, what)
+        self._make(key)
         return self._cache[key]
 
-    def _sources(self) -> dict[str, fx.Node]:
-        """The connections' sources by node name."""
-        nodes = [find_node(self._bottom_up().graph, c.source) for c in self.connections]
-        return {node.meta["name"]: node for node in nodes}
+    @torch.compiler.assume_constant_result  # making a graph is nothing that torch.compile could trace
+    def _make(self, key: tuple[Any, ...]) -> None:
+        if key in self._cache:
+            return
+        passes, return_all, state, steered, steer_first, readout = key[-1]
+        graph = self._bottom_up().graph
+        nodes = [find_node(graph, c.source) for c in self.connections]
+        sources = {node.meta["name"]: (node.meta["spec"].sizes, channel_dim(node)) for node in nodes}
+        names = {name: find_node(graph, name).meta["name"] for name in steered}
+        for name in [name for name in (*state, *names.values()) if name not in sources]:
+            given = "the state" if name in state else "the steering"
+            raise NodeNameError(f"{given} has {name!r}, which is no source; sources: {', '.join(sources)}")
+        if len(set(names.values())) < len(steered):
+            raise OptionError(f"a source is steered twice, in {', '.join(steered)}: give each one steering")
+        what = Unrolling(passes, return_all, state, tuple(names.values()), steer_first, readout)
+        self._cache[key] = _Plan(type(self._unrolled(what)).forward, [sources[name] for name in names.values()])
 
-    def _steered(self, steering: Any, inputs: Sequence[torch.Tensor]) -> dict[str, tuple[torch.Tensor, ...]]:
-        """Source name -> (activation, alpha, strength) as tensors."""
-        several = [steering] if isinstance(steering, (Steering, Mapping)) else list(steering or ())
-        if not several:
-            return {}
-        result: dict[str, tuple[torch.Tensor, ...]] = {}
-        like, sources = self._like(), self._sources()
-        at_example_size = [x.shape[1:] for x in inputs] == [x.shape[1:] for x in self._examples]
-        for given in several:
-            one = _steering(given)
-            name = find_node(self._bottom_up().graph, one.source).meta["name"]
-            if name not in sources:
-                raise NodeNameError(f"{one.source!r} cannot be steered: it is no source; sources: {', '.join(sources)}")
-            activation = torch.as_tensor(one.activation).to(like)
-            _check_activation(activation, one.source, sources[name], len(inputs[0]), at_example_size)
-            strength = torch.as_tensor(one.strength, dtype=like.dtype, device=like.device)
-            if strength.numel() not in (1, 2):
-                raise InputError(f"steering {one.source!r}: strength is one number or two (negative, positive)")
-            alpha = torch.as_tensor(one.alpha, dtype=like.dtype, device=like.device)
-            result[name] = activation, alpha, strength.reshape(-1).expand(2)
-        return result
+
+class _Plan(NamedTuple):
+    """What a call runs.
+
+    run: the unrolled graph as a function of the module with the tensors and the blocks, of inputs, state and steering.
+    steered: of each steered source its sizes, None for the batch, and where its channels are.
+    """
+
+    run: Callable[..., Any]
+    steered: list[tuple[tuple[int | None, ...], int]]
 
 
 def _connection(given: Any) -> Connection:
@@ -363,9 +365,13 @@ def _activation(connection: Connection, destination: fx.Node) -> str:
     return "relu" if layout_of(destination).kind in ("vector", "map") else "none"
 
 
+def _several(steering: Any) -> list[Steering]:
+    """One or several steerings, as objects or dicts."""
+    several = [steering] if isinstance(steering, (Steering, Mapping)) else list(steering or ())
+    return [one if isinstance(one, Steering) else _steering(one) for one in several]
+
+
 def _steering(given: Any) -> Steering:
-    if isinstance(given, Steering):
-        return given
     try:
         return Steering(**given)
     except TypeError as error:
@@ -374,9 +380,36 @@ def _steering(given: Any) -> Steering:
         ) from None
 
 
-def _check_activation(activation: torch.Tensor, name: str, source: fx.Node, batch: int, exact: bool) -> None:
+def _steering_tensors(
+    given: Steering, sizes: tuple[int | None, ...], channels: int, batch: int, exact: bool, like: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(activation, alpha, strength) as the graph takes them."""
+    activation, strength, alpha = (
+        torch.as_tensor(value, dtype=like.dtype, device=like.device)
+        for value in (given.activation, given.strength, given.alpha)
+    )
+    _check_activation(activation, given.source, sizes, channels, batch, exact)
+    if strength.numel() not in (1, 2):
+        raise InputError(f"steering {given.source!r}: strength is one number or two (negative, positive)")
+    return activation, alpha, strength.reshape(-1).expand(2)
+
+
+def _check_inputs(inputs: Sequence[Any], examples: Sequence[torch.Tensor]) -> None:
+    """As many tensors as the model takes, each with as many dimensions as its example."""
+    if len(inputs) != len(examples):
+        raise InputError(f"the model takes {len(examples)} inputs, not {len(inputs)}")
+    for x, example in zip(inputs, examples, strict=True):
+        if not isinstance(x, torch.Tensor):
+            raise InputError(f"the model takes tensors, not a {type(x).__name__}")
+        if x.ndim != example.ndim:
+            wanted = ", ".join(["batch", *map(str, example.shape[1:])])
+            raise InputError(f"an input of shape {tuple(x.shape)} has not the dimensions of ({wanted})")
+
+
+def _check_activation(
+    activation: torch.Tensor, name: str, expected: tuple[int | None, ...], channels: int, batch: int, exact: bool
+) -> None:
     """A steering activation is shaped like its source; at another input size only its channels are known."""
-    expected, channels = source.meta["spec"].sizes, channel_dim(source)
     shape = tuple(activation.shape)
     fits = len(shape) == len(expected) and shape[0] in (1, batch) and shape[channels] == expected[channels]
     if fits and exact:

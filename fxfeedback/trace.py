@@ -20,9 +20,13 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import fx, nn
+from torch.ao.nn.quantized import FloatFunctional
 from torchvision.models.feature_extraction import NodePathTracer
 
 from fxfeedback.errors import InputError, NodeNameError, TraceError
+
+QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
+"""Packages of quantized modules; what computes with floats there are only the `FloatFunctional`s."""
 
 EXAMPLE_BATCH = 2
 """Batch size of the shapes in a `Spec`; no broadcasting can hide in it, as it could in 1."""
@@ -47,12 +51,27 @@ class Spec:
 
 
 def share(model: nn.Module) -> nn.Module:
-    """A copy of `model` whose modules are new (modes, attributes) and whose parameters and buffers are the same."""
+    """A copy of `model` whose modules are new (modes, attributes) and whose parameters and buffers are the same.
+
+    Raises:
+        TraceError: a quantized model.
+    """
+    _refuse_quantized(model)
     tensors = [
         value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)
     ]
     tensors += [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def put(model: nn.Module, path: str, part: nn.Module) -> nn.Module:
+    """`model` with the module at `path` replaced by `part`, in a copy that shares all tensors."""
+    if not path:
+        return part
+    model = share(model)
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, part)
+    return model
 
 
 class _Tracer(NodePathTracer):
@@ -96,6 +115,7 @@ def example_for(model: nn.Module, input_size: Sequence[int] | None = None) -> tu
     `input_size` defaults to 224 by 224 with the first convolution's channels, or, without a convolution, to the first
     linear layer's features.
     """
+    _refuse_quantized(model)
     if input_size is None:
         input_size = _default_size(model)
     if any(not isinstance(size, int) or size < 1 for size in input_size):
@@ -358,6 +378,17 @@ def _has_effect(node: fx.Node, model: nn.Module) -> bool:
 def is_operator_in_place(target: Any) -> bool:
     """Whether `target` is operator.iadd or one of its kind: x += y."""
     return target in (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+
+
+def _refuse_quantized(model: nn.Module) -> None:
+    """Quantized modules hold packed integers: nothing that could be modulated, transposed or learned."""
+    for name, module in model.named_modules():
+        packed = type(module).__module__.startswith(QUANTIZED) and not isinstance(module, FloatFunctional)
+        if packed or any(tensor.is_quantized for tensor in module._parameters.values() if tensor is not None):
+            raise TraceError(
+                f"{name or type(model).__name__!r} is quantized ({type(module).__name__}): convert the floating-point "
+                "model, and quantize what is exported"
+            )
 
 
 def _default_size(model: nn.Module) -> tuple[int, ...]:

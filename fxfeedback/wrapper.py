@@ -21,6 +21,7 @@ class Wrapper(nn.Module):
     """Names of the submodules that the wrapper adds."""
 
     _net: nn.Module  # like the user's model, with the same tensors and our modes
+    _root: nn.Module  # our tensors and modules without our methods, whose names the model's children may have, too
 
     def __init__(self, model: nn.Module, example_inputs: Sequence[torch.Tensor]) -> None:
         super().__init__()
@@ -32,8 +33,25 @@ class Wrapper(nn.Module):
         self.training = net.training
         self._parameters, self._buffers, self._modules = net._parameters, net._buffers, dict(net._modules)
         self._non_persistent_buffers_set = net._non_persistent_buffers_set
-        object.__setattr__(self, "_net", net)  # as an attribute only, or its tensors would count twice
+        root = nn.Module()
+        root._parameters, root._buffers, root._modules = self._parameters, self._buffers, self._modules
+        object.__setattr__(self, "_net", net)  # as attributes only, or their tensors would count twice
+        object.__setattr__(self, "_root", root)
         self._cache: dict[Any, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "_net" not in self.__dict__:
+                raise
+            return getattr(self._net, name)  # what the model's own code may ask for, as backbone.out_channels
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Module) and name in self.__dict__.get("_net", self)._modules and name not in self.OWN:
+            setattr(self._net, name, value)  # another head, say
+            self._cache.clear()
 
     def _stand_ins(self) -> list[torch.Tensor]:
         """Tensors without data like the example inputs, in our present dtype."""

@@ -3,6 +3,7 @@
 import copy
 import io
 import re
+import warnings
 
 import pytest
 import torch
@@ -748,6 +749,15 @@ WRONG_CALLS = {
         NodeNameError,
         r"no node is called '88'",
     ),
+    "steered twice": (
+        lambda m, x: m(x, steering=[Steering("8", torch.zeros(1, 7)), Steering("8", torch.ones(1, 7))]),
+        OptionError,
+        r"steered twice",
+    ),
+    "no input": (lambda m, x: m(), InputError, r"takes 1 inputs, not 0"),
+    "two inputs": (lambda m, x: m(x, x), InputError, r"takes 1 inputs, not 2"),
+    "one image without its batch": (lambda m, x: m(x[0]), InputError, r"\(2, 6, 6\).*\(batch, 2, 6, 6\)"),
+    "an array": (lambda m, x: m(x.numpy()), InputError, r"takes tensors, not a ndarray"),
     "misspelt key": (lambda m, x: m(x, steering={"source": "8", "value": 1}), fxfeedback.Error, "value"),
     "not a steering": (lambda m, x: m(x, steering=["8"]), fxfeedback.Error, "Steering"),
     "passes": (lambda m, x: m(x, passes=0), OptionError, r"passes=0"),
@@ -778,6 +788,44 @@ def test_a_name_that_is_taken():
     net.add_module("modulations", nn.Linear(4, 3))
     with raises(OptionError, r"'modulations'.*rename it"):
         fxfeedback.add_feedback(net, [], input_size=(4,))
+
+
+def test_a_quantized_model_is_refused():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, about its quantization packages
+        model = torchvision.models.quantization.resnet18(quantize=True)
+    with raises(TraceError, r"'conv1' is quantized"):
+        fxfeedback.add_feedback(model, [("fc", "conv1")])
+
+
+class Holder(nn.Module):
+    """A child is called as one of our methods, and code outside asks for an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.out_channels = 5
+        self.readout = nn.Sequential(nn.Linear(4, 6), nn.ReLU())
+        self.passes = nn.Linear(6, 5)
+
+    def forward(self, x):
+        return self.passes(self.readout(x))
+
+
+def test_children_may_have_the_names_of_our_methods():
+    net = Holder()
+    model = fxfeedback.add_feedback(net, [("passes", "readout.0")], input_size=(4,))
+    x = torch.randn(3, 4)
+    assert torch.equal(model(x)[0], net(x)) and not torch.equal(model(x)[1], net(x))
+    assert model.out_channels == 5
+
+
+def test_a_replaced_head_is_used():
+    net, model, x = convnet()
+    head = nn.Linear(7, 3).double()
+    setattr(model, "10", head)
+    assert model(x)[1].shape == (len(x), 3)
+    assert torch.equal(model(x)[0], head(net[:10](x)))
+    assert model.state_dict()["10.weight"].shape == (3, 7)
 
 
 def test_mistakes_name_the_nearest_nodes():

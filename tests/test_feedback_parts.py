@@ -50,7 +50,7 @@ def test_a_detector_keeps_its_call_and_its_losses():
     losses = detector(images, targets)
     assert set(losses) == set(model.train()(images, targets))
     sum(losses.values()).backward()
-    assert all(p.grad is not None for p in detector.backbone.body.modulations.parameters())
+    assert all(p.grad is not None for p in detector.backbone.modulations.parameters())
     assert set(detector.eval()(images)[0]) == {"boxes", "labels", "scores"}
 
 

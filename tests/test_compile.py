@@ -1,0 +1,46 @@
+"""torch.compile takes whole what we return: no graph break, and the same values."""
+
+import pytest
+import torch
+import torchvision
+
+import fxfeedback
+
+MODELS = {
+    "alexnet": (("classifier.6", "features.8"), 64),
+    "resnet18": (("layer4", "layer3.0.conv1"), 64),
+    "vit_b_16": (("encoder.layers.encoder_layer_11", "encoder.layers.encoder_layer_1"), 224),
+}
+
+
+@pytest.fixture(params=MODELS)
+def feedback(request):
+    connection, size = MODELS[request.param]
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    plain = torchvision.models.get_model(request.param, weights=None).eval()
+    model = fxfeedback.add_feedback(plain, [connection], input_size=(3, size, size))
+    return model, connection[0], torch.randn(2, 3, size, size)
+
+
+def compiled(function):
+    return torch.compile(function, backend="aot_eager", fullgraph=True)
+
+
+def test_the_unrolled_graph(feedback):
+    model, _, x = feedback
+    graph = model.unrolled(passes=2)
+    torch.testing.assert_close(compiled(graph)(x), graph(x))
+
+
+def test_the_model_itself_in_every_way_of_calling_it(feedback):
+    model, source, x = feedback
+    steering = fxfeedback.Steering(source, model.readout(x, [source])[0][source].value.detach(), strength=2.0)
+    fast = compiled(model)
+    for options in ({}, {"passes": 1}, {"steering": steering, "steer_first_pass": True}, {"return_all": False}):
+        torch.testing.assert_close(fast(x, **options), model(x, **options))
+    for module in model.modules():
+        module.training = not isinstance(module, torch.nn.Dropout)
+    torch.testing.assert_close(fast(x), model(x))  # another mode, another graph
+    fast(x)[1].sum().backward()
+    assert all(p.grad is not None for p in model.modulations.parameters())
