@@ -113,7 +113,7 @@ class Graphs:
             td_norms=self._td_names("td_norms", list(self.weights)),
             by_channel=self.options.gating == "channel",
         )
-        return instruct(self.bu, self.butd, how)
+        return instruct(self.bu, self.butd._root, how)
 
     def predicting(self, instructed: bool) -> fx.GraphModule:
         """The BU graph, gated at the sites where it is instructed."""
@@ -133,7 +133,8 @@ class Graphs:
             autocast=autocast,
         )
         return self._keep(
-            ("learner", instructed, wanted, autocast), lambda: learner(self.predicting(instructed), self.butd, learning)
+            ("learner", instructed, wanted, autocast),
+            lambda: learner(self.predicting(instructed), self.butd._root, learning),
         )
 
     def halves(self, instructed: bool, wanted: frozenset[str], autocast: bool) -> Halves:

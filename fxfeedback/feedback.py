@@ -262,7 +262,7 @@ class FeedbackModel(Wrapper):
 
     def _unrolled(self, what: Unrolling) -> fx.GraphModule:
         bu = self._bottom_up()
-        return unroll(bu, self, [_link(bu, connection) for connection in self.connections], what)
+        return unroll(bu, self._root, [_link(bu, connection) for connection in self.connections], what)
 
     def _plan(self, modes: tuple[bool, ...], *what: Any) -> "_Plan":
         """What a call runs; made once."""
@@ -333,7 +333,8 @@ def _check_connections(bu: fx.GraphModule, connections: Sequence[Connection]) ->
             raise OptionError(f"the connection {arrow} is given twice")
         seen.add((source, destination))
         for node, role in ((source, "source"), (destination, "destination")):
-            if not isinstance(node.meta["spec"], Spec) or len(node.meta["spec"].shape) < 2:
+            spec = node.meta["spec"]
+            if not isinstance(spec, Spec) or len(spec.shape) < 2 or not any(spec.per_sample):
                 raise NodeNameError(f"{arrow}: the {role} {node.meta['name']!r} is no vector and no map")
         if destination not in reaches_output:
             raise NodeNameError(f"{arrow}: the model's output does not depend on {connection.destination!r}")

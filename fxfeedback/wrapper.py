@@ -70,7 +70,7 @@ class Wrapper(nn.Module):
     def _fetch(self, name: str) -> torch.Tensor:
         """The parameter or buffer `name`, computed anew where it is parametrized."""
         path, _, leaf = name.rpartition(".")
-        return getattr(self.get_submodule(path) if path else self._net, leaf)
+        return getattr(self._root.get_submodule(path) if path else self._net, leaf)
 
     def train(self, mode: bool = True) -> Self:
         """As nn.Module.train."""

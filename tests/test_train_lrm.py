@@ -1,0 +1,414 @@
+"""Training an LRM network on a folder of pictures: its results, going on after an interruption, its messages."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+import torchvision
+from PIL import Image, ImageDraw
+
+import fxfeedback
+import train_lrm
+
+COLUMNS = ["epoch", "train_loss", "val_top1_pass_1", "val_top1_pass_2"]
+RESULTS = {"log.csv", "config.json", "checkpoint.safetensors", "model"}
+SQUEEZENET = ["--model", "squeezenet1_1", "--connect", "features.12:features.3.squeeze"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Red discs, green squares and blue triangles, here and there on grey."""
+    folder, generator = tmp_path_factory.mktemp("pictures"), torch.Generator().manual_seed(0)
+    for split, count in (("train", 8), ("val", 4)):
+        for name, colour in (("disc", "red"), ("square", "green"), ("triangle", "blue")):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                x, y, grey = torch.randint(0, 6, (3,), generator=generator).tolist()
+                picture = Image.new("RGB", (24, 24), (100 + 10 * grey,) * 3)
+                draw = ImageDraw.Draw(picture)
+                if name == "disc":
+                    draw.ellipse((x, y, x + 18, y + 18), fill=colour)
+                elif name == "square":
+                    draw.rectangle((x, y, x + 18, y + 18), fill=colour)
+                else:
+                    draw.polygon([(x, y + 18), (x + 18, y + 18), (x + 9, y)], fill=colour)
+                picture.save(folder / split / name / f"{i}.png")
+    return folder
+
+
+def job(data: Path, out: Path, *flags: str) -> int:
+    """Train for a short while, results into `out`; returns the exit code."""
+    tiny = ["--image-size", "32", "--batch-size", "8", "--epochs", "2", "--workers", "0", "--device", "cpu"]
+    return train_lrm.main([str(data), "--out", str(out), *SQUEEZENET, *tiny, *flags])
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    with (out / "log.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def checkpoint(out: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(out / "checkpoint.safetensors")
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+# --- results
+
+
+def test_the_job_writes_its_results(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert job(data, tmp_path) == 0
+    assert {path.name for path in tmp_path.iterdir()} == RESULTS
+    log = rows(tmp_path)
+    assert list(log[0]) == COLUMNS and [row["epoch"] for row in log] == ["1", "2"]
+    assert all(0 <= float(row[f"val_top1_pass_{i}"]) <= 1 for row in log for i in (1, 2))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["classes"] == ["disc", "square", "triangle"] and config["pictures"] == [24, 12]
+    table = capsys.readouterr().out.split("pass   top-1\n")[1].split("\n")
+    assert [line.split()[0] for line in table[:2]] == ["1", "2"]
+    assert float(table[1].split()[1]) == pytest.approx(100 * float(log[1]["val_top1_pass_2"]), abs=0.06)
+
+    model, state = fxfeedback.load(tmp_path / "model"), checkpoint(tmp_path)
+    assert_same(model.state_dict(), {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
+    assert not model.training and [y.shape for y in model(torch.zeros(5, 3, 32, 32))] == [(5, 3)] * 2
+
+
+def test_the_published_order_of_the_rate(data: Path, tmp_path: Path) -> None:
+    run = train_lrm.Run(train_lrm.parse_arguments([str(data), "--out", str(tmp_path), "--learning-rate", "8"]))
+    assert [run.rate(epochs) for epochs in (0, 1, 2, 16, 30)] == [0, 4, 8, 4, 0]
+
+
+def test_it_learns(data: Path, tmp_path: Path) -> None:
+    model = ["--model", "resnet18", "--connect", "layer4:layer1.0.conv1"]
+    rate = ["--optimizer", "adamw", "--learning-rate", "0.001"]
+    args = [str(data), "--out", str(tmp_path), "--image-size", "32", "--batch-size", "8", "--epochs", "3"]
+    assert train_lrm.main([*args, *model, *rate, "--workers", "0", "--device", "cpu"]) == 0
+    log = rows(tmp_path)
+    assert float(log[-1]["train_loss"]) < float(log[0]["train_loss"]) - 0.2
+    assert float(log[-1]["val_top1_pass_1"]) > 0.8 and float(log[-1]["val_top1_pass_2"]) > 0.8
+
+
+def test_bfloat16_adamw_and_more_passes(data: Path, tmp_path: Path) -> None:
+    assert job(data, tmp_path, "--amp", "--optimizer", "adamw", "--passes", "3", "--epochs", "1") == 0
+    assert [name for name in rows(tmp_path)[0] if "pass" in name] == [f"val_top1_pass_{i}" for i in (1, 2, 3)]
+    assert any(name.startswith("optimizer.exp_avg_sq.modulations.") for name in checkpoint(tmp_path))
+
+
+def test_the_pictures_do_not_depend_on_the_workers(data: Path, tmp_path: Path) -> None:
+    flags = ["--epochs", "1", "--workers"]
+    assert job(data, tmp_path / "a", *flags, "0") == job(data, tmp_path / "b", *flags, "2") == 0
+    assert_same(checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b"))
+
+
+class PartlyTraceable(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = torchvision.models.squeezenet1_1(num_classes=3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.backbone(x if x.sum() > 0 else -x)
+
+
+def test_a_model_of_which_a_part_can_be_traced(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torchvision.models, "get_model", lambda *args, **options: PartlyTraceable())
+    args = [
+        str(data),
+        "--out",
+        str(tmp_path),
+        "--model",
+        "squeezenet1_1",
+        "--image-size",
+        "32",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+    ]
+    connect = ["--connect", "backbone.features.12:backbone.features.3.squeeze", "--freeze-backbone", "--epochs", "1"]
+    assert train_lrm.main([*args, *connect]) == 0
+    assert [name for name in rows(tmp_path)[0] if "pass" in name] == ["val_top1_pass_2"]
+    learned = {name for name in checkpoint(tmp_path) if name.startswith("optimizer.")}
+    assert learned and all(".modulations." in name for name in learned)
+
+
+# --- where training starts, and what it leaves alone
+
+
+def test_a_frozen_backbone_stays_bit_for_bit(data: Path, tmp_path: Path) -> None:
+    connect = ["--model", "resnet18", "--connect", "layer4:layer1.0.conv1", "--freeze-backbone"]
+    args = [
+        str(data),
+        "--out",
+        str(tmp_path),
+        "--image-size",
+        "32",
+        "--epochs",
+        "1",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+    ]
+    parsed = train_lrm.parse_arguments([*args, *connect])
+    before = {name: tensor.clone() for name, tensor in train_lrm.Run(parsed).model.state_dict().items()}
+    assert train_lrm.main([*args, *connect]) == 0
+    state = checkpoint(tmp_path)
+    changed = {name for name in before if not torch.equal(before[name], state[f"model.{name}"])}
+    blocks = {name for name in before if name.startswith("modulations.")}
+    assert changed and changed <= blocks
+
+
+@pytest.mark.parametrize(("n_classes", "new"), [(3, {"classifier.1.weight", "classifier.1.bias"}), (1000, set())])
+def test_pretrained_weights_fill_all_but_a_new_head(
+    monkeypatch: pytest.MonkeyPatch, n_classes: int, new: set[str]
+) -> None:
+    published = torchvision.models.squeezenet1_1().state_dict()
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", lambda *args, **options: published)
+    backbone = train_lrm.build_backbone("squeezenet1_1", n_classes, 64, pretrained=True)
+    assert backbone.fresh == new
+    own = backbone.net.state_dict()
+    assert all(torch.equal(own[name], published[name]) for name in own.keys() - new)
+
+
+def test_a_new_head_is_trained_on_a_frozen_backbone(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published = torchvision.models.squeezenet1_1().state_dict()
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", lambda *args, **options: published)
+    flags = [str(data), "--out", str(tmp_path), *SQUEEZENET, "--image-size", "32", "--pretrained", "--freeze-backbone"]
+    learned = train_lrm.Run(train_lrm.parse_arguments(flags)).learned
+    assert {name for name in learned if "modulations" not in name} == {"classifier.1.weight", "classifier.1.bias"}
+    assert any("modulations" in name for name in learned)
+
+
+def test_densenets_published_names_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = torchvision.models.densenet121().state_dict()
+    published = {name.replace(".norm1.", ".norm.1.").replace(".conv2.", ".conv.2."): own[name] for name in own}
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", lambda *args, **options: published)
+    assert not train_lrm.build_backbone("densenet121", 1000, 64, pretrained=True).fresh
+
+
+def test_the_version_of_published_weights_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    published = torchvision.models.mnasnet0_5().state_dict()
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", lambda *args, **options: published)
+    assert not train_lrm.build_backbone("mnasnet0_5", 1000, 64, pretrained=True).fresh
+
+
+def test_pretrained_weights_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    published = torchvision.models.squeezenet1_1().state_dict()
+    published["features.0.weight"] = published["features.0.weight"][:, :1]
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", lambda *args, **options: published)
+    with pytest.raises(train_lrm.UserError, match=r"do not fit .*features\.0"):
+        train_lrm.build_backbone("squeezenet1_1", 3, 64, pretrained=True)
+
+
+def test_weights_that_cannot_be_fetched(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def offline(*args: object, **options: object) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", offline)
+    assert "cannot fetch torchvision's weights of squeezenet1_1" in message(capsys, data, tmp_path, "--pretrained")
+
+
+# --- timm
+
+
+def test_a_model_of_timm(data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("timm", reason="timm is optional")
+    args = [
+        str(data),
+        "--out",
+        str(tmp_path),
+        "--image-size",
+        "32",
+        "--epochs",
+        "1",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+    ]
+    connect = ["--model", "timm:test_resnet", "--connect", "layer4:layer1"]
+    assert train_lrm.main([*args, *connect]) == 0
+    assert list(rows(tmp_path)[0]) == COLUMNS
+    assert len(fxfeedback.load(tmp_path / "model")(torch.zeros(1, 3, 32, 32))) == 2
+
+
+def test_an_unknown_model_of_timm(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("timm", reason="timm is optional")
+    assert "did you mean test_resnet" in message(capsys, data, tmp_path, "--model", "timm:test_resent")
+
+
+def test_without_timm(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert "pip install timm" in message(capsys, data, tmp_path, "--model", "timm:resnet18")
+
+
+# --- interruption
+
+
+@pytest.mark.parametrize("flags", [["--optimizer", "sgd"], ["--optimizer", "adamw", "--freeze-backbone"]])
+def test_an_interrupted_run_goes_on_exactly(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    assert job(data, tmp_path / "whole", *flags) == 0
+    learn = train_lrm.Run.learn
+
+    def interrupted(self: train_lrm.Run, epoch: int, steps: int) -> object:
+        for i, loss in enumerate(learn(self, epoch, steps)):
+            if epoch == 2 and i == 1:
+                raise KeyboardInterrupt
+            yield loss
+
+    monkeypatch.setattr(train_lrm.Run, "learn", interrupted)
+    assert job(data, tmp_path / "parts", *flags) == 130
+    assert "--resume" in capsys.readouterr().err
+    assert len(rows(tmp_path / "parts")) == 1 and not (tmp_path / "parts" / "model").exists()
+    monkeypatch.setattr(train_lrm.Run, "learn", learn)
+    torch.manual_seed(123)
+    assert job(data, tmp_path / "parts", *flags, "--resume") == 0
+    assert_same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))
+    for name in ("log.csv", "config.json", "model/model.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+
+def test_a_finished_run_is_neither_trained_over_nor_changed(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert job(data, tmp_path, "--epochs", "1") == 0
+    before = (tmp_path / "checkpoint.safetensors").read_bytes()
+    capsys.readouterr()
+    assert job(data, tmp_path, "--epochs", "1") == 2
+    assert "--resume goes on with it" in capsys.readouterr().err
+    assert job(data, tmp_path, "--epochs", "3", "--resume") == 2
+    assert "was made with epochs 1, not 3" in capsys.readouterr().err
+    assert job(data, tmp_path, "--epochs", "1", "--resume") == 0
+    assert "pass   top-1" in capsys.readouterr().out
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"not safetensors", safetensors.torch.save({"a": torch.zeros(1)})])
+def test_a_damaged_checkpoint(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes) -> None:
+    (tmp_path / "checkpoint.safetensors").write_bytes(content)
+    assert job(data, tmp_path, "--resume") == 2
+    assert "is no checkpoint of this program" in capsys.readouterr().err
+
+
+def test_a_diverging_loss_keeps_the_epochs_before(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps, cross_entropy = iter(range(2 * 3)), torch.nn.functional.cross_entropy  # 3 steps of 2 passes
+
+    def diverging(*args: torch.Tensor, **options: float) -> torch.Tensor:
+        return cross_entropy(*args, **options) * (1.0 if next(steps, None) is not None else torch.nan)
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", diverging)
+    assert job(data, tmp_path) == 1
+    assert "the loss became nan in epoch 2" in capsys.readouterr().err
+    assert len(rows(tmp_path)) == 1 and all(tensor.isfinite().all() for tensor in checkpoint(tmp_path).values())
+
+
+# --- bad input: one message, no traceback, nothing written
+
+
+def message(capsys: pytest.CaptureFixture[str], data: Path, out: Path, *flags: str) -> str:
+    """What the job says on stderr when it refuses `flags`, having written nothing."""
+    try:
+        code = job(data, out / "results", *flags)
+    except SystemExit as refusal:  # argparse
+        code = refusal.code
+    printed = capsys.readouterr().err
+    assert code == 2 and "Traceback" not in printed and "error:" in printed
+    assert not (out / "results").exists()  # nor a folder
+    return printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--connect", "features.3.squeze:features.0"], "did you mean 'features.3.squeeze'"),
+        (["--connect", "features.3"], "'features.3' is not SOURCE:DESTINATION"),
+        (["--connect", "features.12:features.3.squeeze"], "is given twice"),
+        (["--model", "squeezenet11"], "did you mean squeezenet1_1"),
+        (["--model", "zzzz"], "unknown model 'zzzz'"),
+        (["--image-size", "8"], "does not run on an input of size"),
+        (["--image-size", "33", "--model", "vit_b_16"], "cannot be built for --image-size 33"),
+        (["--epochs", "0"], "argument --epochs: 0 does not lie between"),
+        (["--learning-rate", "nan"], "argument --learning-rate: nan"),
+        (["--device", "abacus"], "cannot use the device 'abacus'"),
+    ],
+)
+def test_wrong_flags(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], expected: str
+) -> None:
+    assert expected in message(capsys, data, tmp_path, *flags)
+
+
+def test_nothing_to_train(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [str(data), "--out", str(tmp_path / "results"), "--model", "squeezenet1_1", "--freeze-backbone"]
+    assert train_lrm.main(flags) == 2
+    assert "--freeze-backbone without --connect leaves nothing to train" in capsys.readouterr().err
+    assert job(data, tmp_path / "results", "--freeze-backbone", "--passes", "1") != 0
+    assert "no connection acts in 1 pass" in capsys.readouterr().err
+    assert not list((tmp_path / "results").iterdir())
+
+
+def test_no_data(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as refusal:
+        train_lrm.main([])
+    assert refusal.value.code == 2 and "DATA/train/cat/1.jpg" in capsys.readouterr().err
+
+
+def test_missing_folders(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = message(capsys, tmp_path / "nowhere", tmp_path)
+    assert f"there is no folder {tmp_path / 'nowhere/train'}" in printed and "DATA/train/cat/1.jpg" in printed
+    (tmp_path / "train").symlink_to(data / "train")
+    assert f"there is no folder {tmp_path / 'val'}" in message(capsys, tmp_path, tmp_path)
+    (tmp_path / "val" / "disc").mkdir(parents=True)
+    assert "only in one: square, triangle" in message(capsys, tmp_path, tmp_path)
+    (tmp_path / "val" / "square").mkdir()
+    (tmp_path / "val" / "triangle").mkdir()
+    assert "Found no valid file for the classes disc, square, triangle" in message(capsys, tmp_path, tmp_path)
+    (tmp_path / "one/train/disc").mkdir(parents=True)
+    (tmp_path / "one/val/disc").mkdir(parents=True)
+    assert "has 1 classes, and two are needed" in message(capsys, tmp_path / "one", tmp_path)
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_damaged_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str) -> None:
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            (tmp_path / split / name / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nhalf")
+    assert job(tmp_path, tmp_path / "results", "--workers", workers) == 1
+    printed = capsys.readouterr().err
+    assert "error: cannot read the picture" in printed and "Traceback" not in printed
+    assert not list((tmp_path / "results").iterdir())
+
+
+def test_an_unwritable_folder(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert "cannot write results to" in message(capsys, data, tmp_path / "file")
+
+
+# --- names
+
+
+def test_the_names_of_the_nodes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_lrm.main(["--nodes", "--model", "squeezenet1_1", "--image-size", "64"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split(maxsplit=2) == ["features.0", "Conv2d", "(B, 64, 31, 31)"]
+    names = [line.split()[0] for line in lines]
+    assert names == list(fxfeedback.node_names(torchvision.models.squeezenet1_1(), (3, 64, 64)))
