@@ -25,7 +25,7 @@ tests: $(VENV)/.installed
 bench: $(VENV)/.installed  ## speed of Counter-Hebb learning against autograd, as a table
 	$(BIN)/python benchmarks/counter_hebb_step.py
 
-zoo-lrm: $(VENV)/.installed  ## a feedback connection in every model of torchvision, as a table (an hour)
+zoo-lrm: $(VENV)/.installed  ## a feedback connection in every model of torchvision, as a table (half an hour)
 	$(BIN)/python zoo/feedback.py
 
 $(VENV)/.installed: pyproject.toml setup.py

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import fxfeedback
 from fxfeedback.models import DEVIATION, MEAN
-from train_multi_mnist import UserError, make_folder, number, usable_device, write_whole
+from jobs import UserError, make_folder, number, usable_device, write_whole
 
 LAYOUT = """\
 DATA is a folder with one folder of pictures per class, for training and for validation:

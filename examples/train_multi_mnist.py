@@ -13,7 +13,6 @@ import argparse
 import json
 import math
 import sys
-import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -32,16 +31,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fxfeedback
+from jobs import UserError, make_folder, number, usable_device, write_whole
 from multi_mnist import SIDE, SPLIT_SEED, TASKS, Composites, DataError, draw_composites, embedded_digits, mnist_digits
 from multi_mnist_plots import figures
 
 EMBEDDING = 50  # size of the instruction's embedding, as published
 EVALUATION_BATCH = 500
 WARM_UP = 0.15  # of a run, where the rate rises to its highest before it falls along a cosine
-
-
-class UserError(Exception):
-    """Something the user can put right; the message says what."""
 
 
 @dataclass(frozen=True)
@@ -207,16 +203,6 @@ def twin_angles(butd: fxfeedback.BUTD) -> dict[str, float]:
     return {name: math.degrees(math.acos(max(-1, min(1, cosine.item())))) for name, cosine in cosines.items()}
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file that only then takes the name `path`, so that no reader ever sees half of it."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        write(part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 class Run:
     """One training run: the network, its data and its results so far.
 
@@ -358,39 +344,6 @@ class Run:
 def percents(shares: dict[str, float]) -> str:
     """Task name -> share, as people read it: "left 91.2 %, right 89.0 %"."""
     return ", ".join(f"{task} {share:.1%}".replace("%", " %") for task, share in shares.items())
-
-
-def usable_device(name: str) -> torch.device:
-    """The device called `name`. Raises `UserError` when this machine, or this torch, has none."""
-    try:
-        torch.zeros(1, device=name).item()
-        return torch.device(name)
-    except (AssertionError, AttributeError, ImportError, RuntimeError) as error:
-        raise UserError(f"cannot use the device {name!r}: {str(error).split('. ')[0]}") from error
-
-
-def make_folder(path: Path) -> None:
-    """Create the folder `path` unless it exists. Raises `UserError` when files cannot be written there."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise UserError(f"cannot write results to {path}: {error.strerror}") from error
-
-
-def number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
-    """A reader of command-line numbers of this `kind` from `low` to `high`."""
-
-    def read(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number") from None
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} does not lie between {low:g} and {high:g}")
-        return value
-
-    return read
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

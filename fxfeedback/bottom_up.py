@@ -98,9 +98,8 @@ class BottomUp:
             if head not in weighted:
                 raise NodeNameError(f"head={name!r} is no linear layer or convolution; candidates: {names}")
             return head
-        leaves = self.output_leaves()
-        main = self.output.get("out") if isinstance(self.output, dict) else None
-        crossed = self.crossed_by_all_paths_to(main or leaves[0]) if leaves else []
+        main = self.main_output()
+        crossed = self.crossed_by_all_paths_to(main) if main is not None else []
         heads = [node for node in crossed if node in weighted]
         if not heads:
             raise NodeNameError(
@@ -108,6 +107,13 @@ class BottomUp:
                 f"prediction head to start from: pass head= with one of {names or 'its linear layers (it has none)'}"
             )
         return heads[-1]
+
+    def main_output(self) -> fx.Node | None:
+        """The tensor that counts: the one called "out" in a dict, the last of a list (of passes), else the first."""
+        leaves = self.output_leaves()
+        if isinstance(self.output, dict) and "out" in self.output:
+            return self.output["out"]
+        return leaves[-1 if isinstance(self.output, list) else 0] if leaves else None
 
     def crossed_by_all_paths_to(self, node: fx.Node) -> list[fx.Node]:
         """The nodes that every path from the inputs to `node` crosses, from the bottom up: its dominators."""

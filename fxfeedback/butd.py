@@ -187,7 +187,8 @@ class BUTD(Wrapper):
     @torch.no_grad()
     def _gates(self, graphs: Graphs, instruction: torch.Tensor, ids: torch.Tensor | None) -> list[torch.Tensor]:
         """The sites' gates, from one instruction pass over the batch, or over all tasks where these are fewer."""
-        if ids is None or graphs.instruction_size > len(ids) or self._instructions_mix():
+        one_by_one = graphs.sites_are_batch_first and not self._instructions_mix()
+        if ids is None or graphs.instruction_size > len(ids) or not one_by_one:
             return graphs.gates(graphs.instruct(instruction))
         return [gates.index_select(0, ids) for gates in graphs.gates_of_all_tasks(like=instruction)]
 

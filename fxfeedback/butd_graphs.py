@@ -11,13 +11,13 @@ from fxfeedback import td_state
 from fxfeedback.autograd_bridge import Halves, cut, lift
 from fxfeedback.bottom_up import BottomUp, channels_of, weight_of
 from fxfeedback.counter_hebb_pass import Learning, key_of, learner
-from fxfeedback.errors import Error, OptionError
+from fxfeedback.errors import Error, NodeNameError, OptionError
 from fxfeedback.gates import channel_mean, gate_sites
 from fxfeedback.open_modules import open_modules
 from fxfeedback.rules.gating import gate
 from fxfeedback.task_heads import TaskHeads, put_task_heads
 from fxfeedback.td_graph import Instructing, instruct
-from fxfeedback.trace import annotate_shapes, trace
+from fxfeedback.trace import annotate_shapes, find_node, trace
 
 if TYPE_CHECKING:
     from fxfeedback.butd import BUTD
@@ -28,7 +28,7 @@ class Graphs:
 
     def __init__(self, butd: "BUTD", examples: Sequence[torch.Tensor]) -> None:
         self.butd, self.options = butd, butd.options
-        self.bu = open_modules(trace(butd._net, len(examples)))
+        self.bu = open_modules(trace(butd._net, len(examples)), example_inputs=examples, owner=butd._net)
         task_heads = butd._modules.get("task_heads")
         if isinstance(task_heads, TaskHeads):
             annotate_shapes(self.bu, examples)
@@ -44,7 +44,25 @@ class Graphs:
             if self.options.n_tasks is not None or self.options.head is not None:
                 raise
             self.no_head = error  # a network without a head learns all the same; it only takes no instructions
-        self.sites = [] if self.no_head else self.bottom_up.sites(self.head, self.options.sites)
+        self._candidates = [] if self.no_head else self.bottom_up.sites(self.head, self.options.sites)
+
+    @functools.cached_property
+    def sites(self) -> list[fx.Node]:
+        """The gating sites: a rule may bring no instruction to an operand, as attention's to its queries."""
+        if not self._candidates:
+            return []
+        reached = self.td.graph.output_node().args[0]
+        missed = [
+            name for name in self.options.sites or () if find_node(self.bu.graph, name).meta["name"] not in reached
+        ]
+        if missed:
+            raise NodeNameError(f"sites: no instruction reaches {missed[0]!r} from {self.head.meta['name']!r}")
+        return [site for site in self._candidates if site.meta["name"] in reached]
+
+    @functools.cached_property
+    def sites_are_batch_first(self) -> bool:
+        """Whether a sample's gates can be picked by their first dimension."""
+        return all(site.meta["spec"].per_sample[0] == 1 for site in self.sites)
 
     @property
     def can_instruct(self) -> bool:
@@ -53,7 +71,7 @@ class Graphs:
     def require_head(self) -> None:
         if self.no_head:
             raise self.no_head
-        if not self.sites:
+        if not self._candidates:
             raise OptionError("this network has no gating site that an instruction could reach: pass sites=")
 
     @property
@@ -105,7 +123,7 @@ class Graphs:
     def td(self) -> fx.GraphModule:
         self.require_head()
         how = Instructing(
-            sites=self.sites,
+            sites=self._candidates,
             head=self.head,
             through_head=self.options.n_tasks is None,
             twins=self.twins,

@@ -33,7 +33,7 @@ def check_rule(rule: Rule) -> None:
         raise ValueError(f"the rule {rule.name!r} has no examples: set {rule.name}.examples = [call(...)]")
     for example in rule.examples:
         module = Call(example)
-        bu = open_modules(trace(module))
+        bu = open_modules(trace(module), example_inputs=(module.x,))
         annotate_shapes(bu, (module.x,))
         for fused in (False, True):
             _check_updates(module, bu, fused)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from fxfeedback.bottom_up import BottomUp, channel_dim
+from fxfeedback.bottom_up import BottomUp, channel_dim, has_effect
 from fxfeedback.errors import InputError, NodeNameError, OptionError, TraceError
 from fxfeedback.layout import layout_of
 from fxfeedback.modulation import Modulation
@@ -18,6 +18,7 @@ from fxfeedback.trace import Spec, annotate_shapes, example_for, find_node, put,
 from fxfeedback.wrapper import Wrapper
 
 State = dict[str, torch.Tensor]
+Sizes = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,7 @@ class FeedbackModel(Wrapper):
     connections: tuple[Connection, ...]
     passes: int
     return_all: bool
+    _by_size = False  # whether a graph serves inputs of one size only
 
     def __init__(
         self,
@@ -227,6 +229,21 @@ class FeedbackModel(Wrapper):
         known = ", ".join(f"{c.source} -> {c.destination}" for c in self.connections)
         raise NodeNameError(f"there is no connection {source} -> {destination}; there are: {known}")
 
+    def as_graph(self) -> fx.GraphModule:
+        """A call as a graph with names, for whoever traces a model that has this one inside: inputs -> outputs.
+
+        What a later pass n computes anew is called as in the first, with `.pass{n}` behind.
+        """
+        module = self._unrolled(Unrolling(self.passes, self.return_all))
+        graph = module.graph
+        for node in graph.nodes:
+            name, number = node.meta.get("name", str(node.target) if node.op == "call_module" else node.name), node.meta
+            node.meta["name"] = f"{name}.pass{number['pass']}" if "pass" in number else name
+        graph.output_node().args = (graph.output_node().args[0][0],)  # type: ignore[index]
+        graph.eliminate_dead_code(is_impure_node=has_effect)
+        module.recompile()
+        return module
+
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _run(
@@ -244,29 +261,46 @@ class FeedbackModel(Wrapper):
         _check_inputs(inputs, self._examples)
         state, several = state or {}, _several(steering)
         steered = tuple([one.source for one in several])
-        plan = self._plan(self._modes(), passes, return_all, tuple(state), steered, steer_first_pass, readout)
+        sizes = tuple([tuple(x.shape[1:]) for x in inputs]) if self._by_size else None
+        plan = self._plan(self._modes(), sizes, passes, return_all, tuple(state), steered, steer_first_pass, readout)
         at_example_size = all(x.shape[1:] == y.shape[1:] for x, y in zip(inputs, self._examples, strict=True))
         signals, like = list(state.values()), self._like()
-        for one, (sizes, channels) in zip(several, plan.steered, strict=True):
-            signals += _steering_tensors(one, sizes, channels, len(inputs[0]), at_example_size, like)
+        for one, (shape, channels) in zip(several, plan.steered, strict=True):
+            signals += _steering_tensors(one, shape, channels, len(inputs[0]), at_example_size, like)
         return plan.run(self._root, *inputs, *signals)
 
-    def _bottom_up(self) -> fx.GraphModule:
-        """The opened graph in the present mode, with shapes."""
-        key = ("bottom up", self._modes())
+    def _bottom_up(self, sizes: Sizes | None = None) -> fx.GraphModule:
+        """The opened graph in the present mode, with shapes; for inputs of these sizes where that makes a difference.
+
+        It does where the model's own functions write into their arguments: these must be opened, and look at sizes.
+        """
+        key = ("bottom up", self._modes(), sizes)
         if key not in self._cache:
-            module = open_modules(trace(self._net, len(self._examples)), strict=False)
-            annotate_shapes(module, self._stand_ins())
+            examples = (
+                self._stand_ins()
+                if sizes is None
+                else [
+                    torch.empty(1, *size, dtype=x.dtype, device="meta")
+                    for size, x in zip(sizes, self._stand_ins(), strict=True)
+                ]
+            )
+            traced = trace(self._net, len(examples))
+            module = open_modules(traced, strict=False)
+            annotate_shapes(module, examples)
+            if any("writes" in node.meta for node in module.graph.nodes):
+                self._by_size = True
+                module = open_modules(traced, strict=False, example_inputs=examples, owner=self._net)
+                annotate_shapes(module, examples)
             self._cache[key] = module
         return self._cache[key]
 
-    def _unrolled(self, what: Unrolling) -> fx.GraphModule:
-        bu = self._bottom_up()
+    def _unrolled(self, what: Unrolling, sizes: Sizes | None = None) -> fx.GraphModule:
+        bu = self._bottom_up(sizes)
         return unroll(bu, self._root, [_link(bu, connection) for connection in self.connections], what)
 
-    def _plan(self, modes: tuple[bool, ...], *what: Any) -> "_Plan":
+    def _plan(self, modes: tuple[bool, ...], sizes: Sizes | None, *what: Any) -> "_Plan":
         """What a call runs; made once."""
-        key = ("plan", modes, what)
+        key = ("plan", modes, sizes, what)
         self._make(key)
         return self._cache[key]
 
@@ -274,8 +308,8 @@ class FeedbackModel(Wrapper):
     def _make(self, key: tuple[Any, ...]) -> None:
         if key in self._cache:
             return
-        passes, return_all, state, steered, steer_first, readout = key[-1]
-        graph = self._bottom_up().graph
+        *_, sizes, (passes, return_all, state, steered, steer_first, readout) = key
+        graph = self._bottom_up(sizes).graph
         nodes = [find_node(graph, c.source) for c in self.connections]
         sources = {node.meta["name"]: (node.meta["spec"].sizes, channel_dim(node)) for node in nodes}
         names = {name: find_node(graph, name).meta["name"] for name in steered}
@@ -285,7 +319,7 @@ class FeedbackModel(Wrapper):
         if len(set(names.values())) < len(steered):
             raise OptionError(f"a source is steered twice, in {', '.join(steered)}: give each one steering")
         what = Unrolling(passes, return_all, state, tuple(names.values()), steer_first, readout)
-        self._cache[key] = _Plan(type(self._unrolled(what)).forward, [sources[name] for name in names.values()])
+        self._cache[key] = _Plan(type(self._unrolled(what, sizes)).forward, [sources[name] for name in names.values()])
 
 
 class _Plan(NamedTuple):
@@ -334,8 +368,13 @@ def _check_connections(bu: fx.GraphModule, connections: Sequence[Connection]) ->
         seen.add((source, destination))
         for node, role in ((source, "source"), (destination, "destination")):
             spec = node.meta["spec"]
-            if not isinstance(spec, Spec) or len(spec.shape) < 2 or not any(spec.per_sample):
+            if not isinstance(spec, Spec) or len(spec.shape) < 2:
                 raise NodeNameError(f"{arrow}: the {role} {node.meta['name']!r} is no vector and no map")
+        samples = [node.meta["spec"].per_sample[0] for node in (source, destination)]
+        if 0 in samples or samples[0] != samples[1]:
+            node = destination if samples[1] != 1 else source
+            what = "is the same for all samples" if 0 in samples else "has several parts of an input in its batch"
+            raise NodeNameError(f"{arrow}: {node.meta['name']!r} {what}, and cannot be matched sample by sample")
         if destination not in reaches_output:
             raise NodeNameError(f"{arrow}: the model's output does not depend on {connection.destination!r}")
         if connection.activation not in ("auto", "relu", "none"):

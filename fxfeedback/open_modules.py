@@ -4,20 +4,24 @@ Afterwards every node is a call of one out-of-place function, parameters are `ge
 each opened module carries the module's name. The rules speak of these functions only.
 """
 
+import hashlib
+import itertools
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils import parametrize
-from torchvision.ops import stochastic_depth
 
 from fxfeedback.errors import RuleError
-from fxfeedback.rules.core import as_tuple
-from fxfeedback.trace import identifier, is_operator_in_place, user_line
+from fxfeedback.openings import OPENINGS, call, same
+from fxfeedback.rules.core import CONSTANT, RULES
+from fxfeedback.shaped import Shaped, Shapes
+from fxfeedback.trace import identifier, is_operator_in_place, is_users, plain, user_line
 
 OUT_OF_PLACE = {
     operator.iadd: operator.add,
@@ -27,16 +31,34 @@ OUT_OF_PLACE = {
 }
 
 
-def open_modules(module: fx.GraphModule, strict: bool = True) -> fx.GraphModule:
+FILLING = {"zero_": torch.zeros_like, "fill_": torch.full_like}  # in-place methods whose twin has another name
+ON_SIZES = ("_operator", "builtins", "math")  # modules whose functions compute sizes
+
+
+def open_modules(
+    module: fx.GraphModule,
+    strict: bool = True,
+    example_inputs: Sequence[torch.Tensor] | None = None,
+    owner: nn.Module | None = None,
+) -> fx.GraphModule:
     """The same computation as `module`, in functional out-of-place ops with the same names.
 
+    Args:
+        module: a traced graph.
+        strict: whether a torch.nn module that does not open is an error; otherwise it stays closed.
+        example_inputs: where given, the graph is opened for their sizes: code that looks at sizes opens, too
+            (attention, functions marked with torch.fx.wrap), and nothing but the batch size stays open.
+        owner: the module on which constants of such code become buffers; default `module`.
+
     Raises:
-        RuleError: a torch.nn module does not open, and `strict`; otherwise it stays closed.
+        RuleError: a torch.nn module does not open.
     """
     with parametrize.cached():
-        opener = _Opener(module, strict)
+        opener = _Opener(module, strict, example_inputs, owner or module)
         for node in module.graph.nodes:
             opener.open(node)
+    if example_inputs is not None:
+        opener.graph.eliminate_dead_code(is_impure_node=_matters)
     for node in opener.graph.nodes:
         node.meta.pop("origin", None)
         if node.op == "call_function":
@@ -46,16 +68,22 @@ def open_modules(module: fx.GraphModule, strict: bool = True) -> fx.GraphModule:
 
 
 class _Opener(fx.Tracer):
-    """One walk over a traced graph; `values` maps its nodes to proxies of the opened graph."""
+    """One walk over a traced graph; `values` maps its nodes to proxies of the opened graph, and to sizes."""
 
-    def __init__(self, module: fx.GraphModule, strict: bool) -> None:
+    def __init__(
+        self, module: fx.GraphModule, strict: bool, examples: Sequence[torch.Tensor] | None, owner: nn.Module
+    ) -> None:
         super().__init__()
-        self.root = module
+        self.root, self.owner = module, owner
         self.strict = strict
         self.graph = fx.Graph(tracer_cls=type(self))
-        self.names = _tensor_names(module)
+        self.tensors = _tensors(module)
+        self.names = {id(tensor): name for name, tensor in reversed(self.tensors.items())}  # a tied one: its first
         self.values: dict[fx.Node, Any] = {}
         self.present: Any = None  # the node that is being opened
+        self.shapes = None if examples is None else Shapes(module, examples)
+        self.inside = False  # the user's own function
+        self.kept: list[torch.Tensor] = []
 
     def open(self, node: fx.Node) -> None:
         args = fx.map_arg(node.args, self.values.__getitem__)
@@ -63,22 +91,28 @@ class _Opener(fx.Tracer):
         with self._at(node):
             if node.op == "call_module":
                 value = self.open_module(self.root.get_submodule(str(node.target)), *args, **kwargs)
+            elif self.shapes and _is_on_sizes(node, args):
+                value = node.target(*args) if callable(node.target) else getattr(args[0], node.target)(*args[1:])
             else:
                 name = node.name if node.op in ("placeholder", "get_attr") else None
                 value = self.create_proxy(node.op, node.target, args, kwargs, name)
             if node.op.startswith("call") and isinstance(value, fx.Proxy) and value.node.meta.get("origin") is not node:
-                value = _call(same, value)  # dropout that is off, an identity: they keep their name
-        if isinstance(value, fx.Proxy) and value.node.meta.get("origin") is node:
-            value.node.meta["name"] = node.meta["name"]
+                value = call(same, value)  # dropout that is off, an identity: they keep their name
+        named = value[0] if isinstance(value, tuple) and value else value
+        if isinstance(named, fx.Proxy) and named.node.meta.get("origin") is node:
+            named.node.meta["name"] = node.meta["name"]
         self.values[node] = value
-        if _is_in_place(node, self.root) and isinstance(node.args[0], fx.Node):
+        if _is_in_place(node, self.root) and isinstance(node.args[0], fx.Node) and node.args[0].op != "get_attr":
             _check_overwriting(node, self.root)
             self.values[node.args[0]] = value  # who reads the overwritten value later reads the new one
 
     def open_module(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         opening = next((OPENINGS[kind] for kind in type(module).__mro__ if kind in OPENINGS), None)
         try:
-            return opening(module, *args, **kwargs) if opening else module.forward(*args, **kwargs)
+            if opening:
+                return opening(module, *args, **kwargs)
+            with self._going_in():
+                return module.forward(*args, **kwargs)
         except Exception as error:
             node = self.present
             if not self.strict:
@@ -90,34 +124,118 @@ class _Opener(fx.Tracer):
             ) from error
 
     @contextmanager
+    def _going_in(self) -> Iterator[None]:
+        """While a module's forward runs, its parameters are proxies, and the modules that it calls open, too."""
+        original = nn.Module.__getattr__
+
+        def get(module: nn.Module, name: str) -> Any:
+            value = original(module, name)
+            if not isinstance(value, torch.Tensor) or id(value) not in self.names:
+                return value
+            with mock.patch.object(nn.Module, "__getattr__", original):
+                return self.parameter(value)
+
+        with (
+            mock.patch.object(nn.Module, "__getattr__", get),
+            mock.patch.object(nn.Module, "__call__", lambda *args, **kwargs: self.open_module(*args, **kwargs)),
+        ):
+            yield
+
+    @contextmanager
     def _at(self, node: fx.Node) -> Iterator[None]:
         self.present = node
         yield
         self.present = None
 
-    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, *rest: Any) -> fx.Proxy:
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, *rest: Any) -> Any:
         changes_state = bool(args) and isinstance(args[0], fx.Proxy) and args[0].node.op == "get_attr"
-        if not changes_state:
+        in_place = False
+        if not changes_state or self.inside:
             kwargs = {key: value for key, value in kwargs.items() if key != "inplace"}
+            in_place = _out_of_place(target) is not target
             target = _out_of_place(target)
         if kind == "call_method":
-            kind, target = "call_function", getattr(torch.Tensor, target)
+            kind, target = "call_function", getattr(torch.Tensor, target) if isinstance(target, str) else target
         if kind == "call_function" and target in OPENINGS:
             opened = OPENINGS[target](*args, **kwargs)
             if opened is not NotImplemented:
                 return opened
+        if self.shapes and kind == "call_function" and is_users(target) and not (target in RULES or target in CONSTANT):
+            opened = self.open_function(target, args, kwargs)
+            if opened is not NotImplemented:
+                return opened
         proxy = super().create_proxy(kind, target, args, kwargs, name, *rest)
+        if not isinstance(proxy, fx.Proxy):
+            return proxy  # a size
         if self.present is not None:
             origin = self.present
             inner = f"{origin.meta['name']}.{proxy.node.name}"
             proxy.node.meta.update(origin=origin, name=inner)
             proxy.node.stack_trace = origin.stack_trace
+        if self.inside and in_place and isinstance(args[0], Shaped):
+            if args[0].view_of is None and _is_view(args[0].node, self.root):
+                raise RuleError(f"an in-place op on {args[0].node}, a view of another value: write it out of place")
+            args[0].becomes(proxy)
+            return args[0]
         return proxy
 
+    def proxy(self, node: fx.Node) -> Any:
+        """A proxy that knows its shape, where sizes are known; a number that the batch has no say in as itself."""
+        if self.shapes is None:
+            return super().proxy(node)
+        self.shapes.run(node)
+        values = self.shapes.of(node)
+        if values and all(isinstance(value, torch.Tensor) for value in values):
+            return Shaped(node, self, *values)
+        if values and type(values[0]) is type(values[1]) is int and values[0] == values[1]:
+            self.graph.erase_node(node)
+            return values[0]
+        return super().proxy(node)
+
+    def size_node(self, x: Shaped, dim: int) -> fx.Proxy:
+        """The size of a batch dimension."""
+        return self.create_proxy("call_function", torch.Tensor.size, (x, dim), {})
+
+    def open_function(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """What a function of the user's does, op by op; NotImplemented where it does not run on proxies."""
+        last = next(iter(reversed(self.graph.nodes)), None)
+        before = [(arg, dict(vars(arg))) for arg in args if isinstance(arg, Shaped)]
+        outside, self.inside = self.inside, True
+        try:
+            return function(*plain(tuple(args)), **plain(dict(kwargs)))
+        except Exception as error:
+            if self.present is not None and not self.present.users:
+                raise RuleError(
+                    f"{function.__name__} writes into its arguments and does not open into single ops: {error} "
+                    f"(at node {self.present.meta['name']!r}{user_line(self.present)}). Let it return its result."
+                ) from error
+            for node in itertools.takewhile(lambda node: node is not last, reversed(list(self.graph.nodes))):
+                self.graph.erase_node(node)
+            for arg, state in before:
+                arg.__dict__.update(state)
+            return NotImplemented
+        finally:
+            self.inside = outside
+
     def create_arg(self, a: Any) -> Any:
-        if isinstance(a, torch.Tensor) and id(a) in self.names:
-            return self.parameter(a).node
+        if isinstance(a, torch.Tensor):
+            if id(a) not in self.names and self.shapes:
+                self.names[id(a)] = self.constant(a)
+            if id(a) in self.names:
+                return self.parameter(a).node
         return super().create_arg(a)
+
+    def constant(self, tensor: torch.Tensor) -> str:
+        """The name of a buffer with a constant of the user's code; equal ones are one."""
+        if tensor.requires_grad:
+            raise RuleError("a parameter was computed with before the graph could see it")
+        content = hashlib.sha1(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:10]
+        name = f"_constant_{content}_{'x'.join(map(str, tensor.shape))}"
+        for owner in (self.owner, self.root):
+            if name not in owner._buffers:
+                owner.register_buffer(name, tensor, persistent=False)
+        self.kept.append(tensor)  # or its id could become another's
+        return name
 
     def parameter(self, tensor: torch.Tensor) -> fx.Proxy:
         """The get_attr node of a parameter or buffer, made where it is first used."""
@@ -130,17 +248,35 @@ class _Opener(fx.Tracer):
         return proxy
 
 
-def _tensor_names(module: nn.Module) -> dict[int, str]:
-    """id -> qualified name of every parameter, buffer and parametrized tensor; the first name of a tied one."""
-    names: dict[int, str] = {}
+def _matters(node: fx.Node) -> bool:
+    """Whether the node matters although nothing reads it."""
+    return node.op in ("placeholder", "output") or getattr(node.target, "__name__", "").endswith("_")
+
+
+def _is_on_sizes(node: fx.Node, args: Any) -> bool:
+    """Whether the node computes with sizes and structures that are known, so that nothing of it stays in the graph."""
+    if node.op == "call_method":
+        return isinstance(args[0], Shaped) and node.target in ("size", "dim", "ndimension", "numel")
+    if node.op != "call_function" or getattr(node.target, "__module__", "") not in ON_SIZES or node.kwargs:
+        return False
+    if node.target is getattr:
+        return isinstance(args[0], Shaped) and args[1] in ("shape", "ndim")
+    if node.target is operator.getitem:
+        return not isinstance(args[0], fx.Proxy)
+    return not any(isinstance(arg, fx.Proxy) for arg in args)
+
+
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter, buffer and parametrized tensor by its qualified name; a tied one by all of its names."""
+    found: dict[str, torch.Tensor] = {}
     for path, owner in module.named_modules():
         tensors = {**owner._parameters, **owner._buffers}
         if parametrize.is_parametrized(owner):
             tensors.update({name: getattr(owner, name) for name in owner.parametrizations})
         for name, tensor in tensors.items():
             if tensor is not None:
-                names.setdefault(id(tensor), f"{path}.{name}" if path else name)
-    return names
+                found[f"{path}.{name}" if path else name] = tensor
+    return found
 
 
 def _is_in_place(node: fx.Node, root: nn.Module) -> bool:
@@ -196,120 +332,8 @@ def _out_of_place(target: Any) -> Any:
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     if not name.endswith("_") or name.endswith("__"):
         return target
+    if name in FILLING:
+        return FILLING[name]
     if isinstance(target, str):
         return name[:-1]
     return getattr(torch, name[:-1], None) or getattr(F, name[:-1], target)
-
-
-# -- openings: what forward does, in ops that have rules --------------------------------------------------------------
-
-
-def _call(function: Callable[..., Any], input: fx.Proxy, *args: Any) -> fx.Proxy:
-    """A node that calls a function of ours as a whole, for what cannot run on proxies."""
-    return input.tracer.create_proxy("call_function", function, (input, *args), {})
-
-
-def _batch_norm(module: Any, input: fx.Proxy) -> fx.Proxy:
-    """y = (x - mean) / sqrt(var + eps) * gamma + beta; forward itself looks at the input's dimensions."""
-    tracks = module.track_running_stats and module.running_mean is not None
-    training = module.training or not tracks
-    momentum = module.momentum
-    if module.training and tracks:
-        count = input.tracer.parameter(module.num_batches_tracked)
-        _call(torch.Tensor.add_, count, 1)
-        momentum = _call(cumulative_momentum, count) if momentum is None else momentum
-    return F.batch_norm(
-        input,
-        module.running_mean if tracks else None,
-        module.running_var if tracks else None,
-        module.weight,
-        module.bias,
-        training,
-        0.0 if momentum is None else momentum,
-        module.eps,
-    )
-
-
-def cumulative_momentum(num_batches_tracked: torch.Tensor) -> float:
-    """The momentum that makes running statistics a plain average: 1 / number of batches."""
-    return 1.0 if num_batches_tracked.is_meta else 1.0 / num_batches_tracked.item()
-
-
-def same(input: torch.Tensor) -> torch.Tensor:
-    """The input itself: what is left of dropout in evaluation mode, and of nn.Identity."""
-    return input
-
-
-def _dropout(input: fx.Proxy, p: float = 0.5, training: bool = True, inplace: bool = False) -> fx.Proxy:
-    """Dropout hands out the mask that it draws; the random stream is F.dropout's."""
-    return torch.native_dropout(input, p, True)[0] if training and p > 0 else input
-
-
-def _stochastic_depth(input: fx.Proxy, p: float, mode: str, training: bool = True) -> fx.Proxy:
-    return input * _call(survival, input, p, mode) if training and p > 0 else input
-
-
-def survival(input: torch.Tensor, p: float, mode: str) -> torch.Tensor:
-    """Stochastic depth's factor: 0 or 1 / (1 - p) per sample ("row") or per batch, drawn as torchvision draws it."""
-    samples = input.shape[0] if mode == "row" else 1
-    ones = torch.ones((samples,) + (1,) * (input.ndim - 1), dtype=input.dtype, device=input.device)
-    return stochastic_depth(ones, p, mode, True)
-
-
-def _feature_dropout(input: fx.Proxy, p: float = 0.5, training: bool = True, inplace: bool = False) -> fx.Proxy:
-    return input * _call(surviving_channels, input, p) if training and p > 0 else input
-
-
-def surviving_channels(input: torch.Tensor, p: float) -> torch.Tensor:
-    """Channel dropout's factor, (N, C, 1, ...): 0 or 1 / (1 - p), drawn as F.dropout2d draws it."""
-    return torch.feature_dropout(input.new_ones(input.shape[:2] + (1,) * (input.ndim - 2)), p, True)
-
-
-def _named_padding(
-    input: fx.Proxy,
-    weight: Any,
-    bias: Any = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Any:
-    """padding="same" and "valid" in numbers; an uneven "same" pads once more at the far end, as torch does."""
-    if not isinstance(padding, str):
-        return NotImplemented
-    kernel = _shape(weight)[2:]
-    convolution = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}[len(kernel)]
-    total = [
-        0 if padding == "valid" else d * (k - 1) for d, k in zip(as_tuple(dilation, len(kernel)), kernel, strict=True)
-    ]
-    if any(t % 2 for t in total):
-        input = F.pad(input, [extra for t in reversed(total) for extra in (0, t % 2)])
-    return convolution(input, weight, bias, stride, [t // 2 for t in total], dilation, groups)
-
-
-def _shape(weight: Any) -> tuple[int, ...]:
-    """The shape of a parameter, as a tensor or as its node."""
-    if isinstance(weight, fx.Proxy):
-        path, _, leaf = str(weight.node.target).rpartition(".")
-        weight = getattr(weight.tracer.root.get_submodule(path), leaf)
-    return tuple(weight.shape)
-
-
-OPENINGS: dict[Any, Callable[..., Any]] = {
-    nn.modules.batchnorm._BatchNorm: _batch_norm,
-    nn.ReLU6: lambda module, input: F.relu6(input),  # its own forward is a hardtanh
-    F.dropout: _dropout,
-    torch.dropout: _dropout,
-    F.dropout1d: _feature_dropout,
-    F.dropout2d: _feature_dropout,
-    F.dropout3d: _feature_dropout,
-    torch.feature_dropout: _feature_dropout,
-    stochastic_depth: _stochastic_depth,
-    torch.conv1d: _named_padding,
-    torch.conv2d: _named_padding,
-    torch.conv3d: _named_padding,
-}
-"""nn.Module class or function -> the same in ops that have rules, or NotImplemented.
-
-Every other module opens by its own forward.
-"""

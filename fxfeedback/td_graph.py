@@ -68,7 +68,7 @@ class Walk:
         if as_it_is:
             return [(source, t) for source in node.all_input_nodes[:1] if source in self.wanted]
         if _is_element(node):
-            return [(node.args[0], {node.args[1]: t})]
+            return [(node.args[0], {node.args[1] % len(node.args[0].meta["spec"]): t})]
         rule = RULES.get(node.target)
         if rule is None:
             raise RuleError(_no_rule(node))
@@ -247,6 +247,7 @@ def instruct(module: fx.GraphModule, root: nn.Module, how: Instructing) -> fx.Gr
         depart,
         twin=lambda weight: emitter.attribute(how.twins[weight.target]) if weight.target in how.twins else None,
     ).run({top: t})
-    emitter.graph.output({site.meta["name"]: counters_at_sites[site.meta["name"]].node for site in how.sites})
+    names = [site.meta["name"] for site in how.sites]
+    emitter.graph.output({name: counters_at_sites[name].node for name in names if name in counters_at_sites})
     emitter.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     return fx.GraphModule(root, emitter.graph, "TopDown")

@@ -12,6 +12,7 @@ import math
 import operator
 import re
 import traceback
+import types
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -91,6 +92,9 @@ def trace(model: nn.Module, n_inputs: int = 1) -> fx.GraphModule:
     Raises:
         TraceError: torch.fx cannot trace the model.
     """
+    as_graph = getattr(type(model), "as_graph", None)
+    if as_graph is not None:
+        return as_graph(model)
     tracer = _Tracer()
     try:
         graph = tracer.trace(model, concrete_args=_defaults(model, n_inputs))
@@ -179,13 +183,13 @@ def leaves_of(structure: Any) -> list[fx.Node]:
     return list(leaves)
 
 
-def _plain(arguments: Any) -> Any:
+def plain(arguments: Any) -> Any:
     """torch.fx's immutable lists and dicts as plain ones."""
     if isinstance(arguments, dict):
-        return {key: _plain(value) for key, value in arguments.items()}
+        return {key: plain(value) for key, value in arguments.items()}
     if isinstance(arguments, list):
-        return [_plain(value) for value in arguments]
-    return tuple(map(_plain, arguments)) if type(arguments) is tuple else arguments
+        return [plain(value) for value in arguments]
+    return tuple(map(plain, arguments)) if type(arguments) is tuple else arguments
 
 
 def _spec(small: Any, large: Any) -> Any:
@@ -234,7 +238,7 @@ class _ShapeRun(fx.Interpreter):
         return value
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
-        return _plain(super().fetch_args_kwargs_from_env(n))  # the generated code has plain lists, too
+        return plain(super().fetch_args_kwargs_from_env(n))  # the generated code has plain lists, too
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().get_attr(target, args, kwargs)
@@ -243,7 +247,14 @@ class _ShapeRun(fx.Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is F.batch_norm:  # its kernel for meta tensors takes milliseconds to say this
             return torch.empty_like(args[0])
-        return super().call_function(target, args, kwargs)
+        if not is_users(target):
+            return super().call_function(target, args, kwargs)
+        given = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        versions = [arg._version for arg in given]
+        value = super().call_function(target, args, kwargs)
+        if [arg._version for arg in given] != versions:
+            self.current.meta["writes"] = True
+        return value
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.fetch_attr(target)
@@ -372,7 +383,13 @@ def _has_effect(node: fx.Node, model: nn.Module) -> bool:
         return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
     in_place = name.endswith("_") or bool(node.kwargs.get("inplace")) or is_operator_in_place(node.target)
+    in_place |= is_users(node.target)  # who knows
     return in_place or node.op in ("placeholder", "output")
+
+
+def is_users(function: Any) -> bool:
+    """Whether a function is Python code of the model's, from outside torch."""
+    return isinstance(function, types.FunctionType) and function.__module__.split(".")[0] not in ("torch", "fxfeedback")
 
 
 def is_operator_in_place(target: Any) -> bool:

@@ -3,6 +3,10 @@
 import torch
 import torchvision
 from torch import nn
+from torchvision.models import swin_transformer as swin
+from torchvision.models import video
+
+import fxfeedback
 
 
 class Residual(nn.Module):
@@ -62,19 +66,111 @@ def convnet() -> nn.Module:
     )
 
 
-SMALL = {"residual": residual, "mlp": mlp, "convnet": convnet}
+def feedback() -> nn.Module:
+    """A network of passes: what one rewriting makes, another rewrites."""
+    return fxfeedback.add_feedback(convnet(), [("8", "4"), ("5", "1"), ("3", "9")], passes=3, input_size=(2, 6, 6))
+
+
+class Attention(nn.Module):
+    """torch's own attention in its forms: masks, keys of another width, weights, either order of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.1, batch_first=True, norm_first=True)
+        self.cross = nn.MultiheadAttention(6, 3, dropout=0.2, kdim=4, vdim=6, bias=False)
+        self.seen = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.narrow, self.head = nn.Linear(6, 4), nn.Linear(6, 5)
+        self.register_buffer("later", torch.triu(torch.ones(12, 12), 1).bool())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.flatten(1, 2)  # (batch, 12, 6)
+        x = self.layer(x)
+        t = x.transpose(0, 1)
+        y, weights = self.cross(t[:5], nn.functional.relu(self.narrow(t)), t, attn_mask=self.later[3:8])
+        z, _ = self.seen(x, x[:, :5], y.transpose(0, 1), key_padding_mask=x[:, :5, 0] > 1, need_weights=False)
+        heads = x.unflatten(-1, (2, 3)).transpose(1, 2)
+        z = z + nn.functional.scaled_dot_product_attention(
+            heads, heads, heads, dropout_p=0.3 if self.training else 0.0, is_causal=True
+        ).transpose(1, 2).flatten(2)
+        return self.head(z.mean(1) * weights.square().sum((1, 2))[:, None])
+
+
+SMALL = {"residual": residual, "mlp": mlp, "convnet": convnet, "feedback": feedback, "attention": Attention}
+DROPOUT = {"dropout": 0.1, "attention_dropout": 0.1, "stochastic_depth_prob": 0.1, "num_classes": 5}
+TRANSFORMERS = {
+    "vit": (
+        lambda: torchvision.models.VisionTransformer(16, 8, 2, 2, 8, 12, 0.1, 0.1, num_classes=5),
+        (3, 16, 16),
+    ),
+    "swin": (lambda: swin.SwinTransformer([2, 2], 8, [2, 2], [2, 4], [4, 4], **DROPOUT), (3, 22, 14)),
+    "swin_v2": (
+        lambda: swin.SwinTransformer(
+            [2, 2],
+            8,
+            [2, 2],
+            [2, 4],
+            [2, 2],
+            block=swin.SwinTransformerBlockV2,
+            downsample_layer=swin.PatchMergingV2,
+            **DROPOUT,
+        ),
+        (3, 14, 10),
+    ),
+    "swin_3d": (
+        lambda: video.SwinTransformer3d([2, 2, 2], 8, [2, 2], [2, 4], [2, 3, 3], **DROPOUT),
+        (3, 6, 14, 14),
+    ),
+    "maxvit": (
+        lambda: torchvision.models.MaxVit(
+            (32, 32), 8, 2, [8, 12], [1, 2], 4, 0.1, mlp_dropout=0.1, attention_dropout=0.1, num_classes=5
+        ),
+        (3, 32, 32),
+    ),
+    "mvit": (lambda: mvit(True), (3, 4, 8, 8)),
+    "mvit_v1": (lambda: mvit(False), (3, 4, 8, 8)),
+}
+
+
+def mvit(second: bool) -> nn.Module:
+    """Two blocks of pooled attention; the second one pools queries, keys and values."""
+    blocks = [
+        video.mvit.MSBlockConfig(2, 8, 8, [3, 3, 3], [3, 3, 3], [1, 1, 1], [1, 2, 2]),
+        video.mvit.MSBlockConfig(2, 8, 12, [3, 3, 3], [3, 3, 3], [1, 2, 2], [1, 1, 1]),
+    ]
+    return video.MViT(
+        (8, 8),
+        4,
+        blocks,
+        residual_pool=second,
+        residual_with_cls_embed=not second,
+        rel_pos_embed=second,
+        proj_after_attn=second,
+        attention_dropout=0.1,
+        stochastic_depth_prob=0.1,
+        num_classes=5,
+    )
+
+
 LARGE = ["resnet18", "resnet50", "vgg11_bn", "mobilenet_v2", "densenet121"]
 
 
 def build(name: str, train: bool, seed: int = 0) -> tuple[nn.Module, torch.Tensor]:
     """The network in float64 with statistics that are not at their start, and an input batch for it."""
     torch.manual_seed(seed)
-    small = name in SMALL
-    model = (SMALL[name]() if small else torchvision.models.get_model(name, num_classes=11)).double().train(train)
+    if name in TRANSFORMERS:
+        make, size = TRANSFORMERS[name]
+    elif name in SMALL:
+        make, size = SMALL[name], (2, 6, 6)
+    else:
+        make, size = (lambda: torchvision.models.get_model(name, num_classes=11)), (3, 64, 64)
+    model = make().double().train(train)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.running_mean, std=0.3)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, std=0.3)
-    return model, torch.randn((4, 2, 6, 6) if small else (4, 3, 64, 64), dtype=torch.double)
+    for parameter in model.parameters():
+        if not parameter.any():  # a head or a table that starts at zero would hide what is behind it
+            nn.init.normal_(parameter, std=0.3)
+    return model, torch.randn(4, *size, dtype=torch.double)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+import jobs
 import multi_mnist
 import train_multi_mnist
 from multi_mnist import DataError, Digits
@@ -216,7 +217,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 
     (tmp_path / "metrics.json").write_text("old")
     with pytest.raises(OSError, match="disk full"):
-        train_multi_mnist.write_whole(tmp_path / "metrics.json", fail)
+        jobs.write_whole(tmp_path / "metrics.json", fail)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]
     assert (tmp_path / "metrics.json").read_text() == "old"
 

@@ -2,117 +2,389 @@
 
     python zoo/feedback.py [NAME ...]
 
-Each model gets a connection from its last linear layer or convolution back to its second one. The first pass must
-equal the plain model exactly, the second must differ, gradients must reach every new parameter, and the model must run
-in both modes.
+Each model gets a connection from its last linear layer or convolution back to the one at a quarter of the way. In
+evaluation and in training mode, from the same random state:
+
+- the first pass equals the plain model's output, bit for bit; the second differs, and equals what the plain model
+  computes when a forward hook modulates the destination;
+- gradients reach every new parameter;
+- what a later pass computes again is what lies downstream of the modulated destination or of a random draw, no more
+  and no less; networkx says what that is;
+- in training every pass advances the running statistics as a run of the plain model does, and back in evaluation
+  mode, with the statistics restored, the outputs are those of before.
+
+torch.fx cannot trace the detection and optical flow models whole. There the part that computes their features is
+rewritten, and the whole model must run with its own call: with one pass as the plain model does, bit for bit, with two
+passes differently, in training mode with finite losses whose gradients reach every new parameter.
 """
 
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+from unittest import mock
 
+import networkx as nx
 import torch
 import torchvision
-from torch import nn
+from torch import fx, nn
+from torchvision.models.video import mvit
 
 import fxfeedback
-from fxfeedback.bottom_up import BottomUp
-from fxfeedback.open_modules import open_modules
-from fxfeedback.trace import annotate_shapes, share, trace
 
-SIZES = {"inception_v3": (3, 299, 299), "r3d_18": (3, 8, 64, 64), "mc3_18": (3, 8, 64, 64), "video": (3, 16, 224, 224)}
-"""Input size by model name, or by the part of torchvision that has the model; 224 by 224 elsewhere."""
-SMALL = (
-    "vgg",
-    "resn",
-    "regnet",
-    "densenet",
-    "mobilenet",
-    "mnasnet",
-    "shufflenet",
-    "squeezenet",
-    "efficientnet",
-    "conv",
-)
+BATCH = 2
+
+MAKE_MVIT = mvit._mvit
+
+SIZES: dict[str, tuple[int, ...]] = {
+    "inception": (3, 299, 299),
+    "maxvit_t": (3, 224, 224),
+    "s3d": (3, 16, 224, 224),
+    "ssd300_vgg16": (3, 300, 300),
+    "ssdlite320_mobilenet_v3_large": (3, 320, 320),
+    "video": (3, 8, 64, 64),
+    "optical_flow": (3, 128, 128),
+}
+"""The smallest legal input by model, or by the part of torchvision that has the model; elsewhere 64 by 64."""
+
+PARTS = {"detection": "backbone", "optical_flow": "feature_encoder"}
+"""What is rewritten of the models that torch.fx cannot trace whole."""
+
+RANDOM = ("native_dropout", "survival", "surviving_channels")
+"""The names of the functions that draw random numbers in an opened graph."""
+
+
+class Problem(Exception):
+    """What a model with feedback does wrong."""
+
+
+class Sharing(NamedTuple):
+    """How many nodes the second pass computes again, of those that the first computes."""
+
+    again: int
+    total: int
+
+    def __str__(self) -> str:
+        return f"{self.again}/{self.total}"
+
+
+class Row(NamedTuple):
+    """What the table says of a model that is well."""
+
+    connection: str
+    evaluation: Sharing
+    training: Sharing
+
+
+# -- the models --------------------------------------------------------------------------------------------------------
 
 
 def models() -> Iterator[tuple[str, str]]:
     """(name, part of torchvision) of every model but the quantized ones."""
     for name in torchvision.models.list_models():
-        part = torchvision.models.get_model_builder(name).__module__.split(".")[2]
-        if part != "quantization":
-            yield name, part
+        kind = torchvision.models.get_model_builder(name).__module__.split(".")[2]
+        if kind != "quantization":
+            yield name, kind
 
 
-def input_size(name: str, part: str) -> tuple[int, ...]:
+def size_of(name: str, kind: str) -> tuple[int, ...]:
     """The size of one input, as small as the model takes it."""
-    small = (3, 64, 64) if part not in ("video", "segmentation") and name.startswith(SMALL) else (3, 224, 224)
-    return SIZES.get(name, SIZES.get(part, small))
+    if kind == "vision_transformer":  # two by two patches
+        return 3, *2 * (2 * int(name.rpartition("_")[2]),)
+    return SIZES.get(name, SIZES.get(kind, (3, 64, 64)))
 
 
-def connection(model: nn.Module, x: torch.Tensor) -> tuple[str, str]:
-    """From the last linear layer or convolution back to the second one."""
-    module = open_modules(trace(share(model)), strict=False)
-    annotate_shapes(module, (x,))
-    bu = BottomUp(module.graph)
-    weighted = [node.meta["name"] for node in bu.nodes if bu.is_weighted(node)]
-    return weighted[-1], weighted[1]
+def build(name: str, kind: str) -> nn.Module:
+    """The model, at its smallest, with random weights."""
+    size = size_of(name, kind)
+    options: dict[str, Any] = {}
+    if kind in ("segmentation", "detection"):
+        options["weights_backbone"] = None
+    if kind == "detection":  # a few detections, however unsure they are, in images of their own size
+        few = {"score_thresh": 0.0, "detections_per_img": 5}
+        if "rcnn" in name:
+            few = {f"box_{option}": value for option, value in few.items()}
+            few |= {"rpn_post_nms_top_n_train": 10, "rpn_post_nms_top_n_test": 10}
+        options |= few if name.startswith("ssd") else {**few, "min_size": size[-1], "max_size": size[-1]}
+    if kind in ("googlenet", "inception", "vgg"):
+        options["init_weights"] = False  # torch's own initial values will do, and are there sooner
+    if kind == "vision_transformer":
+        options["image_size"] = size[-1]
+    # MViT's builders would fix 16 frames of 224 by 224, which take 10 GiB.
+    small = {"temporal_size": size[-3], "spatial_size": size[-2:]}
+    with mock.patch.object(mvit, "_mvit", lambda **given: MAKE_MVIT(**given | small)):
+        model = torchvision.models.get_model(name, weights=None, **options)
+    for parameter in model.parameters():
+        if not parameter.any():  # a head that starts at zero would say nothing
+            nn.init.normal_(parameter, std=0.02)
+    return model
 
 
-def leaves(output: object) -> list[torch.Tensor]:
+def input_of(name: str, kind: str) -> torch.Tensor:
+    """A random input of the model, or of its part that is rewritten."""
+    return torch.randn(BATCH, *size_of(name, kind))
+
+
+def warm_up(model: nn.Module, x: torch.Tensor) -> None:
+    """Give batch norms this batch's statistics: with their initial ones a deep network returns its biases only."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model.train()(x)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.eval()
+
+
+def call_whole(model: nn.Module, kind: str, x: torch.Tensor) -> Any:
+    """The call of a model that cannot be traced whole, as its users write it; in training mode its losses."""
+    if kind == "optical_flow":
+        flows = model(x, x.roll(3, -1), num_flow_updates=2)
+        return {f"flow {i}": (flow - 3).abs().mean() for i, flow in enumerate(flows)} if model.training else flows
+    images = list(x.sigmoid())
+    if not model.training:
+        return model(images)
+    edge = x.shape[-1]
+    masks = torch.zeros(1, edge, edge, dtype=torch.uint8)
+    masks[:, edge // 4 : edge // 2, edge // 4 : edge // 2] = 1
+    target = {
+        "boxes": torch.tensor([[edge / 8, edge / 8, 7 * edge / 8, 7 * edge / 8]]),
+        "labels": torch.tensor([1]),
+        "masks": masks,
+        "keypoints": torch.full((1, 17, 3), edge / 2),
+    }
+    return model(images, [target] * len(images))
+
+
+# -- the checks --------------------------------------------------------------------------------------------------------
+
+
+def connection_in(model: nn.Module, x: torch.Tensor) -> tuple[str, str]:
+    """From the last linear layer or convolution of the input back to the one at a quarter of the way."""
+    nodes = fxfeedback.node_names(model, example_inputs=(x,))
+    ops = ("Linear", "Conv2d", "Conv3d", "conv3d")
+    # Without a batch it is no layer of the input: Swin v2 computes its tables of position biases by layers, too.
+    weighted = [name for name, info in nodes.items() if info.op in ops and info.shape and info.shape[0] is None]
+    return weighted[-1], weighted[len(weighted) // 4]
+
+
+def check(name: str, kind: str) -> Row:
+    """Build one model with and without feedback and compare them.
+
+    Raises:
+        Problem: they do not compare as they should.
+    """
+    torch.manual_seed(0)
+    plain, x, path = build(name, kind).eval(), input_of(name, kind), PARTS.get(kind, "")
+    plain_part = plain.get_submodule(path)
+    warm_up(plain_part, x)
+    source, destination = (f"{path}.{end}".lstrip(".") for end in connection_in(plain_part, x))
+    model = fxfeedback.add_feedback(plain, [(source, destination)], input_size=x.shape[1:])
+    part = model.get_submodule(path)
+    before = [leaf.detach() for leaf in leaves(part(x))]
+    statistics = statistics_of(plain)
+    sharing = []
+    for training in (False, True):
+        compare(plain_part.train(training), part.train(training), x)
+        sharing.append(check_sharing(part))
+        if path:
+            compare_whole(plain.train(training), model.train(training), part, kind, x)
+        restore(plain, statistics)
+    if not same(part.eval()(x), before):
+        raise Problem("back in evaluation mode the outputs are not those of before")
+    return Row(f"{source} -> {destination}", *sharing)
+
+
+def compare(plain: nn.Module, model: fxfeedback.FeedbackModel, x: torch.Tensor) -> None:
+    """Both passes against the plain model in its mode; the gradients; the running statistics."""
+    mode = "training" if model.training else "evaluation"
+    start = statistics_of(plain)
+    torch.manual_seed(1)
+    expected = by_hooks(plain, model, x)  # with gradients, too: without, attention takes other kernels
+    advanced = statistics_of(plain)
+    restore(plain, start)
+    torch.manual_seed(1)
+    outputs = model(x, return_all=True)
+    for number, (output, reference) in enumerate(zip(outputs, expected, strict=True), 1):
+        if not same(output, reference):
+            raise Problem(f"{mode}: pass {number} differs from the plain model's by {difference(output, reference)}")
+    if same(*outputs):
+        raise Problem(f"{mode}: the second pass equals the first")
+    for name, buffer in statistics_of(plain).items():
+        if not torch.allclose(buffer, advanced[name], atol=1e-6):
+            raise Problem(f"{mode}: the passes do not advance {name} as the plain model's do")
+    check_gradients(model, sum(leaf.square().mean() for leaf in leaves(outputs[1])), mode)
+
+
+def by_hooks(plain: nn.Module, model: fxfeedback.FeedbackModel, x: torch.Tensor) -> list[Any]:
+    """The outputs of the plain model, and of a second pass that a forward hook modulates."""
+    (connection,) = model.connections
+    block = model.modulation(connection.source, connection.destination)
+    # torchvision's subclasses of Conv3d are no leaves of the graph: their node is the function call inside.
+    source, destination = (
+        plain.get_submodule(end.removesuffix(".conv3d")) for end in (connection.source, connection.destination)
+    )
+    signals: list[torch.Tensor] = []
+
+    def modulate(module: nn.Module, inputs: Any, y: torch.Tensor) -> torch.Tensor:
+        if signals:
+            y = y + y * block(signals[0], y)
+            y = torch.relu(y) if isinstance(module, nn.modules.conv._ConvNd) else y
+        return y
+
+    def hand_on(module: nn.Module, inputs: Any, y: torch.Tensor) -> None:
+        signals.append(y.clone())  # an in-place ReLU may follow
+
+    hooks = destination.register_forward_hook(modulate), source.register_forward_hook(hand_on)
+    outputs = [plain(x), plain(x)]
+    for hook in hooks:
+        hook.remove()
+    return outputs
+
+
+def compare_whole(
+    plain: nn.Module, model: nn.Module, part: fxfeedback.FeedbackModel, kind: str, x: torch.Tensor
+) -> None:
+    """The call of a model of which only a part is rewritten."""
+    mode = "training" if model.training else "evaluation"
+    results = []
+    for whole, passes in ((plain, 1), (model, 1), (model, 2)):
+        part.passes = passes
+        torch.manual_seed(1)
+        results.append(call_whole(whole, kind, x))
+    expected, first, second = results
+    if not leaves(expected) or not all(leaf.numel() for leaf in leaves(expected)):
+        raise Problem(f"{mode}: the plain model returns nothing that could be compared")
+    if not same(first, expected):
+        raise Problem(f"{mode}: the whole model with one pass differs from the plain one")
+    if same(second, expected):
+        raise Problem(f"{mode}: the whole model with two passes equals the plain one")
+    if not all(leaf.isfinite().all() for leaf in leaves(second)):
+        raise Problem(f"{mode}: the whole model returns numbers that are not finite")
+    if model.training:
+        check_gradients(part, sum(leaves(second)), "training, through the losses")
+
+
+def check_gradients(model: fxfeedback.FeedbackModel, loss: Any, mode: str) -> None:
+    """The loss's gradients reach every new parameter."""
+    model.zero_grad()
+    loss.backward()
+    for name, parameter in model.modulations.named_parameters():
+        grad = parameter.grad
+        if grad is None or not grad.isfinite().all() or not grad.any():
+            what = "no gradient" if grad is None else "only a zero gradient" if not grad.any() else "no finite gradient"
+            raise Problem(f"{mode}: {what} reaches {name}")
+    model.zero_grad()
+
+
+def check_sharing(model: fxfeedback.FeedbackModel, passes: int = 3) -> Sharing:
+    """What each pass of the unrolled graph computes, against what it should."""
+    mode = "training" if model.training else "evaluation"
+    (connection,) = model.connections
+    bu = model._bottom_up().graph
+    computed: list[list[str]] = [[] for _ in range(passes)]
+    for node in model.unrolled(passes).graph.nodes:
+        if "name" in node.meta and computes(node):  # the nodes of the connection itself have no name
+            computed[node.meta.get("pass", 1) - 1].append(node.meta["name"])
+    should = to_compute(bu, connection.source, connection.destination, passes)
+    for number, (names, expected) in enumerate(zip(computed, should, strict=True), 1):
+        if sorted(names) != sorted(expected):
+            wrong = sorted(set(names) ^ set(expected)) or ["a node twice"]
+            raise Problem(
+                f"{mode}: pass {number} computes {len(names)} nodes, not {len(expected)}; they differ in {wrong[:3]}"
+            )
+    return Sharing(len(computed[1]), len(computed[0]))
+
+
+def to_compute(bu: fx.Graph, source: str, destination: str, passes: int) -> list[list[str]]:
+    """Names of the nodes that each pass has to compute with one feedback connection: in the first pass all of them.
+
+    Later, what lies downstream of the destination if its signal is a new one, and random draws and what lies
+    downstream of them.
+    """
+    nodes = {node.meta["name"]: node for node in bu.nodes if "name" in node.meta}
+    flow = nx.DiGraph([(operand, node) for node in bu.nodes for operand in node.all_input_nodes])
+    needed = {node for node in nx.ancestors(flow, bu.output_node()) if computes(node)}
+    drawn = {node for node in needed if getattr(node.target, "__name__", "") in RANDOM}
+    always = drawn.union(*(nx.descendants(flow, node) for node in drawn))
+    modulated = nx.descendants(flow, nodes[destination])
+    sets, new_signal = [needed], True
+    for _ in range(passes - 1):
+        again = needed & (always | modulated if new_signal else always)
+        new_signal = nodes[source] in again
+        sets.append(again)
+    return [[node.meta["name"] for node in chosen] for chosen in sets]
+
+
+def computes(node: fx.Node) -> bool:
+    """Whether the node computes a value. One that counts a batch norm's batches does not: `compare` looks at those."""
+    return node.op.startswith("call") and node.target is not torch.Tensor.add_
+
+
+def statistics_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of the model's buffers."""
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def restore(model: nn.Module, statistics: dict[str, torch.Tensor]) -> None:
+    """Put the buffers back."""
+    for name, buffer in model.named_buffers():
+        buffer.copy_(statistics[name])
+
+
+def leaves(output: Any) -> list[torch.Tensor]:
     """The tensors of a model's output."""
     if isinstance(output, torch.Tensor):
         return [output]
     return [leaf for part in (output.values() if isinstance(output, dict) else output) for leaf in leaves(part)]
 
 
-def check(name: str, part: str) -> str:
-    """The row of one model: "ok", with its connection, or what went wrong."""
-    torch.manual_seed(0)
-    options: dict[str, object] = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    if part in ("segmentation", "detection"):
-        options["weights_backbone"] = None
-    plain = torchvision.models.get_model(name, weights=None, **options).eval()
-    x = torch.randn(2, *input_size(name, part))
-    source, destination = connection(plain, x)
-    for parameter in plain.parameters():
-        if not parameter.any():  # a head that starts at zero would say nothing
-            nn.init.normal_(parameter, std=0.02)
-    model = fxfeedback.add_feedback(plain, [(source, destination)], example_inputs=(x,))
-    first, second = model(x)
-    expected = plain(x)  # with gradients, too: without, attention takes other kernels
-    if not all(map(torch.equal, leaves(first), leaves(expected))):
-        return "the first pass differs from the plain model"
-    if all(map(torch.equal, leaves(first), leaves(second))):
-        return "the second pass equals the first"
-    sum(leaf.square().mean() for leaf in leaves(second)).backward()
-    without = [
-        name for name, p in model.modulations.named_parameters() if p.grad is None or not p.grad.isfinite().all()
-    ]
-    if without:
-        return f"no gradient reaches {', '.join(without)}"
-    model.train()(x)
-    model.eval()
-    return f"ok: {source} -> {destination}"
+def same(a: Any, b: Any) -> bool:
+    """Whether two outputs are equal, bit for bit."""
+    a, b = leaves(a), leaves(b)
+    return len(a) == len(b) and all(map(torch.equal, a, b))
 
 
-def main(names: list[str]) -> int:
-    """Print the table; returns how many models failed."""
+def difference(a: Any, b: Any) -> str:
+    """The greatest difference between two outputs."""
+    return f"{max((s - t).abs().max().item() for s, t in zip(leaves(a), leaves(b), strict=True)):.2g}"
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+def main(names: Sequence[str]) -> int:
+    """Print the table; returns how many models are not well."""
     warnings.filterwarnings("ignore")
-    failed = 0
-    for name, part in models():
-        if names and name not in names:
-            continue
-        start = time.perf_counter()
+    chosen = [(name, kind) for name, kind in models() if not names or name in names]
+    unknown = set(names) - {name for name, _ in chosen}
+    if unknown:
+        raise SystemExit(f"torchvision has no model {', '.join(sorted(unknown))}")
+    print("eval, train: how many nodes the second pass computes again, of all nodes, in evaluation and training mode\n")
+    print(f"{'model':<38}{'time':>7}{'eval':>11}{'train':>11}  {'':<7}connection, or what is wrong")
+    bad, start = 0, time.perf_counter()
+    for name, kind in chosen:
+        began = time.perf_counter()
         try:
-            row = check(name, part)
+            row = check(name, kind)
+            nodes = f"{row.evaluation!s:>11}{row.training!s:>11}"
+            verdict = f"ok     {row.connection}"
         except Exception as error:
-            row = f"{type(error).__name__}: {str(error).splitlines()[0][:150]}"
-        failed += not row.startswith("ok")
-        print(f"{name:<36}{time.perf_counter() - start:>7.1f} s  {row}", flush=True)
-    return failed
+            bad += 1
+            nodes = f"{'-':>11}" * 2
+            origin = "" if isinstance(error, Problem) else f"{type(error).__name__}: "
+            verdict = f"NOT OK {origin}{' '.join(str(error).split())}"
+        print(f"{name:<38}{time.perf_counter() - began:>5.1f} s{nodes}  {verdict}", flush=True)
+    minutes = (time.perf_counter() - start) / 60
+    print(f"\n{len(chosen) - bad} of {len(chosen)} models ok, {bad} not, in {minutes:.0f} min", flush=True)
+    return bad
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(min(main(sys.argv[1:]), 99))
+    except KeyboardInterrupt:
+        sys.exit(130)

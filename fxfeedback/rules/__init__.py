@@ -6,14 +6,21 @@
 from fxfeedback.rules import (  # noqa: F401  (importing a file registers its rules)
     activation,
     arithmetic,
+    attention,
     convolution,
     dropout,
+    elementwise,
     gating,
+    indexing,
     linear,
+    matmul,
     normalization,
     pooling,
     reduction,
+    repeating,
     reshaping,
+    resizing,
+    writing,
 )
 from fxfeedback.rules.core import RULES, Roles, Rule, constant, fused, known, roles, rule, sum_to, transpose, update
 from fxfeedback.rules.examples import C, T, call

@@ -169,10 +169,77 @@ def prelu(y, input, weight):
     }
 
 
+@rule(F.celu, torch.celu)
+def celu(y, input, alpha=1.0, inplace=False):
+    """x where x > 0, α (exp(x / α) - 1) elsewhere"""
+    return pointwise(lambda e: torch.where(input > 0, e, e * (y / alpha + 1)))
+
+
+@rule(F.selu, torch.selu)
+def selu(y, input, inplace=False):
+    """s x where x > 0, s α (exp x - 1) elsewhere"""
+    alpha, scale = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
+    return pointwise(lambda e: torch.where(input > 0, e * scale, e * (y + scale * alpha)))
+
+
+@rule(F.logsigmoid)
+def logsigmoid(y, input):
+    """-log(1 + exp(-x))"""
+    return pointwise(lambda e: e * torch.sigmoid(-input))
+
+
+@rule(F.softsign)
+def softsign(y, input):
+    """x / (1 + |x|)"""
+    return pointwise(lambda e: e / (1 + input.abs()) ** 2)
+
+
+@rule(F.tanhshrink)
+def tanhshrink(y, input):
+    """x - tanh x"""
+    return pointwise(lambda e: e * (input - y) ** 2)
+
+
+@rule(F.hardshrink, torch.hardshrink)
+def hardshrink(y, input, lambd=0.5):
+    """x where |x| > λ, 0 elsewhere"""
+    return pointwise(lambda e: e * (input.abs() > lambd))
+
+
+@rule(F.softshrink)
+def softshrink(y, input, lambd=0.5):
+    """x - λ sign x where |x| > λ, 0 elsewhere"""
+    return pointwise(lambda e: e * (input.abs() > lambd))
+
+
+@rule(F.threshold, torch.threshold)
+def threshold(y, input, threshold, value, inplace=False):
+    """x above the threshold, a number elsewhere"""
+    return pointwise(lambda e: e * (input > threshold))
+
+
+@rule(F.glu)
+def glu(y, input, dim=-1):
+    """a σ(b), the halves of x along dim; instructed, to both as it is"""
+
+    def error(e):
+        a, b = input.chunk(2, dim)
+        gate = torch.sigmoid(b)
+        return torch.cat([e * gate, e * a * gate * (1 - gate)], dim)
+
+    return {"input": roles(instruct=lambda t: torch.cat([t, t], dim), error=error)}
+
+
 @rule(F.softmax, torch.softmax)
 def softmax(y, input, dim, **options):
     """exp x / Σ exp x over dim"""
     return pointwise(lambda e: y * (e - (e * y).sum(dim, keepdim=True)))
+
+
+@rule(F.softmin)
+def softmin(y, input, dim, **options):
+    """exp(-x) / Σ exp(-x) over dim"""
+    return pointwise(lambda e: -y * (e - (e * y).sum(dim, keepdim=True)))
 
 
 @rule(F.log_softmax, torch.log_softmax)
@@ -197,5 +264,15 @@ hardsigmoid.examples = [
 ]
 softplus.examples = [call(F.softplus, T(4, 5)), call(F.softplus, T(4, 5), beta=2.0, threshold=1.0)]
 prelu.examples = [call(F.prelu, T(4, 5, 3), T(5)), call(F.prelu, T(4, 5), T(1))]
+celu.examples = [call(F.celu, T(4, 5)), call(F.celu, T(4, 5), 0.5)]
+selu.examples = [call(F.selu, T(4, 5))]
+logsigmoid.examples = [call(F.logsigmoid, T(4, 5))]
+softsign.examples = [call(F.softsign, T(4, 5))]
+tanhshrink.examples = [call(F.tanhshrink, T(4, 5))]
+hardshrink.examples = [call(F.hardshrink, T(40, 5)), call(F.hardshrink, T(40, 5), 0.9)]
+softshrink.examples = [call(F.softshrink, T(40, 5), lambd=0.3)]
+threshold.examples = [call(F.threshold, T(40, 5), 0.3, -1.0)]
+glu.examples = [call(F.glu, T(4, 6)), call(F.glu, T(4, 6, 3), 1)]
 softmax.examples = [call(F.softmax, T(4, 5), 1), call(lambda x: x.softmax(-1), T(4, 5, 3))]
+softmin.examples = [call(F.softmin, T(4, 5), 1)]
 log_softmax.examples = [call(F.log_softmax, T(4, 5, 3), dim=1)]

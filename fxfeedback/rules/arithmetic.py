@@ -3,8 +3,9 @@
 import operator
 
 import torch
+import torch.nn.functional as F
 
-from fxfeedback.rules.core import known, mean_to, roles, rule, sum_to, transpose
+from fxfeedback.rules.core import after, is_one, known, mean_to, roles, rule, sum_to, transpose
 from fxfeedback.rules.examples import T, call
 
 
@@ -55,7 +56,7 @@ def div(y, input, other):
         ),
         "other": roles(
             instruct=lambda t: mean_to(t, other, y),
-            error=lambda e: sum_to(-e * y / other, other, y),
+            error=lambda e: sum_to(-e * input / (other * other), other, y),
         ),
     }
 
@@ -64,6 +65,69 @@ def div(y, input, other):
 def neg(y, input):
     """-x"""
     return {"input": transpose(lambda t: -t)}
+
+
+@rule(torch.rsub)
+def rsub(y, input, other, *, alpha=1):
+    """z - α x"""
+    table = sub.table(y, other, input, alpha)
+    return {"input": table["other"], "other": table["input"]}
+
+
+@rule(torch.addcmul)
+def addcmul(y, input, tensor1, tensor2, *, value=1):
+    """x + α z w"""
+    return plus(y, input, mul.table(y, tensor1, tensor2), value)
+
+
+@rule(torch.addcdiv)
+def addcdiv(y, input, tensor1, tensor2, *, value=1):
+    """x + α z / w"""
+    return plus(y, input, div.table(y, tensor1, tensor2), value)
+
+
+def plus(y, input, table, value):
+    """The table of x + α f(tensor1, tensor2), given that of f."""
+    return {
+        "input": transpose(lambda t: sum_to(t, input, y)),
+        "tensor1": after(table["input"], lambda t: t * value),
+        "tensor2": after(table["other"], lambda t: t * value),
+    }
+
+
+@rule(torch.lerp)
+def lerp(y, input, end, weight):
+    """x + w (z - x)"""
+    return {
+        "input": roles(
+            instruct=lambda t: sum_to(t * (1 - weight), input, y) if known(weight) else mean_to(t, input, y),
+            error=lambda e: sum_to(e * (1 - weight), input, y),
+        ),
+        "end": mul.table(y, end, weight)["input"],
+        "weight": roles(
+            instruct=lambda t: mean_to(t, weight, y),
+            error=lambda e: sum_to(e * (end - input), weight, y),
+        ),
+    }
+
+
+@rule(F.cosine_similarity)
+def cosine_similarity(y, x1, x2, dim=1, eps=1e-8):
+    """x · z / (|x| |z|) over dim; instructed, to each evenly over dim"""
+    dim = dim - y.ndim - 1 if dim >= 0 else dim  # counted from the end, x1 and x2 may have different dimensions
+    length = x2.shape[dim] if is_one(x1.shape[dim]) else x1.shape[dim]
+    wide = list(y.shape)
+    wide.insert(y.ndim + 1 + dim, length)
+
+    def to(x, z):
+        def error(e):
+            a, b = x.expand(wide), z.expand(wide)
+            a_size, b_size = (torch.linalg.vector_norm(v, 2, dim, True).clamp_min(eps) for v in (a, b))
+            return sum_to(e.unsqueeze(dim) * (b / b_size - y.unsqueeze(dim) * a / a_size) / a_size, x, wide)
+
+        return roles(instruct=lambda t: sum_to(t.unsqueeze(dim).expand(wide) / length, x, wide), error=error)
+
+    return {"x1": to(x1, x2), "x2": to(x2, x1)}
 
 
 add.examples = [
@@ -87,3 +151,15 @@ div.examples = [
     call(operator.truediv, 2, T(4, 5)),
 ]
 neg.examples = [call(operator.neg, T(4, 5))]
+rsub.examples = [call(lambda x, w: torch.rsub(x, w, alpha=2), T(4, 5), T(5)), call(torch.rsub, T(4, 5), 1)]
+addcmul.examples = [call(lambda x, w: torch.addcmul(w, x, x[:, :1], value=0.5), T(4, 5), T(5))]
+addcdiv.examples = [call(lambda x, w: torch.addcdiv(x, x, w, value=2), T(4, 5), T(1, 5))]
+lerp.examples = [
+    call(torch.lerp, T(4, 5), T(5), 0.3),
+    call(lambda x, w: torch.lerp(x, x * x, w), T(4, 5, 3), T(5, 1)),
+]
+cosine_similarity.examples = [
+    call(F.cosine_similarity, T(4, 5, 3), T(1, 5, 3)),
+    call(lambda x, w: F.cosine_similarity(x.unsqueeze(1), w, dim=-1), T(4, 5), T(3, 5)),
+    call(F.cosine_similarity, T(4, 5, 3), T(1, 3), dim=2),
+]

@@ -152,8 +152,8 @@ CONSTANT: set[Any] = set()
 
 
 def constant(*targets: Any) -> None:
-    """Declare that no counter neuron passes through the functions `targets`."""
-    CONSTANT.update(targets)
+    """Declare that no counter neuron passes through the functions `targets`, nor the tensor methods of their names."""
+    CONSTANT.update(targets, filter(None, map(_tensor_method, targets)))
 
 
 # -- the small words that rules are written in ----------------------------------------------------------------------
@@ -164,25 +164,48 @@ def known(operand: Any) -> bool:
     return getattr(operand, "has_value", True)
 
 
+def shape_of(x: Any) -> tuple[Any, ...]:
+    """A tensor's shape; a shape's own."""
+    return getattr(x, "shape", x)
+
+
 def stretched(like: Any, y: Any) -> list[int]:
-    """The dimensions of y along which an operand of `like`'s shape was broadcast."""
-    extra = y.ndim - like.ndim
-    ones = [i + extra for i in range(like.ndim) if is_one(like.shape[i]) and not is_one(y.shape[i + extra])]
+    """The dimensions of y along which an operand of `like`'s shape was broadcast. Each may be given as a shape."""
+    narrow, wide = shape_of(like), shape_of(y)
+    extra = len(wide) - len(narrow)
+    ones = [i + extra for i, size in enumerate(narrow) if is_one(size) and not is_one(wide[i + extra])]
     return [*range(extra), *ones]
 
 
 def sum_to(t: Counter, like: Any, y: Any) -> Counter:
     """Broadcasting's transpose: `t`, which has y's shape, summed over the dimensions that `like` was stretched to."""
     dims = stretched(like, y)
-    if dims == list(range(y.ndim - like.ndim)):
+    if dims == list(range(len(shape_of(y)) - len(shape_of(like)))):
         return t.sum(dims) if dims else t
-    return t.sum(dims, keepdim=True).reshape(like.shape)
+    return t.sum(dims, keepdim=True).reshape(shape_of(like))
 
 
 def mean_to(t: Counter, like: Any, y: Any) -> Counter:
     """`t`, which has y's shape, averaged over the dimensions along which `like` was broadcast."""
     dims = stretched(like, y)
     return t.mean(dims, keepdim=True).reshape(like.shape) if dims else t
+
+
+def after(way: Roles, change: Callable[[Counter], Counter]) -> Roles:
+    """`change` first, then `way`: the transpose of an op that is followed by a linear one."""
+    return Roles(lambda t: way.instruct(change(t)), lambda e: way.error(change(e)))
+
+
+def dtype_of(x: Any) -> Any:
+    """A tensor's dtype, as far as tracing knows it; None for what is no tensor."""
+    return getattr(getattr(x, "spec", x), "dtype", None)
+
+
+def listed(numbers: Sequence[Any], named: Any = None) -> list[Any]:
+    """The numbers of a call like x.permute(0, 2, 1), x.permute((0, 2, 1)) or x.permute(dims=(0, 2, 1))."""
+    numbers = numbers if named is None else [named]
+    one = numbers[0] if len(numbers) == 1 else numbers
+    return list(one) if isinstance(one, (tuple, list)) else [one]
 
 
 def is_one(size: Any) -> bool:

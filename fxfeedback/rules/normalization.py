@@ -1,6 +1,7 @@
 """Batch, layer, group and instance norm: y = γ (x - μ) / √(σ² + ε) + β, over different sets of positions.
 
-The instruction is scaled by γ (batch norm: γ / √(running σ² + ε)); the error pass is exact.
+The instruction is scaled by γ (batch norm: γ / √(running σ² + ε)); the error pass is exact. Norms that only divide by a
+size come last.
 """
 
 import functools
@@ -8,8 +9,9 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from fxfeedback.rules.core import channelwise, fused, roles, rule, spatial, update
+from fxfeedback.rules.core import along, as_is, channelwise, dtype_of, eye_like, fused, roles, rule, spatial, update
 from fxfeedback.rules.examples import C, T, call
+from fxfeedback.rules.reduction import slope_of_norm
 
 
 def standardized(input, dims, eps):
@@ -139,6 +141,79 @@ def group_norm(y, input, num_groups, weight=None, bias=None, eps=1e-5):
     }
 
 
+@rule(F.instance_norm, torch.instance_norm, channels=1)
+def instance_norm(
+    y,
+    input,
+    running_mean=None,
+    running_var=None,
+    weight=None,
+    bias=None,
+    use_input_stats=True,
+    momentum=0.1,
+    eps=1e-5,
+    *_,
+):
+    """Statistics over the positions of each channel of a sample, or the running ones"""
+    if not use_input_stats:
+        return batch_norm.table(y, input, running_mean, running_var, weight, bias, False, momentum, eps)
+    return group_norm.table(y, input, input.shape[1], weight, bias, eps)
+
+
+@rule(F.rms_norm, torch.rms_norm, channels=-1)
+def rms_norm(y, input, normalized_shape, weight=None, eps=None):
+    """γ x / √(mean of x² + ε) over the last dimensions"""
+    over = list(range(input.ndim - len(normalized_shape), input.ndim))
+    others = list(range(input.ndim - len(normalized_shape)))
+
+    @functools.cache
+    def statistics():
+        floor = torch.finfo(dtype_of(input)).eps if eps is None else eps
+        rstd = ((input * input).mean(over, keepdim=True) + floor).rsqrt()
+        return input * rstd, rstd
+
+    def scaled(e):
+        return e if weight is None else e * weight
+
+    def error(e):
+        normal, rstd = statistics()
+        return (scaled(e) - normal * (scaled(e) * normal).mean(over, keepdim=True)) * rstd
+
+    return {
+        "input": roles(instruct=scaled, error=error),
+        "weight": update(lambda e: (e * statistics()[0]).sum(others)),
+    }
+
+
+@rule(F.normalize)
+def normalize(y, input, p=2.0, dim=1, eps=1e-12, out=None):
+    """x / max(n, ε), n the p-norm over dim"""
+
+    def error(e):
+        size = torch.linalg.vector_norm(input, p, dim, keepdim=True)
+        n = size.clamp_min(eps)
+        along_n = (e * y).sum(dim, keepdim=True)
+        return (e - torch.where(size >= eps, along_n, 0.0) * slope_of_norm(input, size, p, dim)) / n
+
+    return {"input": roles(instruct=as_is, error=error)}
+
+
+@rule(F.local_response_norm, channels=1)
+def local_response_norm(y, input, size, alpha=1e-4, beta=0.75, k=1.0):
+    """x / (k + α mean of x² over `size` neighbouring channels)^β"""
+
+    def mean(x, neighbours):
+        eye = F.pad(eye_like(x, input.shape[1]), neighbours)
+        return along(x, {1: F.avg_pool1d(eye, size, 1)})
+
+    def error(e):
+        before, behind = size // 2, (size - 1) // 2
+        d = k + alpha * mean(input * input, (behind, before))
+        return e * d**-beta - 2 * alpha * beta * input * mean(e * y / d, (before, behind))
+
+    return {"input": roles(instruct=as_is, error=error)}
+
+
 batch_norm.examples = [
     call(F.batch_norm, T(5, 3, 4, 2), C(3), C(3), T(3), T(3)),
     call(F.batch_norm, T(5, 3, 4, 2), C(3), C(3), T(3), T(3), training=True),
@@ -154,4 +229,23 @@ group_norm.examples = [
     call(F.group_norm, T(4, 6, 5, 3), 3, T(6), T(6)),
     call(F.group_norm, T(4, 6, 5), 2),
     call(F.group_norm, T(4, 6), 2, T(6), T(6)),
+]
+instance_norm.examples = [
+    call(F.instance_norm, T(2, 3, 4, 5), None, None, T(3), T(3)),
+    call(F.instance_norm, T(2, 3, 4), C(3), C(3), T(3), use_input_stats=False, eps=1e-2),
+    call(F.instance_norm, T(2, 3, 4)),
+]
+rms_norm.examples = [
+    call(F.rms_norm, T(4, 5, 6), (6,), T(6), 1e-2),
+    call(F.rms_norm, T(4, 5, 6), (5, 6)),
+]
+normalize.examples = [
+    call(F.normalize, T(4, 5, 3)),
+    call(lambda x: F.normalize(torch.relu(x), dim=-1, eps=0.6), T(20, 3)),
+    call(F.normalize, T(4, 5), 3.0, -1),
+    call(F.normalize, T(4, 5), p=1, dim=1),
+]
+local_response_norm.examples = [
+    call(F.local_response_norm, T(4, 7, 3, 2), 5, 0.5),
+    call(F.local_response_norm, T(4, 5, 3), 4, alpha=0.5, beta=0.3, k=2.0),
 ]

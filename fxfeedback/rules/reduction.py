@@ -1,15 +1,18 @@
-"""Sums and means over dimensions."""
+"""Sums, means and extremes over dimensions. An instruction takes every reduction but a sum for a mean."""
 
 import math
 
 import torch
 
-from fxfeedback.rules.core import rule, transpose
+from fxfeedback.errors import RuleError
+from fxfeedback.rules.core import eye_like, roles, rule, transpose
+from fxfeedback.rules.elementwise import maximum, minimum
 from fxfeedback.rules.examples import T, call
+from fxfeedback.rules.indexing import picked
 
 
 @rule(torch.mean)
-def mean(y, input, dim=None, keepdim=False):
+def mean(y, input, dim=None, keepdim=False, **options):
     """Σ x / n over dim"""
     dims = dimensions(input, dim)
     count = math.prod(input.shape[d] for d in dims)
@@ -17,7 +20,7 @@ def mean(y, input, dim=None, keepdim=False):
 
 
 @rule(torch.sum)
-def sum(y, input, dim=None, keepdim=False):
+def sum(y, input, dim=None, keepdim=False, **options):
     """Σ x over dim"""
     return {"input": transpose(lambda t: spread(t, input, dimensions(input, dim), keepdim))}
 
@@ -36,9 +39,220 @@ def spread(t, input, dims, keepdim):
     return t.expand(input.shape)
 
 
+def averaging(input, dim, keepdim, error):
+    """A reduction that the instruction takes for a mean."""
+    return {"input": roles(instruct=mean.table(None, input, dim, keepdim)["input"].instruct, error=error)}
+
+
+@rule(torch.amax, torch.amin)
+def amax(y, input, dim=(), keepdim=False):
+    """The greatest (smallest) over dim; equals share the error"""
+    dims = dimensions(input, dim)
+
+    def share(e):
+        ties = (input == spread(y, input, dims, keepdim)).to(input.dtype)
+        return ties * spread(e, input, dims, keepdim) / ties.sum(dims, keepdim=True)
+
+    return averaging(input, dim, keepdim, share)
+
+
+@rule(torch.max)
+def max(y, input, dim=None, keepdim=False, *, other=None):
+    """The greatest of all; over dim, with its position; or of two values"""
+    return extreme(maximum, y, input, dim, keepdim, other)
+
+
+@rule(torch.min)
+def min(y, input, dim=None, keepdim=False, *, other=None):
+    """The smallest of all; over dim, with its position; or of two values"""
+    return extreme(minimum, y, input, dim, keepdim, other)
+
+
+def extreme(of_two, y, input, dim, keepdim, other):
+    """The table of torch.max or torch.min, whose second argument is a dimension or the other value."""
+    if isinstance(dim, int):
+        return picked(y, input, dim, keepdim)
+    if dim is None and other is None:
+        return amax.table(y, input)
+    second = of_two.table(y, input, other if dim is None else dim)
+    return {"input": second["input"], "dim": second["other"], "other": second["other"]}
+
+
+@rule(torch.var)
+def var(y, input, dim=None, unbiased=True, keepdim=False, *, correction=None):
+    """Σ (x - μ)² / (n - correction) over dim"""
+    dims, per = spreading(input, dim, unbiased, correction)
+
+    def error(e):
+        centred = input - input.mean(dims, keepdim=True)
+        return spread(e, input, dims, keepdim) * centred * 2 / per
+
+    return averaging(input, dims, keepdim, error)
+
+
+@rule(torch.std)
+def std(y, input, dim=None, unbiased=True, keepdim=False, *, correction=None):
+    """√var; nothing passes where it is zero"""
+    squared = var.table(y, input, dim, unbiased, keepdim, correction=correction)["input"]
+    return {
+        "input": roles(instruct=squared.instruct, error=lambda e: squared.error(torch.where(y == 0, 0.0, e / (2 * y))))
+    }
+
+
+@rule(torch.var_mean)
+def var_mean(y, input, dim=None, unbiased=True, keepdim=False, *, correction=None):
+    """Both"""
+    return moments(var, y, input, dim, unbiased, keepdim, correction)
+
+
+@rule(torch.std_mean)
+def std_mean(y, input, dim=None, unbiased=True, keepdim=False, *, correction=None):
+    """Both"""
+    return moments(std, y, input, dim, unbiased, keepdim, correction)
+
+
+def moments(of, y, input, dim, unbiased, keepdim, correction):
+    """The table of an op that returns a variance or deviation, and the mean."""
+
+    def first(y):
+        return of.table(y, input, dim, unbiased, keepdim, correction=correction)["input"]
+
+    second = mean.table(y, input, None if isinstance(dim, bool) else dim, keepdim)["input"]
+    return {
+        "input": roles(
+            instruct=lambda t: first(None).instruct(t[0]) + second.instruct(t[1]),
+            error=lambda e: first(y[0]).error(e[0]) + second.error(e[1]),
+        )
+    }
+
+
+def spreading(input, dim, unbiased, correction):
+    """The dimensions that a variance is taken over, and what it divides by."""
+    unbiased, dim = (dim, None) if isinstance(dim, bool) else (unbiased, dim)
+    dims = dimensions(input, dim)
+    return dims, math.prod(input.shape[d] for d in dims) - (int(unbiased) if correction is None else correction)
+
+
+@rule(torch.linalg.vector_norm)
+def vector_norm(y, input, ord=2, dim=None, keepdim=False, **options):
+    """(Σ |x|ᵖ)^(1/p) over dim; nothing passes where it is zero"""
+    dims = dimensions(input, dim)
+
+    def error(e):
+        e, n = spread(e, input, dims, keepdim), spread(y, input, dims, keepdim)
+        return e * slope_of_norm(input, n, ord, dims)
+
+    return averaging(input, dim, keepdim, error)
+
+
+@rule(torch.linalg.norm)
+def linalg_norm(y, input, ord=None, dim=None, keepdim=False, **options):
+    """vector_norm, where it is not a matrix norm"""
+    if ord is not None and not isinstance(dim, int) and input.ndim > 1:
+        raise RuleError(f"no rule for a matrix norm: torch.linalg.norm with ord={ord!r}")
+    return vector_norm.table(y, input, 2 if ord is None else ord, dim, keepdim)
+
+
+@rule(torch.norm)
+def norm(y, input, p="fro", dim=None, keepdim=False, **options):
+    """vector_norm; "fro" is the one with p = 2"""
+    return vector_norm.table(y, input, 2 if p in ("fro", None) else p, dim, keepdim)
+
+
+def slope_of_norm(x, n, p, dims):
+    """∂n / ∂x of n = (Σ |x|ᵖ)^(1/p) over dims, n in x's shape."""
+    if p == 2:
+        return torch.where(n == 0, 0.0, x / n)
+    if p == 1:
+        return torch.sign(x)
+    if p in (math.inf, -math.inf):
+        ties = (x.abs() == n).to(x.dtype)
+        return torch.sign(x) * ties / ties.sum(dims, keepdim=True)
+    return torch.where(n == 0, 0.0, torch.sign(x) * (x.abs() / n) ** (p - 1))
+
+
+@rule(torch.logsumexp)
+def logsumexp(y, input, dim, keepdim=False):
+    """log Σ exp x over dim"""
+    dims = dimensions(input, dim)
+
+    def error(e):
+        return spread(e, input, dims, keepdim) * torch.exp(input - spread(y, input, dims, keepdim))
+
+    return averaging(input, dim, keepdim, error)
+
+
+@rule(torch.cumsum)
+def cumsum(y, input, dim, **options):
+    """Σ of the values so far along dim"""
+    return {"input": transpose(lambda t: t.flip(dim).cumsum(dim).flip(dim))}
+
+
+@rule(torch.prod)
+def prod(y, input, dim, keepdim=False, **options):
+    """Π x over dim; the product of the others is computed as such, as a value may be zero"""
+    dims, size = dimensions(input, dim), input.shape[dim]
+
+    def others(x):
+        return torch.where(eye_like(x, size) == 1, 1.0, x.movedim(dim, -1).unsqueeze(-2)).prod(-1).movedim(-1, dim)
+
+    return averaging(input, dim, keepdim, lambda e: spread(e, input, dims, keepdim) * others(input))
+
+
 mean.examples = [
     call(torch.mean, T(4, 5, 3), (1, -1)),
     call(torch.mean, T(4, 5, 3), 2, True),
     call(torch.mean, T(4, 5, 3)),
 ]
 sum.examples = [call(torch.sum, T(4, 5, 3), dim=1), call(torch.sum, T(4, 5, 3), (0, 2), keepdim=True)]
+amax.examples = [
+    call(torch.amax, T(4, 5, 3), (1, -1)),
+    call(lambda x: torch.relu(x).amin(-1, keepdim=True), T(40, 3)),
+]
+max.examples = [
+    call(lambda x: torch.relu(x).max(1)[0], T(20, 3, 2)),
+    call(lambda x: x.max(dim=-1, keepdim=True).values, T(4, 5, 3)),
+    call(torch.max, T(4, 5)),
+    call(torch.max, T(4, 5, 3), T(5, 1)),
+]
+min.examples = [
+    call(lambda x: x.min(1)[0], T(4, 5, 3)),
+    call(lambda x: torch.relu(x).min(), T(4, 5)),
+    call(lambda x: torch.min(x, other=2 * x), T(4, 5)),
+]
+var.examples = [
+    call(torch.var, T(4, 5, 3), (1, -1)),
+    call(lambda x: x.var(1, False), T(4, 5, 3)),
+    call(torch.var, T(4, 5, 3), -1, correction=0, keepdim=True),
+    call(torch.var, T(4, 5), False),
+    call(torch.var, T(4, 5)),
+]
+std.examples = [
+    call(torch.std, T(4, 5, 3), 1, keepdim=True),
+    call(lambda x: torch.relu(x).std((1, 2), unbiased=False), T(9, 2, 1)),
+]
+var_mean.examples = [
+    call(lambda x: torch.var_mean(x, dim=[1, 2], keepdim=True, correction=0), T(4, 5, 3)),
+    call(lambda x: torch.var_mean(x, 1)[0], T(4, 5)),
+]
+std_mean.examples = [call(lambda x: torch.std_mean(x, (1, 2), False), T(4, 5, 3))]
+vector_norm.examples = [
+    call(torch.linalg.vector_norm, T(4, 5, 3), dim=(1, 2)),
+    call(lambda x: torch.linalg.vector_norm(torch.relu(x), 2, -1, True), T(20, 3)),
+    call(torch.linalg.vector_norm, T(4, 5), 3.5, -1),
+    call(lambda x: torch.linalg.vector_norm(torch.relu(x), 3, 1), T(20, 3)),
+    call(torch.linalg.vector_norm, T(4, 5), math.inf, 1),
+]
+linalg_norm.examples = [call(torch.linalg.norm, T(4, 5, 3), dim=1), call(torch.linalg.norm, T(4, 5), 3, 1)]
+norm.examples = [
+    call(lambda x: x.norm(dim=-1, keepdim=True), T(4, 5, 3)),
+    call(torch.norm, T(4, 5, 3), p=2, dim=(2, 1)),
+    call(torch.norm, T(4, 5), 1, 1),
+    call(torch.norm, T(4, 5)),
+]
+logsumexp.examples = [call(torch.logsumexp, T(4, 5, 3), (1, 2)), call(lambda x: x.logsumexp(-1, True), T(4, 5))]
+cumsum.examples = [call(torch.cumsum, T(4, 5, 3), -2)]
+prod.examples = [
+    call(lambda x: torch.relu(x).prod(1), T(40, 2, 3)),
+    call(lambda x: x.prod(-1, keepdim=True), T(4, 5, 3)),
+]

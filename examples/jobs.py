@@ -1,0 +1,55 @@
+"""What the example scripts have in common: reading the command line, and writing files whole."""
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+class UserError(Exception):
+    """Something the user can put right; the message says what."""
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file that only then takes the name `path`, so that no reader ever sees half of it."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        write(part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def usable_device(name: str) -> torch.device:
+    """The device called `name`. Raises `UserError` when this machine, or this torch, has none."""
+    try:
+        torch.zeros(1, device=name).item()
+        return torch.device(name)
+    except (AssertionError, AttributeError, ImportError, RuntimeError) as error:
+        raise UserError(f"cannot use the device {name!r}: {str(error).split('. ')[0]}") from error
+
+
+def make_folder(path: Path) -> None:
+    """Create the folder `path` unless it exists. Raises `UserError` when files cannot be written there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise UserError(f"cannot write results to {path}: {error.strerror}") from error
+
+
+def number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
+    """A reader of command-line numbers of this `kind` from `low` to `high`."""
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number") from None
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} does not lie between {low:g} and {high:g}")
+        return value
+
+    return read

@@ -1,0 +1,125 @@
+"""What torch.nn's modules and composite functions do, written in ops that have rules.
+
+`OPENINGS` is the table; `open_modules` uses it. Every module that is not in it opens by its own forward.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torchvision.ops import stochastic_depth
+
+from fxfeedback.open_attention import dot_product, multi_head
+from fxfeedback.rules.core import as_tuple
+
+
+def call(function: Callable[..., Any], input: fx.Proxy, *args: Any) -> fx.Proxy:
+    """A node that calls a function of ours as a whole, for what cannot run on proxies."""
+    return input.tracer.create_proxy("call_function", function, (input, *args), {})
+
+
+def _batch_norm(module: Any, input: fx.Proxy) -> fx.Proxy:
+    """y = (x - mean) / sqrt(var + eps) * gamma + beta; forward itself looks at the input's dimensions."""
+    tracks = module.track_running_stats and module.running_mean is not None
+    training = module.training or not tracks
+    momentum = module.momentum
+    if module.training and tracks:
+        count = input.tracer.parameter(module.num_batches_tracked)
+        call(torch.Tensor.add_, count, 1)
+        momentum = call(cumulative_momentum, count) if momentum is None else momentum
+    return F.batch_norm(
+        input,
+        module.running_mean if tracks else None,
+        module.running_var if tracks else None,
+        module.weight,
+        module.bias,
+        training,
+        0.0 if momentum is None else momentum,
+        module.eps,
+    )
+
+
+def cumulative_momentum(num_batches_tracked: torch.Tensor) -> float:
+    """The momentum that makes running statistics a plain average: 1 / number of batches."""
+    return 1.0 if num_batches_tracked.is_meta else 1.0 / num_batches_tracked.item()
+
+
+def same(input: torch.Tensor) -> torch.Tensor:
+    """The input itself: what is left of dropout in evaluation mode, and of nn.Identity."""
+    return input
+
+
+def _dropout(input: fx.Proxy, p: float = 0.5, training: bool = True, inplace: bool = False) -> fx.Proxy:
+    """Dropout hands out the mask that it draws; the random stream is F.dropout's."""
+    return torch.native_dropout(input, p, True)[0] if training and p > 0 else input
+
+
+def _stochastic_depth(input: fx.Proxy, p: float, mode: str, training: bool = True) -> fx.Proxy:
+    return input * call(survival, input, p, mode) if training and p > 0 else input
+
+
+def survival(input: torch.Tensor, p: float, mode: str) -> torch.Tensor:
+    """Stochastic depth's factor: 0 or 1 / (1 - p) per sample ("row") or per batch, drawn as torchvision draws it."""
+    samples = input.shape[0] if mode == "row" else 1
+    ones = torch.ones((samples,) + (1,) * (input.ndim - 1), dtype=input.dtype, device=input.device)
+    return stochastic_depth(ones, p, mode, True)
+
+
+def _feature_dropout(input: fx.Proxy, p: float = 0.5, training: bool = True, inplace: bool = False) -> fx.Proxy:
+    return input * call(surviving_channels, input, p) if training and p > 0 else input
+
+
+def surviving_channels(input: torch.Tensor, p: float) -> torch.Tensor:
+    """Channel dropout's factor, (N, C, 1, ...): 0 or 1 / (1 - p), drawn as F.dropout2d draws it."""
+    return torch.feature_dropout(input.new_ones(input.shape[:2] + (1,) * (input.ndim - 2)), p, True)
+
+
+def _named_padding(
+    input: fx.Proxy,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Any:
+    """padding="same" and "valid" in numbers; an uneven "same" pads once more at the far end, as torch does."""
+    if not isinstance(padding, str):
+        return NotImplemented
+    kernel = _shape(weight)[2:]
+    convolution = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}[len(kernel)]
+    total = [
+        0 if padding == "valid" else d * (k - 1) for d, k in zip(as_tuple(dilation, len(kernel)), kernel, strict=True)
+    ]
+    if any(t % 2 for t in total):
+        input = F.pad(input, [extra for t in reversed(total) for extra in (0, t % 2)])
+    return convolution(input, weight, bias, stride, [t // 2 for t in total], dilation, groups)
+
+
+def _shape(weight: Any) -> tuple[int, ...]:
+    """The shape of a parameter, as a tensor or as its node."""
+    return tuple(weight.tracer.tensors[weight.node.target].shape if isinstance(weight, fx.Proxy) else weight.shape)
+
+
+OPENINGS: dict[Any, Callable[..., Any]] = {
+    nn.modules.batchnorm._BatchNorm: _batch_norm,
+    nn.MultiheadAttention: multi_head,
+    F.scaled_dot_product_attention: dot_product,
+    nn.ReLU6: lambda module, input: F.relu6(input),  # its own forward is a hardtanh
+    F.dropout: _dropout,
+    torch.dropout: _dropout,
+    F.dropout1d: _feature_dropout,
+    F.dropout2d: _feature_dropout,
+    F.dropout3d: _feature_dropout,
+    torch.feature_dropout: _feature_dropout,
+    stochastic_depth: _stochastic_depth,
+    torch.conv1d: _named_padding,
+    torch.conv2d: _named_padding,
+    torch.conv3d: _named_padding,
+}
+"""nn.Module class or function -> the same in ops that have rules, or NotImplemented.
+
+Every other module opens by its own forward.
+"""

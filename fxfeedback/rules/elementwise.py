@@ -1,0 +1,244 @@
+"""Functions of each value by itself that are no activations. The instruction passes them as it is."""
+
+import math
+import operator
+
+import torch
+import torch.nn.functional as F
+
+from fxfeedback.rules.activation import pointwise
+from fxfeedback.rules.core import constant, roles, rule, sum_to
+from fxfeedback.rules.examples import C, T, call
+
+Tensor = torch.Tensor
+
+
+@rule(torch.exp)
+def exp(y, input):
+    """exp x"""
+    return pointwise(lambda e: e * y)
+
+
+@rule(torch.expm1)
+def expm1(y, input):
+    """exp x - 1"""
+    return pointwise(lambda e: e * (y + 1))
+
+
+@rule(torch.log)
+def log(y, input):
+    """log x"""
+    return pointwise(lambda e: e / input)
+
+
+@rule(torch.log2)
+def log2(y, input):
+    """log x / log 2"""
+    return pointwise(lambda e: e / (input * math.log(2)))
+
+
+@rule(torch.log10)
+def log10(y, input):
+    """log x / log 10"""
+    return pointwise(lambda e: e / (input * math.log(10)))
+
+
+@rule(torch.log1p)
+def log1p(y, input):
+    """log(1 + x)"""
+    return pointwise(lambda e: e / (1 + input))
+
+
+@rule(torch.sqrt)
+def sqrt(y, input):
+    """√x"""
+    return pointwise(lambda e: e / (2 * y))
+
+
+@rule(torch.rsqrt)
+def rsqrt(y, input):
+    """1 / √x"""
+    return pointwise(lambda e: -0.5 * e * y * y * y)
+
+
+@rule(torch.square)
+def square(y, input):
+    """x²"""
+    return pointwise(lambda e: 2 * e * input)
+
+
+@rule(torch.reciprocal)
+def reciprocal(y, input):
+    """1 / x"""
+    return pointwise(lambda e: -e * y * y)
+
+
+@rule(torch.abs, torch.absolute, operator.abs)
+def abs(y, input):
+    """|x|"""
+    return pointwise(lambda e: e * torch.sign(input))
+
+
+@rule(torch.sin)
+def sin(y, input):
+    """sin x"""
+    return pointwise(lambda e: e * torch.cos(input))
+
+
+@rule(torch.cos)
+def cos(y, input):
+    """cos x"""
+    return pointwise(lambda e: -e * torch.sin(input))
+
+
+@rule(torch.erf)
+def erf(y, input):
+    """2 / √π ∫ exp(-u²) from 0 to x"""
+    return pointwise(lambda e: e * torch.exp(-input * input) * (2 / math.sqrt(math.pi)))
+
+
+@rule(torch.pow, operator.pow)
+def pow(y, input, exponent):
+    """xᵖ"""
+
+    def to_input(e):
+        if isinstance(exponent, (int, float)):
+            return e * exponent * input ** (exponent - 1) if exponent else torch.zeros_like(e)
+        return sum_to(torch.where(exponent == 0, 0.0, e * exponent * input ** (exponent - 1)), input, y)
+
+    def to_exponent(e):
+        if isinstance(input, (int, float)):
+            return e * y * math.log(input)
+        return sum_to(torch.where((input == 0) & (exponent >= 0), 0.0, e * y * torch.log(input)), exponent, y)
+
+    return {
+        "input": roles(
+            instruct=lambda t: t if isinstance(exponent, (int, float)) else sum_to(t, input, y), error=to_input
+        ),
+        "exponent": roles(
+            instruct=lambda t: t if isinstance(input, (int, float)) else sum_to(t, exponent, y), error=to_exponent
+        ),
+    }
+
+
+@rule(torch.clamp, torch.clip)
+def clamp(y, input, min=None, max=None):
+    """min(max(x, low), high), with numbers or tensors for bounds; a value at its bound lets the error pass"""
+
+    def passed(e):
+        e = e if min is None else torch.where(input >= min, e, 0.0)
+        e = e if max is None else torch.where(input <= max, e, 0.0)
+        return sum_to(e, input, y)
+
+    def to_min(e):
+        below = input < min
+        return sum_to(torch.where(below if max is None else below & (min < max), e, 0.0), min, y)
+
+    def to_max(e):
+        above = input > max
+        return sum_to(torch.where(above if min is None else above | (max < min), e, 0.0), max, y)
+
+    return {
+        "input": roles(instruct=lambda t: sum_to(t, input, y), error=passed),
+        "min": roles(instruct=lambda t: sum_to(t, min, y), error=to_min),
+        "max": roles(instruct=lambda t: sum_to(t, max, y), error=to_max),
+    }
+
+
+@rule(torch.clamp_min)
+def clamp_min(y, input, min):
+    """max(x, low)"""
+    return clamp.table(y, input, min)
+
+
+@rule(torch.clamp_max)
+def clamp_max(y, input, max):
+    """min(x, high)"""
+    return clamp.table(y, input, None, max)
+
+
+@rule(torch.maximum)
+def maximum(y, input, other):
+    """The greater of two; equals share the error"""
+    return chosen(y, input, other, lambda a, b: a > b)
+
+
+@rule(torch.minimum)
+def minimum(y, input, other):
+    """The smaller of two; equals share the error"""
+    return chosen(y, input, other, lambda a, b: a < b)
+
+
+def chosen(y, input, other, before):
+    """For the one of two values that comes before the other; the instruction passes to both as it is."""
+
+    def to(x, z):
+        return roles(
+            instruct=lambda t: sum_to(t, x, y),
+            error=lambda e: sum_to(torch.where(x == z, e / 2, torch.where(before(x, z), e, 0.0)), x, y),
+        )
+
+    return {"input": to(input, other), "other": to(other, input)}
+
+
+constant(
+    torch.floor,
+    torch.ceil,
+    torch.round,
+    torch.trunc,
+    torch.sign,
+    torch.floor_divide,
+    operator.floordiv,
+    torch.detach,
+    torch.bernoulli,
+    torch.zeros_like,
+    torch.ones_like,
+    torch.full_like,
+    torch.empty_like,
+    torch.rand_like,
+    torch.randn_like,
+    Tensor.new_zeros,
+    Tensor.new_ones,
+    Tensor.new_full,
+    Tensor.new_empty,
+    Tensor.new_tensor,
+)  # steps, and tensors that only take another's shape
+
+
+def _positive(function):
+    """The function of 0.5 + x²."""
+    return lambda x: function(0.5 + x * x)
+
+
+exp.examples = [call(torch.exp, T(4, 5))]
+expm1.examples = [call(torch.expm1, T(4, 5))]
+log.examples = [call(_positive(torch.log), T(4, 5))]
+log2.examples = [call(_positive(torch.log2), T(4, 5))]
+log10.examples = [call(_positive(torch.log10), T(4, 5))]
+log1p.examples = [call(_positive(torch.log1p), T(4, 5))]
+sqrt.examples = [call(_positive(torch.sqrt), T(4, 5))]
+rsqrt.examples = [call(_positive(torch.rsqrt), T(4, 5))]
+square.examples = [call(torch.square, T(4, 5))]
+reciprocal.examples = [call(torch.reciprocal, T(4, 5))]
+abs.examples = [call(torch.abs, T(4, 5)), call(lambda x: F.relu(x).abs(), T(4, 5))]
+sin.examples = [call(torch.sin, T(4, 5))]
+cos.examples = [call(torch.cos, T(4, 5))]
+erf.examples = [call(torch.erf, T(4, 5))]
+pow.examples = [
+    call(operator.pow, T(4, 5), 3),
+    call(torch.pow, T(4, 5), 0),
+    call(lambda x: F.relu(x) ** 2.0, T(4, 5)),
+    call(lambda x: (x * x) ** -0.5, T(4, 5)),
+    call(operator.pow, 2, T(4, 5)),
+    call(lambda x, w: (x * x).pow(w), T(4, 5, 3), T(3)),
+    call(lambda x, c: (0 * x + 1) * F.relu(x).pow(c.round() - 1), T(4, 5), C(5)),
+]
+clamp.examples = [
+    call(torch.clamp, T(4, 5), -0.5, 0.5),
+    call(lambda x: F.relu(x).clamp(max=1, min=0), T(4, 5)),
+    call(lambda x, low, high: x.clip(low, high), T(40, 5, 3), T(3), T(5, 1)),
+]
+clamp_min.examples = [call(lambda x: F.relu(x).clamp_min(0.0), T(4, 5)), call(torch.clamp_min, T(4, 5), T(1, 5))]
+clamp_max.examples = [call(lambda x: x.clamp_max(0.1), T(4, 5))]
+maximum.examples = [call(torch.maximum, T(4, 5, 3), T(5, 1)), call(lambda x: torch.maximum(F.relu(x), 0 * x), T(4, 5))]
+minimum.examples = [call(torch.minimum, T(4, 5, 3), T(3)), call(lambda x: torch.minimum(F.relu(x), 0 * x), T(4, 5))]

@@ -1,0 +1,114 @@
+"""Proxies that know their shapes, so that code which looks at sizes can be traced."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from fxfeedback.trace import EXAMPLE_BATCH, plain
+
+
+class Shapes:
+    """What each node of a growing graph is on the meta device, at two batch sizes: tensors without data, and numbers.
+
+    examples: one tensor per input, batch first; only sizes and dtypes matter.
+    """
+
+    def __init__(self, root: Any, examples: Sequence[torch.Tensor]) -> None:
+        self.root, self.examples = root, list(examples)
+        self.runs: tuple[dict[fx.Node, Any], ...] = ({}, {})
+
+    def run(self, node: fx.Node) -> None:
+        """Note what `node` is, as far as its arguments are known; who does not run here has no shape."""
+        index = sum(other.op == "placeholder" for other in node.graph.nodes) - 1 if node.op == "placeholder" else 0
+        try:
+            with torch.device("meta"), torch.no_grad():
+                values = [self._value(node, run, EXAMPLE_BATCH + i, index) for i, run in enumerate(self.runs)]
+        except Exception:
+            return
+        for run, value in zip(self.runs, values, strict=True):
+            run[node] = value
+
+    def of(self, node: fx.Node) -> list[Any] | None:
+        """What the node is at both batch sizes, or None."""
+        return [run[node] for run in self.runs] if node in self.runs[0] else None
+
+    def _value(self, node: fx.Node, run: dict[fx.Node, Any], batch: int, index: int) -> Any:
+        if node.op == "placeholder":
+            example = self.examples[index]
+            return torch.empty(batch, *example.shape[1:], dtype=example.dtype)
+        args, kwargs = (plain(fx.map_arg(a, run.__getitem__)) for a in (node.args, node.kwargs))
+        if node.op == "get_attr":
+            path, _, leaf = str(node.target).rpartition(".")
+            return getattr(self.root.get_submodule(path), leaf).to("meta")
+        if node.target is F.batch_norm:  # its kernel for meta tensors takes milliseconds to say this
+            return torch.empty_like(args[0])
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+class Shaped(fx.Proxy):
+    """A proxy of a tensor whose shape is known. Sizes are ints, but for batch dimensions, which are proxies.
+
+    Writing into it makes a new value, which the proxy stands for from then on; a slice passes it on to the whole.
+    """
+
+    node: fx.Node
+    is_nested = False
+    view_of: "tuple[Shaped, Any] | None" = None
+
+    def __init__(self, node: fx.Node, tracer: Any, small: torch.Tensor, large: torch.Tensor) -> None:
+        super().__init__(node, tracer)
+        self.small, self.large = small, large
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        pairs = enumerate(zip(self.small.shape, self.large.shape, strict=True))
+        return tuple(a if a == b else self.tracer.size_node(self, dim) for dim, (a, b) in pairs)
+
+    @property
+    def ndim(self) -> int:
+        return self.small.ndim
+
+    def dim(self) -> int:
+        return self.ndim
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def numel(self) -> Any:
+        total = 1
+        for size in self.shape:
+            total = size * total
+        return total
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> Any:
+        part = super().__getitem__(index)
+        entries = index if isinstance(index, tuple) else (index,)
+        if isinstance(part, Shaped) and all(i is None or i is Ellipsis or isinstance(i, (int, slice)) for i in entries):
+            part.view_of = self, index
+        return part
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.becomes(put_at(self, index, value))
+
+    def becomes(self, value: "Shaped") -> None:
+        """From now on the proxy stands for `value`, as after an op in place."""
+        self.node, self.small, self.large = value.node, value.small, value.large
+        if self.view_of is not None:
+            whole, index = self.view_of
+            whole[index] = self
+
+
+def put_at(input: Any, index: Any, value: Any) -> Any:
+    """A copy of `input` in which `index` has `value`."""
+    for argument in (input, value):
+        if isinstance(argument, fx.Proxy):
+            return argument.tracer.create_proxy("call_function", put_at, (input, index, value), {})
+    output = input.clone()
+    output[index] = value
+    return output

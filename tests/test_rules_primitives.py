@@ -1,0 +1,133 @@
+"""What the rules of primitive ops do with an instruction, and calls that examples cannot state."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxfeedback
+from fxfeedback.errors import RuleError
+from fxfeedback.rules import RULES
+
+
+class Missing:
+    """A BU value in the instruction pass: a shape, and no value yet."""
+
+    has_value = False
+
+    def __init__(self, *shape):
+        self.shape, self.ndim = shape, len(shape)
+
+
+def instructed(function, operand, t, *args, **kwargs):
+    """The counter neuron that an instruction t brings to an operand of function(*args)."""
+    rule = RULES[function]
+    return rule.table(Missing(*t.shape), *args, **kwargs)[operand].instruct(t)
+
+
+def test_attention_is_instructed_through_its_values_as_if_it_were_uniform():
+    q, k, v = Missing(2, 3, 5, 4), Missing(2, 3, 7, 4), torch.randn(2, 3, 7, 6, requires_grad=True)
+    t = torch.randn(2, 3, 5, 6)
+    (expected,) = torch.autograd.grad((torch.full((2, 3, 5, 7), 1 / 7) @ v * t).sum(), v)
+    assert torch.allclose(
+        instructed(F.scaled_dot_product_attention, "value", t, q, k, Missing(2, 3, 7, 6)), expected, atol=1e-6
+    )
+    assert instructed(F.scaled_dot_product_attention, "query", t, q, k, Missing(2, 3, 7, 6)) is None
+
+
+@pytest.mark.parametrize("spelling", ["matmul", "einsum"])
+def test_a_product_of_two_values_is_attention_over_the_second(spelling):
+    t = torch.randn(4, 5, 3)
+    attention, values = Missing(4, 5, 7), Missing(4, 7, 3)
+    expected = (t.sum(1, keepdim=True) / 7).expand(4, 7, 3)
+    if spelling == "matmul":
+        assert instructed(torch.matmul, "input", t, attention, values) is None
+        assert torch.allclose(instructed(torch.matmul, "other", t, attention, values), expected)
+    else:
+        nothing, to_values = instructed(torch.einsum, "operands", t, "bnk,bkm->bnm", attention, values)
+        assert nothing is None and torch.allclose(to_values, expected)
+
+
+def test_a_product_with_a_weight_is_transposed():
+    t, w = torch.randn(4, 5, 3), torch.randn(5, 7)
+    assert torch.allclose(instructed(torch.matmul, "other", t, w, Missing(4, 7, 3)), w.t() @ t)
+    assert torch.allclose(
+        instructed(torch.einsum, "operands", t, "nk,bkm->bnm", w, Missing(4, 7, 3))[1], w.t() @ t, atol=1e-6
+    )
+
+
+def test_the_greatest_is_instructed_as_if_it_were_the_mean():
+    t = torch.randn(4, 3)
+    expected = (t / 5).unsqueeze(1).expand(4, 5, 3)
+    assert torch.equal(instructed(torch.amax, "input", t, Missing(4, 5, 3), 1), expected)
+    maximum = RULES[torch.max].table(None, Missing(4, 5, 3), 1)["input"]
+    assert torch.equal(maximum.instruct([t, None]), expected)
+
+
+def test_a_choice_between_two_values_instructs_both_unless_it_is_known():
+    t, condition = torch.randn(4, 3), torch.tensor([True, False, True])
+    x = Missing(4, 3)
+    assert torch.equal(instructed(torch.where, "input", t, Missing(4, 3), x, x), t)
+    assert torch.equal(instructed(torch.where, "input", t, condition, x, x), t * condition)
+    assert torch.equal(instructed(torch.where, "other", t, condition, x, x), t * ~condition)
+
+
+def test_positions_that_are_not_known_are_instructed_evenly():
+    t = torch.randn(4, 2)
+    expected = (t.sum(1, keepdim=True) / 5).expand(4, 5)
+    assert torch.equal(instructed(torch.gather, "input", t, Missing(4, 5), 1, Missing(4, 2)), expected)
+    assert torch.equal(instructed(torch.index_select, "input", t, Missing(4, 5), -1, Missing(2)), expected)
+
+
+class Windows(nn.Module):
+    """Swin's way: shifted windows of a map, attention with a table of relative positions, tokens with a class token."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Conv2d(2, 8, 2, 2)
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.table = nn.Parameter(torch.randn(9, 2))
+        self.token = nn.Parameter(torch.randn(1, 1, 8))
+        self.register_buffer("index", torch.randint(9, (16,)))
+        self.mlp, self.head = nn.Linear(8, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        x = self.embed(x).permute(0, 2, 3, 1)  # (B, 4, 4, 8)
+        height, width = x.shape[1], x.shape[2]
+        x = torch.roll(F.pad(x, (0, 0, 0, -width % 3, 0, -height % 3)), (-1, -1), (1, 2))[:, :height, :width]
+        windows = x.reshape(-1, 2, 2, 2, 2, 8).transpose(2, 3).reshape(-1, 4, 8)
+        q, k, v = self.qkv(windows).reshape(-1, 4, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        bias = self.table[self.index].view(4, 4, 2).permute(2, 0, 1).unsqueeze(0)
+        y = F.scaled_dot_product_attention(F.normalize(q, dim=-1), k, v, attn_mask=bias, scale=3.0)
+        x = windows + self.out(y.transpose(1, 2).flatten(2))
+        x = x.reshape(-1, 16, 8)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1)
+        attention = (x @ x.transpose(1, 2) / math.sqrt(8)).softmax(-1)
+        return self.head(F.gelu(self.mlp((attention @ x)[:, 0] + x[:, 1::2].amax(1))))
+
+
+def test_a_network_of_primitive_ops():
+    torch.manual_seed(0)
+    model, x = Windows().double(), torch.randn(3, 2, 8, 8, dtype=torch.double, requires_grad=True)
+    butd = fxfeedback.to_butd(model, n_tasks=2, embedding=4, input_size=(2, 8, 8))
+    tensors = [x, *model.parameters()]
+    expected = torch.autograd.grad(model(x).square().sum(), tensors)
+    updates = torch.autograd.grad(butd(x).square().sum(), tensors)
+    for update, gradient in zip(updates, expected, strict=True):
+        assert (update - gradient).abs().max() <= 1e-9 * gradient.abs().max()
+    assert set(butd.counter_neurons(torch.tensor([0, 1, 1]))) == {"gelu"}
+
+
+def test_calls_without_a_rule_say_so():
+    x = torch.randn(2, 3, 3)
+    for function, arguments in [
+        (F.scaled_dot_product_attention, (x, x, x, None, 0.5)),
+        (torch.einsum, ("bii->bi", x)),
+        (torch.linalg.norm, (x, 1, (1, 2))),
+        (F.embedding, (x.long(), x[0], None, None, 2.0, True)),
+        (getattr, (x, "H")),
+    ]:
+        with pytest.raises(RuleError, match="no rule for"):
+            RULES[function].table(x, *arguments)
