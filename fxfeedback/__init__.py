@@ -5,9 +5,9 @@ from fxfeedback.butd import BUTD, to_butd
 from fxfeedback.check_rule import check_rule
 from fxfeedback.errors import Error
 from fxfeedback.feedback import Connection, FeedbackModel, Readout, Steering, add_feedback
+from fxfeedback.names import node_names
 from fxfeedback.published import load_lrm_steering
 from fxfeedback.storage import load, save
-from fxfeedback.trace import node_names
 from fxfeedback.version import __version__
 
 __all__ = [

@@ -15,9 +15,10 @@ from fxfeedback.errors import Error, NodeNameError, OptionError
 from fxfeedback.gates import channel_mean, gate_sites
 from fxfeedback.open_modules import open_modules
 from fxfeedback.rules.gating import gate
+from fxfeedback.shaped import trace_for
 from fxfeedback.task_heads import TaskHeads, put_task_heads
 from fxfeedback.td_graph import Instructing, instruct
-from fxfeedback.trace import annotate_shapes, find_node, trace
+from fxfeedback.trace import annotate_shapes, find_node
 
 if TYPE_CHECKING:
     from fxfeedback.butd import BUTD
@@ -28,7 +29,8 @@ class Graphs:
 
     def __init__(self, butd: "BUTD", examples: Sequence[torch.Tensor]) -> None:
         self.butd, self.options = butd, butd.options
-        self.bu = open_modules(trace(butd._net, len(examples)), example_inputs=examples, owner=butd._net)
+        traced, _ = trace_for(butd._net, examples)
+        self.bu = open_modules(traced, example_inputs=examples, owner=butd._net)
         task_heads = butd._modules.get("task_heads")
         if isinstance(task_heads, TaskHeads):
             annotate_shapes(self.bu, examples)

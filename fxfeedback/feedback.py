@@ -14,7 +14,8 @@ from fxfeedback.layout import layout_of
 from fxfeedback.modulation import Modulation
 from fxfeedback.open_modules import open_modules
 from fxfeedback.rewrite import Link, Unrolling, unroll
-from fxfeedback.trace import Spec, annotate_shapes, example_for, find_node, put, trace
+from fxfeedback.shaped import trace_for
+from fxfeedback.trace import Spec, annotate_shapes, example_for, find_node, put
 from fxfeedback.wrapper import Wrapper
 
 State = dict[str, torch.Tensor]
@@ -272,7 +273,8 @@ class FeedbackModel(Wrapper):
     def _bottom_up(self, sizes: Sizes | None = None) -> fx.GraphModule:
         """The opened graph in the present mode, with shapes; for inputs of these sizes where that makes a difference.
 
-        It does where the model's own functions write into their arguments: these must be opened, and look at sizes.
+        It does where the model's code branches on sizes, and where its functions write into their arguments: these must
+        be opened, and look at sizes.
         """
         key = ("bottom up", self._modes(), sizes)
         if key not in self._cache:
@@ -284,11 +286,12 @@ class FeedbackModel(Wrapper):
                     for size, x in zip(sizes, self._stand_ins(), strict=True)
                 ]
             )
-            traced = trace(self._net, len(examples))
+            traced, by_size = trace_for(self._net, examples)
             module = open_modules(traced, strict=False)
             annotate_shapes(module, examples)
-            if any("writes" in node.meta for node in module.graph.nodes):
-                self._by_size = True
+            writes = any("writes" in node.meta for node in module.graph.nodes)
+            self._by_size |= by_size or writes
+            if writes:
                 module = open_modules(traced, strict=False, example_inputs=examples, owner=self._net)
                 annotate_shapes(module, examples)
             self._cache[key] = module

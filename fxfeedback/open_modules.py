@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from fxfeedback.errors import RuleError
 from fxfeedback.openings import OPENINGS, call, same
 from fxfeedback.rules.core import CONSTANT, RULES
-from fxfeedback.shaped import Shaped, Shapes
+from fxfeedback.shaped import Shaped, Shapes, same_number
 from fxfeedback.trace import identifier, is_operator_in_place, is_users, plain, user_line
 
 OUT_OF_PLACE = {
@@ -187,7 +187,7 @@ class _Opener(fx.Tracer):
         values = self.shapes.of(node)
         if values and all(isinstance(value, torch.Tensor) for value in values):
             return Shaped(node, self, *values)
-        if values and type(values[0]) is type(values[1]) is int and values[0] == values[1]:
+        if values and same_number(*values):
             self.graph.erase_node(node)
             return values[0]
         return super().proxy(node)

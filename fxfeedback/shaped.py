@@ -1,13 +1,20 @@
-"""Proxies that know their shapes, so that code which looks at sizes can be traced."""
+"""Proxies that know their shapes, so that code which looks at sizes can be traced.
+
+`trace_at` traces models whose code branches on sizes; `open_modules` opens attention and functions of the model's.
+"""
 
 from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import fx, nn
 
-from fxfeedback.trace import EXAMPLE_BATCH, plain
+from fxfeedback.errors import TraceError
+from fxfeedback.trace import EXAMPLE_BATCH, PathTracer, on_meta, plain, trace, trace_with
+
+UNTRACED = {name: getattr(nn.Module, name) for name in ("__call__", "__getattr__")}  # tracing patches these
 
 
 class Shapes:
@@ -19,12 +26,13 @@ class Shapes:
     def __init__(self, root: Any, examples: Sequence[torch.Tensor]) -> None:
         self.root, self.examples = root, list(examples)
         self.runs: tuple[dict[fx.Node, Any], ...] = ({}, {})
+        self.device = next((p.device for p in root.parameters()), torch.device("cpu"))
 
     def run(self, node: fx.Node) -> None:
         """Note what `node` is, as far as its arguments are known; who does not run here has no shape."""
         index = sum(other.op == "placeholder" for other in node.graph.nodes) - 1 if node.op == "placeholder" else 0
         try:
-            with torch.device("meta"), torch.no_grad():
+            with torch.device("meta"), torch.no_grad(), mock.patch.multiple(nn.Module, **UNTRACED):
                 values = [self._value(node, run, EXAMPLE_BATCH + i, index) for i, run in enumerate(self.runs)]
         except Exception:
             return
@@ -39,12 +47,22 @@ class Shapes:
         if node.op == "placeholder":
             example = self.examples[index]
             return torch.empty(batch, *example.shape[1:], dtype=example.dtype)
-        args, kwargs = (plain(fx.map_arg(a, run.__getitem__)) for a in (node.args, node.kwargs))
+
+        def look(source: fx.Node) -> Any:
+            if source not in run and source.op == "get_attr":  # tracing makes these without a proxy
+                run[source] = self._value(source, run, batch, index)
+            return run[source]
+
+        args, kwargs = (plain(fx.map_arg(a, look)) for a in (node.args, node.kwargs))
         if node.op == "get_attr":
             path, _, leaf = str(node.target).rpartition(".")
             return getattr(self.root.get_submodule(path), leaf).to("meta")
         if node.target is F.batch_norm:  # its kernel for meta tensors takes milliseconds to say this
             return torch.empty_like(args[0])
+        if node.op == "call_module":
+            return on_meta(self.root.get_submodule(node.target), args, kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
@@ -70,6 +88,10 @@ class Shaped(fx.Proxy):
     @property
     def ndim(self) -> int:
         return self.small.ndim
+
+    @property
+    def device(self) -> torch.device:
+        return self.tracer.shapes.device
 
     def dim(self) -> int:
         return self.ndim
@@ -112,3 +134,52 @@ def put_at(input: Any, index: Any, value: Any) -> Any:
     output = input.clone()
     output[index] = value
     return output
+
+
+class _Tracer(PathTracer):
+    """Traces at one size: whatever the batch has no say in is a number."""
+
+    def __init__(self, model: nn.Module, examples: Sequence[torch.Tensor]) -> None:
+        super().__init__()
+        self.shapes = Shapes(model, examples)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        self.shapes.run(node)
+        values = self.shapes.of(node)
+        if values and all(isinstance(value, torch.Tensor) for value in values):
+            return Shaped(node, self, *values)
+        return super().proxy(node)
+
+    def create_proxy(self, *args: Any, **kwargs: Any) -> Any:
+        proxy = super().create_proxy(*args, **kwargs)
+        values = self.shapes.of(proxy.node)
+        return values[0] if values and same_number(*values) else proxy
+
+    def size_node(self, x: Shaped, dim: int) -> Any:
+        return self.create_proxy("call_method", "size", (x, dim), {})
+
+
+def same_number(small: Any, large: Any) -> bool:
+    """Whether a node is one whole number at both batch sizes."""
+    return type(small) is type(large) is int and small == large
+
+
+def trace_at(model: nn.Module, examples: Sequence[torch.Tensor]) -> fx.GraphModule:
+    """As `trace`, for inputs of the examples' sizes: the model's code may look at sizes, but for the batch's.
+
+    Raises:
+        TraceError: torch.fx cannot trace the model at this size, either.
+    """
+    return trace_with(_Tracer(model, examples), model, len(examples))
+
+
+def trace_for(model: nn.Module, examples: Sequence[torch.Tensor]) -> tuple[fx.GraphModule, bool]:
+    """The model's graph, and whether it is one for inputs of the examples' sizes only.
+
+    Raises:
+        TraceError: torch.fx cannot trace the model, not even at this size.
+    """
+    try:
+        return trace(model, len(examples)), False
+    except TraceError:
+        return trace_at(model, examples), True

@@ -13,9 +13,10 @@ import operator
 import re
 import traceback
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,11 +59,17 @@ def share(model: nn.Module) -> nn.Module:
         TraceError: a quantized model.
     """
     _refuse_quantized(model)
-    tensors = [
-        value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)
-    ]
-    tensors += [*model.parameters(), *model.buffers()]
+    tensors = [*model.parameters(), *model.buffers()]
+    tensors += [tensor for module in model.modules() for tensor in _tensors_in(vars(module))]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def _tensors_in(value: Any) -> list[torch.Tensor]:
+    """The tensors in an attribute's value: some models keep what they computed, in a dict or a list."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    parts = value.values() if type(value) is dict else value if type(value) in (list, tuple) else ()
+    return [tensor for part in parts for tensor in _tensors_in(part)]
 
 
 def put(model: nn.Module, path: str, part: nn.Module) -> nn.Module:
@@ -75,7 +82,9 @@ def put(model: nn.Module, path: str, part: nn.Module) -> nn.Module:
     return model
 
 
-class _Tracer(NodePathTracer):
+class PathTracer(NodePathTracer):
+    """torchvision's tracer, with torch.nn modules alone as leaves."""
+
     record_stack_traces = True
 
     def __init__(self) -> None:
@@ -92,19 +101,23 @@ def trace(model: nn.Module, n_inputs: int = 1) -> fx.GraphModule:
     Raises:
         TraceError: torch.fx cannot trace the model.
     """
+    return trace_with(PathTracer(), model, n_inputs)
+
+
+def trace_with(tracer: PathTracer, model: nn.Module, n_inputs: int) -> fx.GraphModule:
+    """As `trace`, with a tracer of the caller's."""
     as_graph = getattr(type(model), "as_graph", None)
     if as_graph is not None:
         return as_graph(model)
-    tracer = _Tracer()
     try:
-        graph = tracer.trace(model, concrete_args=_defaults(model, n_inputs))
+        with _as_they_were(model):
+            graph = tracer.trace(model, concrete_args=_defaults(model, n_inputs))
     except Exception as error:
         raise TraceError(
             f"torch.fx cannot trace {type(model).__name__}: {error}{_line_of(error)}. A traceable model has no control "
             "flow that depends on tensor values; wrap the part in a function marked with torch.fx.wrap, or pass a "
             "traceable part of the model."
         ) from error
-    _keep_constants(model)
     for node in graph.nodes:
         node.meta["name"] = tracer.node_to_qualname.get(node, node.name)
     for node in [node for node in graph.nodes if node.op == "placeholder"][n_inputs:]:
@@ -257,51 +270,16 @@ class _ShapeRun(fx.Interpreter):
         return value
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        module = self.fetch_attr(target)
-        tensors = dict(module.named_parameters()) | dict(module.named_buffers())
-        return torch.func.functional_call(module, {name: t.to("meta") for name, t in tensors.items()}, args, kwargs)
+        return on_meta(self.fetch_attr(target), args, kwargs)
+
+
+def on_meta(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """What a module makes of tensors on the meta device."""
+    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+    return torch.func.functional_call(module, {name: t.to("meta") for name, t in tensors.items()}, args, kwargs)
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
-
-
-class NodeInfo(NamedTuple):
-    """What a node computes: its op, and its output's shape with None for the batch (no shape: no tensor)."""
-
-    op: str
-    shape: tuple[int | None, ...] | None
-
-
-def node_names(
-    model: nn.Module,
-    input_size: Sequence[int] | None = None,
-    example_inputs: Sequence[torch.Tensor] | None = None,
-) -> dict[str, NodeInfo]:
-    """The names of the model's nodes, as torchvision gives them, in execution order.
-
-    Args:
-        model: any module that torch.fx can trace; it stays as it is.
-        input_size: size of one input without its batch; default 224 by 224 with the first convolution's channels.
-        example_inputs: instead of input_size, for several inputs: tensors with a batch dimension.
-
-    Raises:
-        TraceError: torch.fx cannot trace the model, or it does not run at this size.
-    """
-    examples = example_inputs or example_for(model, input_size)
-    module = trace(share(model), len(examples))
-    annotate_shapes(module, examples)
-    names = {}
-    for node in module.graph.nodes:
-        if node.op != "output":
-            spec = node.meta["spec"]
-            names[node.meta["name"]] = NodeInfo(_op_name(node, module), spec.sizes if isinstance(spec, Spec) else None)
-    return names
-
-
-def _op_name(node: fx.Node, module: nn.Module) -> str:
-    if node.op == "call_module":
-        return type(module.get_submodule(str(node.target))).__name__
-    return getattr(node.target, "__name__", str(node.target)) if node.op.startswith("call") else node.op
 
 
 def find_node(graph: fx.Graph, name: str) -> fx.Node:
@@ -363,12 +341,22 @@ def _defaults(model: nn.Module, n_inputs: int) -> dict[str, Any]:
     return {a.name: a.default for a in arguments if a.default is not a.empty}
 
 
-def _keep_constants(model: nn.Module) -> None:
-    """Tensors that tracing left on the model, from torch.tensor(...) in its code, become buffers: they move with it."""
-    for name in [name for name in vars(model) if name.startswith("_tensor_constant")]:
-        value = getattr(model, name)
-        delattr(model, name)
-        model.register_buffer(name, value, persistent=False)
+@contextmanager
+def _as_they_were(model: nn.Module) -> Iterator[None]:
+    """Afterwards the modules have the attributes that they had before: a traced forward may have kept proxies.
+
+    Tensors that tracing left on the model, from torch.tensor(...) in its code, become buffers: they move with it.
+    """
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        constants = {name: value for name, value in vars(model).items() if name.startswith("_tensor_constant")}
+        for module, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+        for name, value in constants.items():
+            model.register_buffer(name, value, persistent=False)
 
 
 def _erase_with_users(node: fx.Node) -> None:

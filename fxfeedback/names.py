@@ -1,0 +1,49 @@
+"""`node_names`: what a model's nodes are called, for whoever connects, gates or reads them."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import fx, nn
+
+from fxfeedback.shaped import trace_for
+from fxfeedback.trace import Spec, annotate_shapes, example_for, share
+
+
+class NodeInfo(NamedTuple):
+    """What a node computes: its op, and its output's shape with None for the batch (no shape: no tensor)."""
+
+    op: str
+    shape: tuple[int | None, ...] | None
+
+
+def node_names(
+    model: nn.Module,
+    input_size: Sequence[int] | None = None,
+    example_inputs: Sequence[torch.Tensor] | None = None,
+) -> dict[str, NodeInfo]:
+    """The names of the model's nodes, as torchvision gives them, in execution order.
+
+    Args:
+        model: any module that torch.fx can trace; it stays as it is.
+        input_size: size of one input without its batch; default 224 by 224 with the first convolution's channels.
+        example_inputs: instead of input_size, for several inputs: tensors with a batch dimension.
+
+    Raises:
+        TraceError: torch.fx cannot trace the model, or it does not run at this size.
+    """
+    examples = example_inputs or example_for(model, input_size)
+    module, _ = trace_for(share(model), examples)
+    annotate_shapes(module, examples)
+    names = {}
+    for node in module.graph.nodes:
+        if node.op != "output":
+            spec = node.meta["spec"]
+            names[node.meta["name"]] = NodeInfo(_op_name(node, module), spec.sizes if isinstance(spec, Spec) else None)
+    return names
+
+
+def _op_name(node: fx.Node, module: nn.Module) -> str:
+    if node.op == "call_module":
+        return type(module.get_submodule(str(node.target))).__name__
+    return getattr(node.target, "__name__", str(node.target)) if node.op.startswith("call") else node.op
