@@ -12,9 +12,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxfeedback.errors import TraceError
-from fxfeedback.trace import EXAMPLE_BATCH, PathTracer, on_meta, plain, trace, trace_with
-
-UNTRACED = {name: getattr(nn.Module, name) for name in ("__call__", "__getattr__")}  # tracing patches these
+from fxfeedback.trace import EXAMPLE_BATCH, UNTRACED, PathTracer, on_meta, plain, trace, trace_with
 
 
 class Shapes:

@@ -13,10 +13,11 @@ import operator
 import re
 import traceback
 import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -82,6 +83,9 @@ def put(model: nn.Module, path: str, part: nn.Module) -> nn.Module:
     return model
 
 
+UNTRACED = {name: getattr(nn.Module, name) for name in ("__call__", "__getattr__")}  # tracing patches these
+
+
 class PathTracer(NodePathTracer):
     """torchvision's tracer, with torch.nn modules alone as leaves."""
 
@@ -89,6 +93,25 @@ class PathTracer(NodePathTracer):
 
     def __init__(self) -> None:
         super().__init__(leaf_modules=[], autowrap_modules=(math, torchvision.ops))
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        as_graph = getattr(type(m), "as_graph", None)
+        if as_graph is None:
+            return super().call_module(m, forward, args, kwargs)
+        with mock.patch.multiple(nn.Module, **UNTRACED):
+            graph = as_graph(m).graph
+        path, inputs = self.path_of_module(m), iter(args)
+        values: dict[fx.Node, Any] = {}
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                values[node] = next(inputs)
+            elif node.op != "output":
+                own = (fx.map_arg(a, values.__getitem__) for a in (node.args, node.kwargs))
+                target = f"{path}.{node.target}" if node.op in ("get_attr", "call_module") else node.target
+                values[node] = value = self.create_proxy(node.op, target, *own)
+                if isinstance(value, fx.Proxy):
+                    self.node_to_qualname[value.node] = f"{path}.{node.meta['name']}"
+        return fx.map_arg(graph.output_node().args[0], values.__getitem__)
 
 
 def trace(model: nn.Module, n_inputs: int = 1) -> fx.GraphModule:
@@ -107,7 +130,7 @@ def trace(model: nn.Module, n_inputs: int = 1) -> fx.GraphModule:
 def trace_with(tracer: PathTracer, model: nn.Module, n_inputs: int) -> fx.GraphModule:
     """As `trace`, with a tracer of the caller's."""
     as_graph = getattr(type(model), "as_graph", None)
-    if as_graph is not None:
+    if as_graph is not None:  # a model of ours
         return as_graph(model)
     try:
         with _as_they_were(model):
