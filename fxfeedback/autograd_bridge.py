@@ -26,6 +26,7 @@ class Halves:
     forward: (*inputs, *attributes) -> (tensors of the model's output, values for the error pass).
     backward: (list of those values and of the errors) -> list of updates; it empties the list as it goes.
     updates: names of the updates, in order.
+    reached: for each update the numbers of the errors that come to it; None where it needs no error.
     kept: which of the values are inputs, attributes or outputs, that exist anyway.
     structure: tensors of the model's output -> the output as the model returns it.
     """
@@ -34,6 +35,7 @@ class Halves:
     forward: fx.GraphModule
     backward: fx.GraphModule
     updates: list[str]
+    reached: list[frozenset[int] | None]
     kept: list[bool]
     structure: fx.GraphModule
 
@@ -89,6 +91,8 @@ def cut(joint: fx.GraphModule) -> Halves:
             copies[node] = second.node_copy(node, copies.__getitem__)
     second.output([copies[node] for node in updates.values()])
 
+    entries = [node for node in nodes if node in errors]
+    downstream = [_closure({entry}, nodes, lambda node: node.all_input_nodes) for entry in entries]
     shape = fx.Graph()
     places = {leaf: shape.placeholder(leaf.name) for leaf in leaves}
 
@@ -104,6 +108,10 @@ def cut(joint: fx.GraphModule) -> Halves:
         fx.GraphModule(module, first, "Forward"),
         fx.GraphModule(module, second, "Backward"),
         list(updates),
+        [
+            frozenset(i for i, reached in enumerate(downstream) if node in reached) if node in late else None
+            for node in updates.values()
+        ],
         [node.op == "placeholder" or node in leaves for node in crossing],
         fx.GraphModule(nn.Module(), shape, "Output"),
     )
@@ -131,6 +139,9 @@ class CounterHebb(torch.autograd.Function):
         ctx.save_for_backward(*(value if keep else None for value, keep in zip(saved, halves.kept, strict=True)))
         ctx.between = [None if keep else value for value, keep in zip(saved, halves.kept, strict=True)]
         ctx.mark_non_differentiable(*(value for value in outputs if not value.is_floating_point()))
+        ctx.set_materialize_grads(False)
+        ctx.like = [(value.shape, value.dtype, value.device) for value in outputs if value.is_floating_point()]
+        ctx.floating = [value.is_floating_point() for value in outputs]
         return tuple(outputs)
 
     @staticmethod
@@ -139,6 +150,11 @@ class CounterHebb(torch.autograd.Function):
         saved = [b if b is not None else a for a, b in zip(ctx.saved_tensors, ctx.between, strict=True)]
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.between = [None] * len(saved)
-        saved += [error for error in errors if error.is_floating_point()]
-        updates = dict(zip(ctx.halves.updates, ctx.halves.backward(saved), strict=True))
+        given = [error for error, floating in zip(errors, ctx.floating, strict=True) if floating]
+        arrived = {i for i, error in enumerate(given) if error is not None}
+        for (shape, dtype, device), error in zip(ctx.like, given, strict=True):
+            saved.append(torch.zeros(shape, dtype=dtype, device=device) if error is None else error)
+        results = zip(ctx.halves.updates, ctx.halves.reached, ctx.halves.backward(saved), strict=True)
+        # As autograd has it, what only unused outputs depend on gets nothing rather than zeros.
+        updates = {name: update for name, reached, update in results if reached is None or reached & arrived}
         return None, None, *(updates.get(name) for name in ctx.names)

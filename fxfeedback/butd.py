@@ -14,7 +14,7 @@ from fxfeedback.errors import InputError
 from fxfeedback.instruction import read_instruction
 from fxfeedback.options import Lateral, Options
 from fxfeedback.task_heads import TaskHeads
-from fxfeedback.trace import example_for
+from fxfeedback.trace import building, example_for
 from fxfeedback.wrapper import Wrapper, stand_ins
 
 
@@ -208,5 +208,7 @@ class BUTD(Wrapper):
         """The graphs for inputs of this size in the present mode of every module; built once."""
         key = (self._modes(), tuple(x.shape[1:] for x in inputs))
         if key not in self._cache:
-            self._cache[key] = Graphs(self, stand_ins(inputs))
+            with building(self._net):
+                if key not in self._cache:
+                    self._cache[key] = Graphs(self, stand_ins(inputs))
         return self._cache[key]

@@ -18,7 +18,7 @@ from fxfeedback.rules.gating import gate
 from fxfeedback.shaped import trace_for
 from fxfeedback.task_heads import TaskHeads, put_task_heads
 from fxfeedback.td_graph import Instructing, instruct
-from fxfeedback.trace import annotate_shapes, find_node
+from fxfeedback.trace import annotate_shapes, building, find_node, settled
 
 if TYPE_CHECKING:
     from fxfeedback.butd import BUTD
@@ -114,7 +114,8 @@ class Graphs:
 
     def learning_parameters(self) -> frozenset[str]:
         """The names of those that ask for an update."""
-        return frozenset(name for name in self.attributes if self.butd._fetch(name).requires_grad)
+        with settled(self.butd._net):
+            return frozenset(name for name in self.attributes if self.butd._fetch(name).requires_grad)
 
     def input_names(self, instructed: bool) -> list[str]:
         return [key_of(node) for node in self.predicting(instructed).graph.nodes if node.op == "placeholder"]
@@ -173,7 +174,9 @@ class Graphs:
 
     def _keep(self, key: Any, make: Callable[[], Any]) -> Any:
         if key not in self._kept:
-            self._kept[key] = make()
+            with building(self.butd._net):
+                if key not in self._kept:
+                    self._kept[key] = make()
         return self._kept[key]
 
     # -- the instruction pass at run time -----------------------------------------------------------------------------

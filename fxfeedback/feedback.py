@@ -15,7 +15,7 @@ from fxfeedback.modulation import Modulation
 from fxfeedback.open_modules import open_modules
 from fxfeedback.rewrite import Link, Unrolling, unroll
 from fxfeedback.shaped import trace_for
-from fxfeedback.trace import Spec, annotate_shapes, example_for, find_node, put
+from fxfeedback.trace import Spec, annotate_shapes, building, example_for, find_node, put
 from fxfeedback.wrapper import Wrapper
 
 State = dict[str, torch.Tensor]
@@ -309,8 +309,11 @@ class FeedbackModel(Wrapper):
 
     @torch.compiler.assume_constant_result  # making a graph is nothing that torch.compile could trace
     def _make(self, key: tuple[Any, ...]) -> None:
-        if key in self._cache:
-            return
+        with building(self._net):
+            if key not in self._cache:
+                self._cache[key] = self._planned(key)
+
+    def _planned(self, key: tuple[Any, ...]) -> "_Plan":
         *_, sizes, (passes, return_all, state, steered, steer_first, readout) = key
         graph = self._bottom_up(sizes).graph
         nodes = [find_node(graph, c.source) for c in self.connections]
@@ -322,7 +325,7 @@ class FeedbackModel(Wrapper):
         if len(set(names.values())) < len(steered):
             raise OptionError(f"a source is steered twice, in {', '.join(steered)}: give each one steering")
         what = Unrolling(passes, return_all, state, tuple(names.values()), steer_first, readout)
-        self._cache[key] = _Plan(type(self._unrolled(what, sizes)).forward, [sources[name] for name in names.values()])
+        return _Plan(type(self._unrolled(what, sizes)).forward, [sources[name] for name in names.values()])
 
 
 class _Plan(NamedTuple):

@@ -7,6 +7,7 @@ each opened module carries the module's name. The rules speak of these functions
 import hashlib
 import itertools
 import operator
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -126,18 +127,23 @@ class _Opener(fx.Tracer):
     @contextmanager
     def _going_in(self) -> Iterator[None]:
         """While a module's forward runs, its parameters are proxies, and the modules that it calls open, too."""
-        original = nn.Module.__getattr__
+        original, original_call, thread = nn.Module.__getattr__, nn.Module.__call__, threading.get_ident()
 
         def get(module: nn.Module, name: str) -> Any:
             value = original(module, name)
-            if not isinstance(value, torch.Tensor) or id(value) not in self.names:
+            if not isinstance(value, torch.Tensor) or id(value) not in self.names or threading.get_ident() != thread:
                 return value
             with mock.patch.object(nn.Module, "__getattr__", original):
                 return self.parameter(value)
 
+        def enter(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != thread:
+                return original_call(module, *args, **kwargs)
+            return self.open_module(module, *args, **kwargs)
+
         with (
             mock.patch.object(nn.Module, "__getattr__", get),
-            mock.patch.object(nn.Module, "__call__", lambda *args, **kwargs: self.open_module(*args, **kwargs)),
+            mock.patch.object(nn.Module, "__call__", enter),
         ):
             yield
 

@@ -11,6 +11,7 @@ import inspect
 import math
 import operator
 import re
+import threading
 import traceback
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import fx, nn
 from torch.ao.nn.quantized import FloatFunctional
+from torch.nn.utils import parametrize
 from torchvision.models.feature_extraction import NodePathTracer
 
 from fxfeedback.errors import InputError, NodeNameError, TraceError
@@ -93,8 +95,13 @@ class PathTracer(NodePathTracer):
 
     def __init__(self) -> None:
         super().__init__(leaf_modules=[], autowrap_modules=(math, torchvision.ops))
+        self.thread = threading.get_ident()
+
+    # torch.fx replaces methods of nn.Module while it traces; other threads may run modules in the meantime.
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
         as_graph = getattr(type(m), "as_graph", None)
         if as_graph is None:
             return super().call_module(m, forward, args, kwargs)
@@ -112,6 +119,36 @@ class PathTracer(NodePathTracer):
                 if isinstance(value, fx.Proxy):
                     self.node_to_qualname[value.node] = f"{path}.{node.meta['name']}"
         return fx.map_arg(graph.output_node().args[0], values.__getitem__)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+_ONE_AT_A_TIME = threading.RLock()
+
+
+@contextmanager
+def building(model: nn.Module) -> Iterator[None]:
+    """While graphs are made: by one thread at a time, and outside of inference mode, as their constants are kept."""
+    with _ONE_AT_A_TIME, torch.inference_mode(False), settled(model):
+        yield
+
+
+@contextmanager
+def settled(module: nn.Module) -> Iterator[None]:
+    """Parametrizations in evaluation mode: to look at a weight is no step of training (spectral norm's iteration)."""
+    owners = [owner for owner in module.modules() if parametrize.is_parametrized(owner)]
+    parametrizations = [owner.get_submodule("parametrizations") for owner in owners]
+    inner = [m for each in parametrizations for m in each.modules() if m.training]
+    for m in inner:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m in inner:
+            m.training = True
 
 
 def trace(model: nn.Module, n_inputs: int = 1) -> fx.GraphModule:

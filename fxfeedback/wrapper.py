@@ -9,6 +9,9 @@ from torch import nn
 from fxfeedback.errors import OptionError
 from fxfeedback.trace import share
 
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+"""What nn.Module's call runs, and a graph does not."""
+
 
 class Wrapper(nn.Module):
     """A module with the parameters, buffers and submodules of a user's model, under their own names.
@@ -30,6 +33,7 @@ class Wrapper(nn.Module):
         taken = [name for name in self.OWN if hasattr(net, name)]
         if taken:
             raise OptionError(f"the model's attribute {taken[0]!r} has a name that fxfeedback needs: rename it")
+        _refuse_hooks("", net)
         self.training = net.training
         self._parameters, self._buffers, self._modules = net._parameters, net._buffers, dict(net._modules)
         self._non_persistent_buffers_set = net._non_persistent_buffers_set
@@ -59,9 +63,20 @@ class Wrapper(nn.Module):
         return [x.to(like.dtype) if x.is_floating_point() else x for x in self._examples]
 
     def _modes(self) -> tuple[bool, ...]:
-        """The mode of every module of the model."""
-        children = (child for name, child in self.named_children() if name not in self.OWN)
-        return (self.training, *(module.training for child in children for module in child.modules()))
+        """The mode of every module of the model.
+
+        Raises:
+            OptionError: a module has a hook, which would not run.
+        """
+        modes = [self.training]
+        for name, child in self._modules.items():
+            if child is None or name in self.OWN:
+                continue
+            for module in child.modules():
+                modes.append(module.training)
+                if not torch.compiler.is_compiling() and any(vars(module)[kind] for kind in HOOKS):
+                    _refuse_hooks(name, child)
+        return tuple(modes)
 
     def _like(self) -> torch.Tensor:
         """A tensor of our dtype, on our device."""
@@ -92,6 +107,22 @@ class Wrapper(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": {}}
+
+
+def _refuse_hooks(prefix: str, module: nn.Module) -> None:
+    """Hooks of inner modules would be silently ignored: the graph has their ops, and does not call them."""
+    for path, inner in module.named_modules(prefix=prefix):
+        for kind in HOOKS:
+            if getattr(inner, kind):
+                what = kind.strip("_").removesuffix("s").replace("_", " ")
+                hook = next(iter(getattr(inner, kind).values()))
+                who = getattr(hook, "__name__", type(hook).__name__)
+                raise OptionError(
+                    f"the module {path or type(inner).__name__!r} has a {what} ({who}), which would not run, as its "
+                    "ops are nodes of a graph: remove it, and hook the converted model or its parameters, or read "
+                    "values with readout() or counter_neurons(); for weight_norm and spectral_norm use "
+                    "torch.nn.utils.parametrizations, for pruning prune.remove()"
+                )
 
 
 def stand_ins(example_inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
