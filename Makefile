@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two OpenMP threads that spin at a barrier stall each other on a busy machine.
 export OMP_WAIT_POLICY = passive
 
-.PHONY: demo test lint types tests bench zoo-lrm clean
+.PHONY: demo test lint types tests bench zoo zoo-lrm fuzz operators clean
 
 demo: $(VENV)/.installed  ## set up, train the instructed network on real digits, say where the results are
 	$(BIN)/python examples/train_multi_mnist.py
@@ -25,8 +25,17 @@ tests: $(VENV)/.installed
 bench: $(VENV)/.installed  ## speed of Counter-Hebb learning against autograd, as a table
 	$(BIN)/python benchmarks/counter_hebb_step.py
 
+zoo: $(VENV)/.installed  ## updates against autograd in every model of torchvision and in some of timm's, as a table (hours)
+	$(BIN)/python zoo/learning.py
+
 zoo-lrm: $(VENV)/.installed  ## a feedback connection in every model of torchvision, as a table (half an hour)
 	$(BIN)/python zoo/feedback.py
+
+fuzz: $(VENV)/.installed  ## random graphs against autograd: make fuzz N=10000
+	$(BIN)/python tests/fuzz.py $(N)
+
+operators: $(VENV)/.installed  ## the page of all operators, docs/operators.md
+	$(BIN)/python docs/generate_operators.py
 
 $(VENV)/.installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)

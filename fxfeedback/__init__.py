@@ -1,14 +1,35 @@
 """fxfeedback: feedback and instruction for any torchvision model, by rewriting its torch.fx graph."""
 
-from fxfeedback import errors, models, rules
-from fxfeedback.butd import BUTD, to_butd
-from fxfeedback.check_rule import check_rule
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+from fxfeedback import errors
 from fxfeedback.errors import Error
-from fxfeedback.feedback import Connection, FeedbackModel, Readout, Steering, add_feedback
-from fxfeedback.names import node_names
-from fxfeedback.published import load_lrm_steering
-from fxfeedback.storage import load, save
 from fxfeedback.version import __version__
+
+if TYPE_CHECKING:
+    from fxfeedback import models, rules, runtime
+    from fxfeedback.butd import BUTD, to_butd
+    from fxfeedback.check_rule import check_rule
+    from fxfeedback.export import export
+    from fxfeedback.feedback import Connection, FeedbackModel, Readout, Steering, add_feedback
+    from fxfeedback.names import node_names
+    from fxfeedback.published import load_lrm_steering
+    from fxfeedback.storage import load, save
+
+# Where each name comes from. They are imported when they are first used, so that fxfeedback.runtime needs no torch.
+_HOMES = {
+    "butd": ["BUTD", "to_butd"],
+    "check_rule": ["check_rule"],
+    "export": ["export"],
+    "feedback": ["Connection", "FeedbackModel", "Readout", "Steering", "add_feedback"],
+    "names": ["node_names"],
+    "published": ["load_lrm_steering"],
+    "storage": ["load", "save"],
+}
+_MODULES = ["models", "rules", "runtime"]
 
 __all__ = [
     "BUTD",
@@ -21,11 +42,41 @@ __all__ = [
     "add_feedback",
     "check_rule",
     "errors",
+    "export",
     "load",
     "load_lrm_steering",
     "models",
     "node_names",
     "rules",
+    "runtime",
     "save",
     "to_butd",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    home = next((home for home, names in _HOMES.items() if name in names), None)
+    if home is not None:
+        value = getattr(importlib.import_module(f"fxfeedback.{home}"), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f"fxfeedback.{name}")
+    else:
+        raise AttributeError(f"module 'fxfeedback' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+class _Package(types.ModuleType):
+    """Importing a submodule sets it as an attribute; `export` and `check_rule` remain the functions."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, types.ModuleType) and name in ("check_rule", "export"):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

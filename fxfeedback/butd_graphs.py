@@ -74,7 +74,10 @@ class Graphs:
         if self.no_head:
             raise self.no_head
         if not self._candidates:
-            raise OptionError("this network has no gating site that an instruction could reach: pass sites=")
+            raise OptionError(
+                f"no gating site lies below the prediction head {self.head.meta['name']!r}, so an instruction reaches "
+                "none: pass another head= or sites="
+            )
 
     @property
     def instruction_size(self) -> int:

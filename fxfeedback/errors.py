@@ -25,5 +25,9 @@ class InputError(Error, ValueError):
     """An input or an instruction of the wrong shape, dtype or range."""
 
 
+class ExportError(Error, RuntimeError):
+    """An op of the model has no ONNX form, or the model cannot be exported as it was asked for."""
+
+
 class CheckpointError(Error, ValueError):
     """A checkpoint that cannot be read, or whose tensors are not the model's."""

@@ -78,6 +78,8 @@ class Walk:
             raise RuleError(
                 f"the rule {rule.name!r} does not take this call: {error} (at node {_where(node)})"
             ) from None
+        if self.role == "instruct" and rule.weight and operands[rule.weight] in self.bu.depending_on_inputs:
+            return []  # a weight that the input makes does not exist yet
         wanted = {name for name, operand in operands.items() if self._wants(operand)}
         results = self.apply(rule, node, t, wanted)
         if rule.weight and "input" in results:

@@ -123,6 +123,8 @@ class PathTracer(NodePathTracer):
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if threading.get_ident() != self.thread:
             return attr_val
+        # A counter is a value of the graph: to count in tracing would change the user's model, and never count again.
+        self.proxy_buffer_attributes = isinstance(attr_val, torch.Tensor) and attr_val.ndim == 0
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
@@ -169,9 +171,13 @@ def trace_with(tracer: PathTracer, model: nn.Module, n_inputs: int) -> fx.GraphM
     as_graph = getattr(type(model), "as_graph", None)
     if as_graph is not None:  # a model of ours
         return as_graph(model)
+    versions = {name: buffer._version for name, buffer in model.named_buffers()}
     try:
         with _as_they_were(model):
             graph = tracer.trace(model, concrete_args=_defaults(model, n_inputs))
+        for name, buffer in model.named_buffers():
+            if buffer._version != versions.get(name, buffer._version):
+                raise ValueError(f"its forward writes into the buffer {name!r}, and did so while it was traced")
     except Exception as error:
         raise TraceError(
             f"torch.fx cannot trace {type(model).__name__}: {error}{_line_of(error)}. A traceable model has no control "

@@ -1,6 +1,6 @@
 """What `make zoo-lrm` checks of every torchvision model, here of a small one of each kind."""
 
-import importlib.util
+import importlib
 import sys
 from pathlib import Path
 
@@ -11,10 +11,8 @@ from torch import nn
 import fxfeedback
 from fxfeedback import rewrite
 
-FILE = Path(__file__).parents[1] / "zoo" / "feedback.py"
-spec = importlib.util.spec_from_file_location("zoo_feedback", FILE)
-zoo = sys.modules["zoo_feedback"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(zoo)
+sys.path.insert(0, str(Path(__file__).parents[1] / "zoo"))
+zoo = importlib.import_module("feedback")
 
 KINDS = dict(zoo.models())
 

@@ -21,42 +21,18 @@ passes differently, in training mode with finite losses whose gradients reach ev
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
-from unittest import mock
 
 import networkx as nx
 import torch
-import torchvision
+from models import PARTS, Problem, build, call_whole, input_of, leaves, models, restore, statistics_of, warm_up
 from torch import fx, nn
-from torchvision.models.video import mvit
 
 import fxfeedback
 
-BATCH = 2
-
-MAKE_MVIT = mvit._mvit
-
-SIZES: dict[str, tuple[int, ...]] = {
-    "inception": (3, 299, 299),
-    "maxvit_t": (3, 224, 224),
-    "s3d": (3, 16, 224, 224),
-    "ssd300_vgg16": (3, 300, 300),
-    "ssdlite320_mobilenet_v3_large": (3, 320, 320),
-    "video": (3, 8, 64, 64),
-    "optical_flow": (3, 128, 128),
-}
-"""The smallest legal input by model, or by the part of torchvision that has the model; elsewhere 64 by 64."""
-
-PARTS = {"detection": "backbone", "optical_flow": "feature_encoder"}
-"""What is rewritten of the models that torch.fx cannot trace whole."""
-
 RANDOM = ("native_dropout", "survival", "surviving_channels")
 """The names of the functions that draw random numbers in an opened graph."""
-
-
-class Problem(Exception):
-    """What a model with feedback does wrong."""
 
 
 class Sharing(NamedTuple):
@@ -75,88 +51,6 @@ class Row(NamedTuple):
     connection: str
     evaluation: Sharing
     training: Sharing
-
-
-# -- the models --------------------------------------------------------------------------------------------------------
-
-
-def models() -> Iterator[tuple[str, str]]:
-    """(name, part of torchvision) of every model but the quantized ones."""
-    for name in torchvision.models.list_models():
-        kind = torchvision.models.get_model_builder(name).__module__.split(".")[2]
-        if kind != "quantization":
-            yield name, kind
-
-
-def size_of(name: str, kind: str) -> tuple[int, ...]:
-    """The size of one input, as small as the model takes it."""
-    if kind == "vision_transformer":  # two by two patches
-        return 3, *2 * (2 * int(name.rpartition("_")[2]),)
-    return SIZES.get(name, SIZES.get(kind, (3, 64, 64)))
-
-
-def build(name: str, kind: str) -> nn.Module:
-    """The model, at its smallest, with random weights."""
-    size = size_of(name, kind)
-    options: dict[str, Any] = {}
-    if kind in ("segmentation", "detection"):
-        options["weights_backbone"] = None
-    if kind == "detection":  # a few detections, however unsure they are, in images of their own size
-        few = {"score_thresh": 0.0, "detections_per_img": 5}
-        if "rcnn" in name:
-            few = {f"box_{option}": value for option, value in few.items()}
-            few |= {"rpn_post_nms_top_n_train": 10, "rpn_post_nms_top_n_test": 10}
-        options |= few if name.startswith("ssd") else {**few, "min_size": size[-1], "max_size": size[-1]}
-    if kind in ("googlenet", "inception", "vgg"):
-        options["init_weights"] = False  # torch's own initial values will do, and are there sooner
-    if kind == "vision_transformer":
-        options["image_size"] = size[-1]
-    # MViT's builders would fix 16 frames of 224 by 224, which take 10 GiB.
-    small = {"temporal_size": size[-3], "spatial_size": size[-2:]}
-    with mock.patch.object(mvit, "_mvit", lambda **given: MAKE_MVIT(**given | small)):
-        model = torchvision.models.get_model(name, weights=None, **options)
-    for parameter in model.parameters():
-        if not parameter.any():  # a head that starts at zero would say nothing
-            nn.init.normal_(parameter, std=0.02)
-    return model
-
-
-def input_of(name: str, kind: str) -> torch.Tensor:
-    """A random input of the model, or of its part that is rewritten."""
-    return torch.randn(BATCH, *size_of(name, kind))
-
-
-def warm_up(model: nn.Module, x: torch.Tensor) -> None:
-    """Give batch norms this batch's statistics: with their initial ones a deep network returns its biases only."""
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 1.0
-    with torch.no_grad():
-        model.train()(x)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    model.eval()
-
-
-def call_whole(model: nn.Module, kind: str, x: torch.Tensor) -> Any:
-    """The call of a model that cannot be traced whole, as its users write it; in training mode its losses."""
-    if kind == "optical_flow":
-        flows = model(x, x.roll(3, -1), num_flow_updates=2)
-        return {f"flow {i}": (flow - 3).abs().mean() for i, flow in enumerate(flows)} if model.training else flows
-    images = list(x.sigmoid())
-    if not model.training:
-        return model(images)
-    edge = x.shape[-1]
-    masks = torch.zeros(1, edge, edge, dtype=torch.uint8)
-    masks[:, edge // 4 : edge // 2, edge // 4 : edge // 2] = 1
-    target = {
-        "boxes": torch.tensor([[edge / 8, edge / 8, 7 * edge / 8, 7 * edge / 8]]),
-        "labels": torch.tensor([1]),
-        "masks": masks,
-        "keypoints": torch.full((1, 17, 3), edge / 2),
-    }
-    return model(images, [target] * len(images))
 
 
 # -- the checks --------------------------------------------------------------------------------------------------------
@@ -322,24 +216,6 @@ def to_compute(bu: fx.Graph, source: str, destination: str, passes: int) -> list
 def computes(node: fx.Node) -> bool:
     """Whether the node computes a value. One that counts a batch norm's batches does not: `compare` looks at those."""
     return node.op.startswith("call") and node.target is not torch.Tensor.add_
-
-
-def statistics_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of the model's buffers."""
-    return {name: buffer.clone() for name, buffer in model.named_buffers()}
-
-
-def restore(model: nn.Module, statistics: dict[str, torch.Tensor]) -> None:
-    """Put the buffers back."""
-    for name, buffer in model.named_buffers():
-        buffer.copy_(statistics[name])
-
-
-def leaves(output: Any) -> list[torch.Tensor]:
-    """The tensors of a model's output."""
-    if isinstance(output, torch.Tensor):
-        return [output]
-    return [leaf for part in (output.values() if isinstance(output, dict) else output) for leaf in leaves(part)]
 
 
 def same(a: Any, b: Any) -> bool:

@@ -96,6 +96,7 @@ convolution.examples = [
     call(torch.conv2d, T(2, 3, 7, 6), T(5, 3, 3, 2), T(5), padding="same", dilation=2),
     call(torch.conv2d, T(2, 3, 7, 6), T(5, 3, 4, 3), T(5), padding="same"),
     call(torch.conv2d, T(2, 3, 7, 6), T(5, 3, 3, 2), padding="valid"),
+    call(lambda x: x + torch.conv2d(x, x[:1, :, :3], padding=1), T(4, 3, 5, 3)),
     call(torch.conv3d, T(2, 2, 5, 6, 4), T(3, 2, 2, 3, 3), T(3), stride=(1, 2, 2), padding=1),
 ]
 transposed_convolution.examples = [

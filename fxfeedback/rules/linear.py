@@ -19,4 +19,5 @@ def linear(y, input, weight, bias=None):
 linear.examples = [
     call(F.linear, T(4, 3), T(2, 3), T(2)),
     call(F.linear, T(4, 5, 3), T(2, 3)),
+    call(lambda x: x + F.linear(x, x[0]), T(4, 3, 3)),
 ]

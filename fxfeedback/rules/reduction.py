@@ -68,6 +68,12 @@ def min(y, input, dim=None, keepdim=False, *, other=None):
     return extreme(minimum, y, input, dim, keepdim, other)
 
 
+@rule(torch.median, torch.nanmedian)
+def median(y, input, dim=None, keepdim=False):
+    """The middle value, the lower of two; of all, or over dim, with its position"""
+    return amax.table(y, input) if dim is None else picked(y, input, dim, keepdim)
+
+
 def extreme(of_two, y, input, dim, keepdim, other):
     """The table of torch.max or torch.min, whose second argument is a dimension or the other value."""
     if isinstance(dim, int):
@@ -255,4 +261,9 @@ cumsum.examples = [call(torch.cumsum, T(4, 5, 3), -2)]
 prod.examples = [
     call(lambda x: torch.relu(x).prod(1), T(40, 2, 3)),
     call(lambda x: x.prod(-1, keepdim=True), T(4, 5, 3)),
+]
+median.examples = [
+    call(lambda x: x * torch.median(x), T(4, 5)),
+    call(torch.median, T(4, 6, 3), 1),
+    call(lambda x: x.median(-1, keepdim=True).values, T(4, 5)),
 ]

@@ -1,0 +1,426 @@
+"""Exported files compute what torch computes, hold every weight once, and say what they are."""
+
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fxfeedback
+from fxfeedback.errors import Error, OptionError
+from fxfeedback.export import ExportError, checksum, export
+from networks import TRANSFORMERS, build, convnet
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+from fxfeedback.runtime import Session  # noqa: E402
+
+exporting = sys.modules[export.__module__]
+# Float32 keeps 7 digits; kernels that sum in another order lose one or two, a deep network one more.
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """In float32 a unit that sits at zero may fall on either side of its gate: no draws that change from run to run."""
+    torch.manual_seed(3)
+
+
+def assert_close(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        b = b.detach().numpy()
+        assert a.shape == b.shape
+        assert np.abs(a - b).max() <= TOLERANCE * np.abs(b).max()
+
+
+def network(name):
+    """A network of tests/networks.py in float32 and eval mode, the size of its input."""
+    model, x = build("convnet" if name == "passes" else name, train=False)
+    size = tuple(x.shape[1:])
+    if name == "passes":
+        model = fxfeedback.add_feedback(model, [("8", "4")], input_size=size).eval()
+    return model.float(), size
+
+
+def tiny():
+    """The smallest network with a connection; its input is (B, 8)."""
+    net = nn.Sequential(nn.Linear(8, 60), nn.ReLU(), nn.Linear(60, 3)).eval()
+    return fxfeedback.add_feedback(net, [("2", "0")], input_size=(8,)).eval()
+
+
+def lrm(name, connections, passes=2):
+    model, size = network(name)
+    model = fxfeedback.add_feedback(model, connections, passes, input_size=size)
+    torch.manual_seed(1)
+    for parameter in model.modulations.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model.eval(), size
+
+
+def instructed(name, **options):
+    model, size = network(name)
+    torch.manual_seed(2)
+    return fxfeedback.to_butd(model, **{"n_tasks": 3, "embedding": 7} | options, input_size=size).eval(), size
+
+
+@pytest.fixture(scope="module")
+def convnet_lrm():
+    return lrm("convnet", [("8", "4"), ("5", "1"), ("3", "9")], passes=3)[0]
+
+
+@pytest.fixture(scope="module")
+def steerable(convnet_lrm, tmp_path_factory):
+    path = tmp_path_factory.mktemp("onnx") / "steerable.onnx"
+    export(convnet_lrm, path, steerable=True)
+    return path
+
+
+@pytest.fixture(scope="module")
+def convnet_butd(tmp_path_factory):
+    butd, _ = instructed("convnet")
+    path = tmp_path_factory.mktemp("onnx") / "butd.onnx"
+    export(butd, path)
+    return butd, path
+
+
+def names_and_size(path):
+    model = onnx.load(path)
+    return [node.name for node in model.graph.node], sum(len(i.raw_data) for i in model.graph.initializer)
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 3, 7])
+def test_passes_of_any_batch_are_torchs(convnet_lrm, steerable, batch):
+    x = torch.randn(batch, 2, 6, 6)
+    assert_close(Session(steerable, "cpu")(x), convnet_lrm(x))
+
+
+@pytest.mark.parametrize("batch, given", [(1, 1), (5, 1), (5, 5)])
+def test_steered_passes_are_torchs(convnet_lrm, steerable, batch, given):
+    session, x = Session(steerable, "cpu"), torch.randn(batch, 2, 6, 6)
+    one = {"source": "5", "activation": torch.randn(given, 8, 3, 3), "strength": (1.5, 3.0), "alpha": 0.7}
+    two = fxfeedback.Steering("8", torch.randn(given, 7), 2.0)
+    skip = {"source": "3", "activation": torch.zeros(1, 6, 3, 3), "strength": 0.5}
+    for steering in (one, [one, two], [two, skip]):
+        ours = session(x, steering=steering)
+        assert_close(ours, convnet_lrm(x, steering=steering))
+        assert not np.allclose(ours[1], session(x)[1])
+
+
+@pytest.mark.parametrize(
+    "name, connections",
+    [("resnet18", [("layer4", "layer1.0.relu"), ("fc", "layer2")]), ("vit", [("encoder.layers.encoder_layer_1",) * 2])],
+)
+def test_a_model_with_connections(name, connections, tmp_path):
+    model, size = lrm(name, connections)
+    export(model, tmp_path / "model.onnx", steerable=True)
+    session = Session(tmp_path / "model.onnx", "cpu")
+    source = connections[0][0]
+    for batch in (1, 7):
+        x = torch.randn(batch, *size)
+        assert_close(session(x), model(x))
+        activation = model.readout(x, [source])[0][source].value[:1]
+        steering = {"source": source, "activation": activation, "strength": 2.0}
+        assert_close(session(x, steering=steering), model(x, steering=steering))
+    blocks = sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
+    shapes = 4 * sum(np.prod(shape[1:]) for name, shape in session.optional.items() if name.endswith("activation"))
+    assert names_and_size(tmp_path / "model.onnx")[1] <= 1.01 * (blocks + shapes) + 4096
+
+
+@pytest.mark.parametrize("batch, given", [(1, 1), (7, 7), (7, 1)])
+def test_instructed_logits_are_torchs(convnet_butd, batch, given):
+    butd, path = convnet_butd
+    session, x = Session(path, "cpu"), torch.randn(batch, 2, 6, 6)
+    assert_close([session(x, task=torch.arange(batch) % 3)], [butd(x, torch.arange(batch) % 3)])
+    vectors = torch.randn(given, 3)
+    assert_close([session(x, task=vectors)], [butd(x, vectors)])
+    assert_close([session(x, task=2)], [butd(x, 2)])
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("convnet", {"gating": "channel"}),
+        ("convnet", {"n_tasks": None, "embedding": None}),
+        ("convnet", {"norm": "separate", "td_bias": True, "weights": "separate", "lateral": "add"}),
+        ("convnet", {"heads": "per_task"}),
+        ("passes", {}),
+        ("resnet18", {"gating": "channel"}),
+        ("swin", {}),
+        ("vit", {}),
+    ],
+    ids=lambda given: given if isinstance(given, str) else " ".join(given),
+)
+def test_an_instructed_network_and_one_tasks(name, options, tmp_path):
+    butd, size = instructed(name, **options)
+    export(butd, tmp_path / "whole.onnx")
+    whole, one = Session(tmp_path / "whole.onnx", "cpu"), None
+    if name not in TRANSFORMERS:
+        export(butd, tmp_path / "task.onnx", task=1)
+        one = Session(tmp_path / "task.onnx", "cpu")
+        assert list(one.inputs) == list(whole.inputs)[:-1]
+        assert not any(node.startswith("td/") for node in names_and_size(tmp_path / "task.onnx")[0])
+    for batch in (1, 5):
+        x = torch.randn(batch, *size)
+        ids = torch.arange(batch) % 3
+        listed = list if name == "passes" else lambda y: [y]
+        assert_close(listed(whole(x, task=ids)), listed(butd(x, ids)))
+        if one:
+            assert_close(listed(one(x)), listed(butd(x, 1)))
+    weights = sum(t.nbytes for t in (*butd.parameters(), *butd.buffers()))
+    assert names_and_size(tmp_path / "whole.onnx")[1] <= 1.01 * weights + 4096
+
+
+def test_an_output_of_several_tensors(tmp_path):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            net = convnet()
+            self.body, self.head, self.aux = net[:9], net[9:], nn.Linear(7, 3)
+
+        def forward(self, x):
+            y = self.body(x)
+            return {"out": self.head(y), "more": (self.aux(y), y)}
+
+    model = fxfeedback.add_feedback(Two().eval(), [("body.8", "body.4")], input_size=(2, 6, 6)).eval()
+    export(model, tmp_path / "two.onnx", passes=1)
+    session, x = Session(tmp_path / "two.onnx", "cpu"), torch.randn(2, 2, 6, 6)
+    assert list(session.outputs) == ["output_1.out", "output_1.more_1", "output_1.more_2"]
+    want = model(x, passes=1)[0]
+    assert_close(session(x), [want["out"], *want["more"]])
+
+
+def test_a_fixed_batch(convnet_lrm, tmp_path):
+    export(convnet_lrm, tmp_path / "one.onnx", steerable=True, passes=2, dynamic_batch=False)
+    session = Session(tmp_path / "one.onnx", "cpu")
+    assert session.inputs == {"input": [1, 2, 6, 6]}
+    x = torch.randn(1, 2, 6, 6)
+    steering = {"source": "8", "activation": torch.randn(1, 7)}
+    assert_close(session(x, steering=steering), convnet_lrm(x, passes=2, steering=steering))
+
+
+# -- what the file says -----------------------------------------------------------------------------------------------
+
+
+def test_the_file_is_standard_and_tells_nothing_of_its_maker(steerable, convnet_butd):
+    for path in (steerable, convnet_butd[1]):
+        model = onnx.load(path)
+        onnx.checker.check_model(model, full_check=True)
+        assert [opset.domain for opset in model.opset_import] == [""] and not model.functions
+        for secret in (b"site-packages", b".py", str(Path.cwd()).encode()):
+            assert secret not in path.read_bytes()
+
+
+def test_inputs_outputs_and_metadata_have_names(convnet_lrm, steerable, convnet_butd):
+    session = Session(steerable, "cpu")
+    assert session.inputs == {"input": ["batch", 2, 6, 6]}
+    assert list(session.optional)[:3] == ["3.activation", "3.alpha", "3.strength"]
+    assert session.optional["5.activation"] == ["5.batch", 8, 3, 3]
+    assert session.outputs == {f"output_{n}": ["batch", 5] for n in (1, 2, 3)}
+    about = session.metadata
+    assert about["fxfeedback"] == fxfeedback.__version__ and about["passes"] == 3
+    assert [(c["source"], c["destination"]) for c in about["connections"]] == [("8", "4"), ("5", "1"), ("3", "9")]
+    assert about["weights_sha256"] == checksum(convnet_lrm.state_dict())
+
+    butd, path = convnet_butd
+    session = Session(path, "cpu")
+    assert session.inputs == {"input": ["batch", 2, 6, 6], "instruction": ["instructions", 3]}
+    assert session.outputs == {"output": ["batch", 5]}
+    assert session.metadata["tasks"] == 3 and session.metadata["sites"] == list(butd.counter_neurons(0))
+
+
+def test_nodes_are_named_after_pass_and_node(steerable, convnet_butd):
+    names, _ = names_and_size(steerable)
+    assert len(set(names)) == len(names) and all(names)
+    assert {"pass1/0", "pass2/4", "pass3/4", "pass2/4.modulated", "pass2/modulations.8_to_4"} <= set(names)
+    assert "pass2/0" not in names  # nothing above it is modulated: computed once
+    names, _ = names_and_size(convnet_butd[1])
+    assert {"bu/0", "bu/2.gated", "td/4", "gate/5"} <= set(names)
+    assert any(re.match("td/instruction_head", name) for name in names)
+
+
+def test_every_weight_is_stored_once_under_torchs_name(convnet_lrm, steerable, convnet_butd):
+    for model, path in ((convnet_lrm, steerable), convnet_butd):
+        stored = {i.name: onnx.numpy_helper.to_array(i) for i in onnx.load(path).graph.initializer}
+        for name, parameter in model.named_parameters():
+            if parameter.numel() > exporting.FOLDED:
+                assert np.array_equal(stored[name], parameter.detach().numpy())
+        large = [np.sort(array, axis=None).tobytes() for array in stored.values() if array.size > 40]
+        assert len(set(large)) == len(large)  # nor is there a transpose of one
+
+
+def test_more_passes_cost_no_more_weights(tmp_path):
+    model, sizes = tiny(), []
+    for passes in (1, 4):
+        export(model, tmp_path / "model.onnx", passes=passes)
+        sizes.append(names_and_size(tmp_path / "model.onnx")[1])
+    assert sizes[1] <= sizes[0] + sum(p.nbytes for p in model.modulations.parameters()) + 64
+
+
+# -- the model, the file ----------------------------------------------------------------------------------------------
+
+
+def test_a_model_in_training_is_exported_in_eval_mode_and_left_as_it_was(tmp_path):
+    model, _ = build("convnet", train=True)
+    model[5].eval()
+    butd = fxfeedback.to_butd(model.float(), n_tasks=2, input_size=(2, 6, 6))
+    state = {name: tensor.clone() for name, tensor in butd.state_dict().items()}
+    modes = [module.training for module in (*butd.modules(), *model.modules())]
+    attributes = [set(vars(module)) for module in model.modules()]
+    export(butd, tmp_path / "model.onnx")
+    assert modes == [module.training for module in (*butd.modules(), *model.modules())]
+    assert attributes == [set(vars(module)) for module in model.modules()]
+    assert all(torch.equal(state[name], tensor) for name, tensor in butd.state_dict().items())
+    assert all(parameter.grad is None for parameter in butd.parameters())
+    x = torch.randn(3, 2, 6, 6)
+    assert_close([Session(tmp_path / "model.onnx", "cpu")(x, task=1)], [butd.eval()(x, 1)])
+
+
+def test_a_float64_model_is_exported_as_it_is(tmp_path):
+    model = tiny().double()
+    export(model, tmp_path / "model.onnx")
+    made = onnx.load(tmp_path / "model.onnx")
+    x = torch.randn(2, 8, dtype=torch.double)
+    reference = onnx.reference.ReferenceEvaluator(made).run(None, {made.graph.input[0].name: x.numpy()})
+    for ours, theirs in zip(reference, model(x), strict=True):
+        assert ours.dtype == np.float64
+        np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=1e-9, atol=1e-12)
+
+
+def test_large_weights_lie_beside_the_file(tmp_path, monkeypatch):
+    model, path, x = tiny(), tmp_path / "model.onnx", torch.randn(2, 8)
+    monkeypatch.setattr(exporting, "LARGEST", 1000)
+    for _ in range(2):  # the second replaces the first, and its weights
+        export(model, path)
+        assert_close(Session(path, "cpu")(x), model(x))
+    files = sorted(file.name for file in tmp_path.iterdir())
+    assert len(files) == 2 and re.fullmatch(r"model\.onnx\..*\.data", files[1])
+    monkeypatch.undo()
+    export(model, path)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+
+
+@pytest.mark.parametrize("largest", [1000, 2**30])
+def test_a_failed_export_leaves_the_old_file(tmp_path, monkeypatch, largest):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"old")
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(exporting, "LARGEST", largest)
+    monkeypatch.setattr(exporting, "_sync", full)
+    with pytest.raises(OSError, match="No space"):
+        export(tiny(), path)
+    assert path.read_bytes() == b"old" and [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+
+def test_options_that_do_not_belong_to_the_model(convnet_lrm, convnet_butd, tmp_path):
+    butd, path = convnet_butd[0], tmp_path / "model.onnx"
+    for model, options, message in [
+        (convnet_lrm, {"task": 1}, "no tasks"),
+        (convnet_lrm, {"passes": 0}, "passes=0"),
+        (butd, {"steerable": True}, "steerable="),
+        (butd, {"passes": 2}, "passes="),
+        (butd, {"task": 3}, "between 0 and 2"),
+        (butd, {"task": torch.ones(1, 5)}, r"\(1, 3\)"),
+        (convnet(), {}, "nothing that add_feedback"),
+        (nn.Sequential(convnet_lrm), {}, "its part '0'"),
+        (None, {}, "NoneType"),
+    ]:
+        with pytest.raises(OptionError, match=message):
+            export(model, path, **options)
+    with pytest.raises(OptionError, match="in a directory that exists"):
+        export(convnet_lrm, tmp_path / "nowhere" / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_network_that_takes_no_instruction(tmp_path):
+    butd = fxfeedback.to_butd(nn.Sequential(nn.Flatten(), nn.Linear(8, 3)).eval(), input_size=(8,))
+    with pytest.raises(Error, match="no gating site"):
+        export(butd, tmp_path / "model.onnx")
+
+
+def test_an_op_without_an_onnx_form_is_named_with_its_node(tmp_path):
+    class Inverse(nn.Sequential):
+        def forward(self, x):
+            return self[1](torch.linalg.inv(self[0](x)))
+
+    net = Inverse(nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 4, 1)).eval()
+    model = fxfeedback.add_feedback(net, [("1", "0")], input_size=(2, 6, 6))
+    with pytest.raises(ExportError, match=r"at node 'pass1/linalg_inv': .*aten.linalg_inv"):
+        export(model, tmp_path / "model.onnx")
+
+
+# -- sessions ---------------------------------------------------------------------------------------------------------
+
+
+def test_bad_input_is_one_clear_error_and_the_session_goes_on(convnet_lrm, steerable, convnet_butd):
+    lrm_session, session = Session(steerable, "cpu"), Session(convnet_butd[1], "cpu")
+    x = np.zeros((2, 2, 6, 6), np.float32)
+    activation = np.zeros((1, 7), np.float32)
+    for call, message in [
+        (lambda: session(x), "takes an instruction"),
+        (lambda: session(x, task=3), "between 0 and 2; got 3"),
+        (lambda: session(x, task=[0]), r"\(2,\) integer ids"),
+        (lambda: session(x, task=[[0.5, 1.0]]), r"\(2, 3\)"),
+        (lambda: session(x, task="left"), "integer ids"),
+        (lambda: session(x[:, :1], task=0), r"\(2, 2, 6, 6\), not \(2, 1, 6, 6\)"),
+        (lambda: session(x[0], task=0), "takes a shape"),
+        (lambda: session(x[:0], task=0), "takes a shape"),
+        (lambda: session(x.astype(np.float64), task=0), "takes float32, not float64"),
+        (lambda: session(x, x, task=0), "takes 1 inputs"),
+        (lambda: session(x, task=0, steering={"source": "5", "activation": activation}), "cannot be steered"),
+        (lambda: lrm_session(x, task=0), "takes no instruction"),
+        (lambda: lrm_session(x, steering={"source": "6", "activation": activation}), "sources: 8, 5, 3"),
+        (lambda: lrm_session(x, steering={"source": "8", "activation": activation[:, :5]}), "8.activation"),
+        (lambda: lrm_session(x, steering={"source": "8", "activation": np.zeros((3, 7))}), "batch 1 or 2"),
+        (lambda: lrm_session(x, steering={"source": "8"}), "has source, activation"),
+        (lambda: lrm_session(x, steering={"source": "8", "activation": activation, "strength": [1, 2, 3]}), "strength"),
+        (lambda: lrm_session(x, steering=[{"source": "8", "activation": activation}] * 2), "twice"),
+    ]:
+        with pytest.raises(Error, match=message):
+            call()
+    assert_close(lrm_session(x), convnet_lrm(torch.from_numpy(x)))
+
+
+def test_a_damaged_or_foreign_file(steerable, tmp_path):
+    path = tmp_path / "model.onnx"
+    for content in (steerable.read_bytes()[:-1000], b"no model", b""):
+        path.write_bytes(content)
+        with pytest.raises(fxfeedback.errors.CheckpointError, match=r"cannot be loaded|not written by"):
+            Session(path, "cpu")
+    foreign = onnx.load(steerable)
+    del foreign.metadata_props[:]
+    onnx.save(foreign, path)
+    with pytest.raises(fxfeedback.errors.CheckpointError, match="not written by fxfeedback"):
+        Session(path)
+    with pytest.raises(fxfeedback.errors.CheckpointError, match="there is no file"):
+        Session(tmp_path / "nothing.onnx")
+
+
+def test_providers(steerable):
+    assert Session(steerable, ["CPUExecutionProvider"]).providers == ["CPUExecutionProvider"]
+    session = Session(steerable)
+    assert session.providers[-1] == "CPUExecutionProvider"
+    assert ("CUDAExecutionProvider" in session.providers) == (not session.note)
+    with pytest.raises(OptionError, match="NoSuchProvider cannot be used: this onnxruntime has"):
+        Session(steerable, "NoSuchProvider")
+    if session.note:
+        with pytest.raises(OptionError, match="CUDAExecutionProvider cannot be used: "):
+            Session(steerable, "cuda")
+
+
+def test_the_runtime_itself_needs_no_torch():
+    import fxfeedback.runtime
+
+    source = Path(fxfeedback.runtime.__file__).read_text()
+    assert not re.search(r"^\s*(import|from) torch", source, re.MULTILINE)
