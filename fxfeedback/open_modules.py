@@ -19,7 +19,8 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from fxfeedback.errors import RuleError
-from fxfeedback.openings import OPENINGS, call, same
+from fxfeedback.openings import OPENINGS, call
+from fxfeedback.ops import same
 from fxfeedback.rules.core import CONSTANT, RULES
 from fxfeedback.shaped import Shaped, Shapes, same_number
 from fxfeedback.trace import identifier, is_operator_in_place, is_users, plain, user_line

@@ -12,6 +12,7 @@ from torch import fx, nn
 from torchvision.ops import stochastic_depth
 
 from fxfeedback.open_attention import dot_product, multi_head
+from fxfeedback.ops import cumulative_momentum, survival, surviving_channels
 from fxfeedback.rules.core import as_tuple
 
 
@@ -41,16 +42,6 @@ def _batch_norm(module: Any, input: fx.Proxy) -> fx.Proxy:
     )
 
 
-def cumulative_momentum(num_batches_tracked: torch.Tensor) -> float:
-    """The momentum that makes running statistics a plain average: 1 / number of batches."""
-    return 1.0 if num_batches_tracked.is_meta else 1.0 / num_batches_tracked.item()
-
-
-def same(input: torch.Tensor) -> torch.Tensor:
-    """The input itself: what is left of dropout in evaluation mode, and of nn.Identity."""
-    return input
-
-
 def _dropout(input: fx.Proxy, p: float = 0.5, training: bool = True, inplace: bool = False) -> fx.Proxy:
     """Dropout hands out the mask that it draws; the random stream is F.dropout's."""
     return torch.native_dropout(input, p, True)[0] if training and p > 0 else input
@@ -60,20 +51,8 @@ def _stochastic_depth(input: fx.Proxy, p: float, mode: str, training: bool = Tru
     return input * call(survival, input, p, mode) if training and p > 0 else input
 
 
-def survival(input: torch.Tensor, p: float, mode: str) -> torch.Tensor:
-    """Stochastic depth's factor: 0 or 1 / (1 - p) per sample ("row") or per batch, drawn as torchvision draws it."""
-    samples = input.shape[0] if mode == "row" else 1
-    ones = torch.ones((samples,) + (1,) * (input.ndim - 1), dtype=input.dtype, device=input.device)
-    return stochastic_depth(ones, p, mode, True)
-
-
 def _feature_dropout(input: fx.Proxy, p: float = 0.5, training: bool = True, inplace: bool = False) -> fx.Proxy:
     return input * call(surviving_channels, input, p) if training and p > 0 else input
-
-
-def surviving_channels(input: torch.Tensor, p: float) -> torch.Tensor:
-    """Channel dropout's factor, (N, C, 1, ...): 0 or 1 / (1 - p), drawn as F.dropout2d draws it."""
-    return torch.feature_dropout(input.new_ones(input.shape[:2] + (1,) * (input.ndim - 2)), p, True)
 
 
 def _named_padding(

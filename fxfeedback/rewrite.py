@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxfeedback.bottom_up import has_effect, operand
-from fxfeedback.openings import cumulative_momentum, survival, surviving_channels
+from fxfeedback.ops import cumulative_momentum, survival, surviving_channels
 from fxfeedback.trace import identifier
 
 ANEW = (torch.native_dropout, survival, surviving_channels, cumulative_momentum)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxfeedback.errors import TraceError
+from fxfeedback.ops import put_at
 from fxfeedback.trace import EXAMPLE_BATCH, UNTRACED, PathTracer, on_meta, plain, trace, trace_with
 
 
@@ -122,16 +123,6 @@ class Shaped(fx.Proxy):
         if self.view_of is not None:
             whole, index = self.view_of
             whole[index] = self
-
-
-def put_at(input: Any, index: Any, value: Any) -> Any:
-    """A copy of `input` in which `index` has `value`."""
-    for argument in (input, value):
-        if isinstance(argument, fx.Proxy):
-            return argument.tracer.create_proxy("call_function", put_at, (input, index, value), {})
-    output = input.clone()
-    output[index] = value
-    return output
 
 
 class _Tracer(PathTracer):

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from fxfeedback.openings import same, survival, surviving_channels
+from fxfeedback.ops import same, survival, surviving_channels
 from fxfeedback.rules.core import as_is, constant, roles, rule, transpose
 from fxfeedback.rules.examples import T, call
 

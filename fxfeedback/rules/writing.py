@@ -1,8 +1,8 @@
 """Writing into a part of a tensor: what an assignment x[index] = z becomes."""
 
+from fxfeedback.ops import put_at
 from fxfeedback.rules.core import rule, transpose
 from fxfeedback.rules.examples import T, call
-from fxfeedback.shaped import put_at
 
 
 @rule(put_at)
