@@ -32,7 +32,7 @@ zoo-lrm: $(VENV)/.installed  ## a feedback connection in every model of torchvis
 	$(BIN)/python zoo/feedback.py
 
 fuzz: $(VENV)/.installed  ## random graphs against autograd: make fuzz N=10000
-	$(BIN)/python tests/fuzz.py $(N)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py $(or $(N),1000)
 
 operators: $(VENV)/.installed  ## the page of all operators, docs/operators.md
 	$(BIN)/python docs/generate_operators.py

@@ -177,7 +177,8 @@ class BUTD(Wrapper):
         names = graphs.input_names(instructed)
         tensors = dict(zip(names, values, strict=True)) | attributes
         wanted = frozenset(name for name, tensor in tensors.items() if tensor.requires_grad)
-        if wanted and torch.is_grad_enabled() and self.options.learning == "counter_hebb":
+        learns = self.options.learning == "counter_hebb" and 0 not in values[0].shape  # kernels refuse an empty batch
+        if wanted and torch.is_grad_enabled() and learns:
             halves = graphs.halves(instructed, wanted, torch.is_autocast_enabled(values[0].device.type))
             values += [attributes[name] for name in halves.attributes]
             return halves.structure(*CounterHebb.apply(halves, (*names, *halves.attributes), *values))

@@ -64,7 +64,7 @@ class Graphs:
     @functools.cached_property
     def sites_are_batch_first(self) -> bool:
         """Whether a sample's gates can be picked by their first dimension."""
-        return all(site.meta["spec"].per_sample[0] == 1 for site in self.sites)
+        return all(site.meta["spec"].per_sample[:1] == (1,) for site in self.sites)
 
     @property
     def can_instruct(self) -> bool:

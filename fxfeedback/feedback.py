@@ -374,7 +374,7 @@ def _check_connections(bu: fx.GraphModule, connections: Sequence[Connection]) ->
         seen.add((source, destination))
         for node, role in ((source, "source"), (destination, "destination")):
             spec = node.meta["spec"]
-            if not isinstance(spec, Spec) or len(spec.shape) < 2:
+            if not isinstance(spec, Spec) or len(spec.shape) < 2 or not spec.dtype.is_floating_point:
                 raise NodeNameError(f"{arrow}: the {role} {node.meta['name']!r} is no vector and no map")
         samples = [node.meta["spec"].per_sample[0] for node in (source, destination)]
         if 0 in samples or samples[0] != samples[1]:

@@ -12,7 +12,7 @@ from torch import fx, nn
 from torchvision.ops import stochastic_depth
 
 from fxfeedback.open_attention import dot_product, multi_head
-from fxfeedback.ops import cumulative_momentum, survival, surviving_channels
+from fxfeedback.ops import advance_, cumulative_momentum, survival, surviving_channels
 from fxfeedback.rules.core import as_tuple
 
 
@@ -30,6 +30,9 @@ def _batch_norm(module: Any, input: fx.Proxy) -> fx.Proxy:
         count = input.tracer.parameter(module.num_batches_tracked)
         call(torch.Tensor.add_, count, 1)
         momentum = call(cumulative_momentum, count) if momentum is None else momentum
+        if not input.tracer.present.users:  # nothing reads the value, but the statistics advance
+            call(advance_, input, module.running_mean, module.running_var, momentum)
+            return input
     return F.batch_norm(
         input,
         module.running_mean if tracks else None,
@@ -40,6 +43,14 @@ def _batch_norm(module: Any, input: fx.Proxy) -> fx.Proxy:
         0.0 if momentum is None else momentum,
         module.eps,
     )
+
+
+def _instance_norm(module: Any, input: fx.Proxy) -> fx.Proxy:
+    """Forward itself looks at the input's dimensions."""
+    own = module.training or not module.track_running_stats
+    momentum = 0.0 if module.momentum is None else module.momentum
+    statistics = (module.running_mean, module.running_var)
+    return F.instance_norm(input, *statistics, module.weight, module.bias, own, momentum, module.eps)
 
 
 def _dropout(input: fx.Proxy, p: float = 0.5, training: bool = True, inplace: bool = False) -> fx.Proxy:
@@ -84,6 +95,7 @@ def _shape(weight: Any) -> tuple[int, ...]:
 
 OPENINGS: dict[Any, Callable[..., Any]] = {
     nn.modules.batchnorm._BatchNorm: _batch_norm,
+    nn.modules.instancenorm._InstanceNorm: _instance_norm,
     nn.MultiheadAttention: multi_head,
     F.scaled_dot_product_attention: dot_product,
     nn.ReLU6: lambda module, input: F.relu6(input),  # its own forward is a hardtanh

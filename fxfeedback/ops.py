@@ -37,3 +37,12 @@ def put_at(input: Any, index: Any, value: Any) -> Any:
     output = input.clone()
     output[index] = value
     return output
+
+
+@torch.no_grad()
+def advance_(input: torch.Tensor, running_mean: torch.Tensor, running_var: torch.Tensor, momentum: float) -> None:
+    """Advance batch norm's running statistics, in place, by the batch `input` (N, C, ...)."""
+    var, mean = torch.var_mean(input, [0, *range(2, input.ndim)])
+    # Through .data, as the kernel of batch norm itself: no backward pass reads the statistics.
+    running_mean.data.lerp_(mean, momentum)
+    running_var.data.lerp_(var, momentum)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxfeedback.bottom_up import has_effect, operand
-from fxfeedback.ops import cumulative_momentum, survival, surviving_channels
+from fxfeedback.ops import advance_, cumulative_momentum, survival, surviving_channels
 from fxfeedback.trace import identifier
 
 ANEW = (torch.native_dropout, survival, surviving_channels, cumulative_momentum)
@@ -114,7 +114,7 @@ class Unroller:
     def emit(self, node: fx.Node, values: dict[fx.Node, fx.Node], number: int) -> fx.Node:
         """The node in this pass: an earlier pass's where the inputs are the same and nothing is drawn at random."""
         key = (node, *(values[source] for source in node.all_input_nodes))
-        if key in self.emitted and node.target not in ANEW and not has_effect(node):
+        if key in self.emitted and node.target not in ANEW and not has_effect(node) and not _keeps_statistics(node):
             if node.target is F.batch_norm:
                 self.advance_statistics(self.emitted[key])
             return self.emitted[key]
@@ -181,16 +181,13 @@ def unroll(module: fx.GraphModule, root: nn.Module, links: Sequence[Link], what:
     return fx.GraphModule(root, Unroller(module.graph, links, what).run(), "Unrolled")
 
 
+def _keeps_statistics(node: fx.Node) -> bool:
+    """Whether the node is an instance norm in training mode that keeps running statistics: its kernel advances them."""
+    keeps = node.target is F.instance_norm and operand(node, "running_mean") is not None
+    return keeps and operand(node, "use_input_stats") is True
+
+
 def _counts_batches(node: fx.Node) -> bool:
     """Whether the node is a batch norm in training mode that keeps running statistics."""
     keeps = node.target is F.batch_norm and operand(node, "running_mean") is not None
     return keeps and operand(node, "training") is True
-
-
-@torch.no_grad()
-def advance_(input: torch.Tensor, running_mean: torch.Tensor, running_var: torch.Tensor, momentum: float) -> None:
-    """Advance batch norm's running statistics, in place, by the batch `input` (N, C, ...)."""
-    var, mean = torch.var_mean(input, [0, *range(2, input.ndim)])
-    # Through .data, as the kernel of batch norm itself: no backward pass reads the statistics.
-    running_mean.data.lerp_(mean, momentum)
-    running_var.data.lerp_(var, momentum)

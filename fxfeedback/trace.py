@@ -341,6 +341,8 @@ class _ShapeRun(fx.Interpreter):
 
 def on_meta(module: nn.Module, args: Any, kwargs: Any) -> Any:
     """What a module makes of tensors on the meta device."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):  # a cumulative average would ask for a number
+        return torch.empty_like(args[0])
     tensors = dict(module.named_parameters()) | dict(module.named_buffers())
     return torch.func.functional_call(module, {name: t.to("meta") for name, t in tensors.items()}, args, kwargs)
 
@@ -434,7 +436,9 @@ def _erase_with_users(node: fx.Node) -> None:
 def _has_effect(node: fx.Node, model: nn.Module) -> bool:
     """In-place ops change values that other nodes read; assertions about shapes have done their work in tracing."""
     if node.op == "call_module":
-        return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
+        module = model.get_submodule(str(node.target))
+        counts = module.training and getattr(module, "running_mean", None) is not None  # a norm that nothing reads
+        return counts or bool(getattr(module, "inplace", False))
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
     in_place = name.endswith("_") or bool(node.kwargs.get("inplace")) or is_operator_in_place(node.target)
     in_place |= is_users(node.target)  # who knows

@@ -80,7 +80,9 @@ class Wrapper(nn.Module):
 
     def _like(self) -> torch.Tensor:
         """A tensor of our dtype, on our device."""
-        return next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
+        examples = (x.dtype for x in self._examples if x.is_floating_point())
+        empty = torch.empty(0, dtype=next(examples, torch.get_default_dtype()))
+        return next((p for p in self.parameters() if p.is_floating_point()), empty)
 
     def _fetch(self, name: str) -> torch.Tensor:
         """The parameter or buffer `name`, computed anew where it is parametrized."""
