@@ -208,8 +208,9 @@ class BUTD(Wrapper):
     def _graphs(self, inputs: Sequence[torch.Tensor]) -> Graphs:
         """The graphs for inputs of this size in the present mode of every module; built once."""
         key = (self._modes(), tuple(x.shape[1:] for x in inputs))
-        if key not in self._cache:
+        graphs = self._cache.get(key)
+        if graphs is None:
             with building(self._net):
-                if key not in self._cache:
-                    self._cache[key] = Graphs(self, stand_ins(inputs))
-        return self._cache[key]
+                graphs = self._cache.get(key) or Graphs(self, stand_ins(inputs))
+                self._cache[key] = graphs
+        return graphs
