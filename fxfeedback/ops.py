@@ -1,10 +1,25 @@
 """Functions of ours that stand in a graph as one node each, as torch has none that does the same."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 from torchvision.ops import stochastic_depth
+
+
+def one_node(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The decorated function, which a call with proxies puts into the graph as a whole."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for argument in (*args, *kwargs.values()):
+            if isinstance(argument, fx.Proxy):
+                return argument.tracer.create_proxy("call_function", call, args, kwargs)
+        return function(*args, **kwargs)
+
+    return call
 
 
 def same(input: torch.Tensor) -> torch.Tensor:
@@ -29,14 +44,18 @@ def cumulative_momentum(num_batches_tracked: torch.Tensor) -> float:
     return 1.0 if num_batches_tracked.is_meta else 1.0 / num_batches_tracked.item()
 
 
+@one_node
 def put_at(input: Any, index: Any, value: Any) -> Any:
     """A copy of `input` in which `index` has `value`."""
-    for argument in (input, value):
-        if isinstance(argument, fx.Proxy):
-            return argument.tracer.create_proxy("call_function", put_at, (input, index, value), {})
     output = input.clone()
     output[index] = value
     return output
+
+
+@one_node
+def or_zeros(update: Any, rows: Any) -> Any:
+    """`update` with so many rows: for an empty batch, torch's convolution makes none."""
+    return update if len(update) else update.new_zeros(rows, *update.shape[1:])
 
 
 @torch.no_grad()

@@ -42,7 +42,7 @@ TIMM: dict[str, dict[str, Any]] = {
     "beit_base_patch16_224": {"img_size": 64},
     "cait_xxs24_224": {"img_size": 64},
     "coat_lite_tiny": {"img_size": 64},
-    "convmixer_768_32": {"depth": 8},
+    "convmixer_768_32": {},
     "convnext_atto": {},
     "davit_tiny": {},
     "deit_tiny_distilled_patch16_224": {"img_size": 64},

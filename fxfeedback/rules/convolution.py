@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from fxfeedback.ops import or_zeros
 from fxfeedback.rules.core import as_tuple, fused, rule, spatial, transpose, update
 from fxfeedback.rules.examples import T, call
 
@@ -55,7 +56,7 @@ def correlate(x, e, kernel, stride, padding, dilation, groups):
     """
     x_by_channel = x.unflatten(1, (groups, -1)).transpose(0, 2).flatten(1, 2)  # (I, groups * B, ...)
     w = CONV[len(kernel) + 2](x_by_channel, e.transpose(0, 1), None, dilation, padding, stride, groups)
-    return crop(w, kernel).transpose(0, 1)
+    return or_zeros(crop(w, kernel).transpose(0, 1), e.shape[1])
 
 
 def crop(t, sizes):

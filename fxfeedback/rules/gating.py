@@ -1,9 +1,11 @@
 """The gates that fxfeedback itself puts into a BU graph: the lateral connections of an instructed pass."""
 
+from fxfeedback.ops import one_node
 from fxfeedback.rules.core import rule, transpose
 from fxfeedback.rules.examples import C, T, call
 
 
+@one_node
 def gate(value, open):
     """GaLU's BU side: `value` where its gate is open, 0 elsewhere.
 
