@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fxfeedback.butd import BUTD, to_butd
     from fxfeedback.check_rule import check_rule
     from fxfeedback.export import export
+    from fxfeedback.export_learner import export_learner
     from fxfeedback.feedback import Connection, FeedbackModel, Readout, Steering, add_feedback
     from fxfeedback.names import node_names
     from fxfeedback.published import load_lrm_steering
@@ -24,6 +25,7 @@ _HOMES = {
     "butd": ["BUTD", "to_butd"],
     "check_rule": ["check_rule"],
     "export": ["export"],
+    "export_learner": ["export_learner"],
     "feedback": ["Connection", "FeedbackModel", "Readout", "Steering", "add_feedback"],
     "names": ["node_names"],
     "published": ["load_lrm_steering"],
@@ -43,6 +45,7 @@ __all__ = [
     "check_rule",
     "errors",
     "export",
+    "export_learner",
     "load",
     "load_lrm_steering",
     "models",
@@ -71,10 +74,10 @@ def __dir__() -> list[str]:
 
 
 class _Package(types.ModuleType):
-    """Importing a submodule sets it as an attribute; `export` and `check_rule` remain the functions."""
+    """Importing a submodule sets it as an attribute; those that are called like their function remain the functions."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, types.ModuleType) and name in ("check_rule", "export"):
+        if isinstance(value, types.ModuleType) and name in ("check_rule", "export", "export_learner"):
             value = getattr(value, name)
         super().__setattr__(name, value)
 

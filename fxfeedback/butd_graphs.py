@@ -146,7 +146,7 @@ class Graphs:
         lateral = gate if self.options.exact else self.options.lateral_function
         return self._keep("predicting", lambda: gate_sites(self.bu, self.sites, lateral))
 
-    def learner(self, instructed: bool, wanted: frozenset[str], autocast: bool = False) -> fx.GraphModule:
+    def learner(self, instructed: bool, wanted: frozenset[str], autocast: bool = False, **how: Any) -> fx.GraphModule:
         learning = Learning(
             wanted=wanted,
             twins=self.twins,
@@ -155,9 +155,10 @@ class Graphs:
             lateral=None if self.options.exact else self.options.lateral_function,
             sites=frozenset(site.meta["name"] for site in self.sites),
             autocast=autocast,
+            **how,
         )
         return self._keep(
-            ("learner", instructed, wanted, autocast),
+            ("learner", instructed, wanted, autocast, *how.items()),
             lambda: learner(self.predicting(instructed), self.butd._root, learning),
         )
 

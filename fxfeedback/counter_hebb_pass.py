@@ -38,6 +38,7 @@ class Learning:
     sites: names of the gating sites; only an inexact lateral needs them.
     fused: PyTorch's fused kernels in place of the rules, where there are any.
     autocast: whether the BU pass runs under autocast.
+    errors: the numbers of the outputs that have an error; None: all.
     """
 
     wanted: frozenset[str]
@@ -48,6 +49,7 @@ class Learning:
     sites: frozenset[str] = frozenset()
     fused: bool = True
     autocast: bool = False
+    errors: frozenset[int] | None = None
 
 
 def learner(module: fx.GraphModule, root: nn.Module, learning: Learning) -> fx.GraphModule:
@@ -67,7 +69,7 @@ def learner(module: fx.GraphModule, root: nn.Module, learning: Learning) -> fx.G
     emitter = Emitter()
     wanted = bu.below(node for node in [*bu.inputs, *bu.parameters] if _learns(key_of(node), learning))
     values, saved = _emit_bottom_up(bu, emitter, wanted, learning.fused)
-    leaves = bu.output_leaves()
+    leaves = [leaf for i, leaf in enumerate(bu.output_leaves()) if learning.errors is None or i in learning.errors]
     names = ["error"] if len(leaves) == 1 else [f"error_{i}" for i in range(len(leaves))]
     seeds = {leaf: emitter.placeholder(name, leaf.meta["spec"]) for leaf, name in zip(leaves, names, strict=True)}
     for seed in seeds.values():

@@ -5,12 +5,8 @@ outputs = session(images, steering={"source": "classifier.6", "activation": prot
 logits = session(images, task=[0, 1, 1])
 """
 
-import contextlib
-import ctypes
-import io
 import json
 import os
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +14,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from fxfeedback.errors import CheckpointError, InputError, NodeNameError, OptionError
+from fxfeedback.errors import CheckpointError, InputError, NodeNameError
+from fxfeedback.providers import open_session
 
 DTYPES = {
     "tensor(float)": np.float32,
@@ -29,7 +26,6 @@ DTYPES = {
     "tensor(uint8)": np.uint8,
     "tensor(bool)": np.bool_,
 }
-CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 
 class Session:
@@ -59,7 +55,7 @@ class Session:
             CheckpointError: there is no such file; it is damaged, or fxfeedback.export did not write it.
             OptionError: a provider that is not there or cannot be loaded; the message says which library is missing.
         """
-        self._session, self.note = _open(Path(path), providers, options)
+        self._session, self.note = open_session(Path(path), providers, options)
         self.providers: list[str] = self._session.get_providers()
         custom = self._session.get_modelmeta().custom_metadata_map
         if "fxfeedback" not in custom:
@@ -197,89 +193,3 @@ def _decoded(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text
-
-
-# -- providers --------------------------------------------------------------------------------------------------------
-
-
-def _open(path: Path, providers: Any, options: Any) -> tuple[Any, str]:
-    """An ONNX Runtime session, and why it does not run on CUDA where that was tried."""
-    if not path.is_file():
-        raise CheckpointError(f"there is no file {str(path)!r}: give the file that fxfeedback.export wrote")
-    if options is None:
-        options = ort.SessionOptions()
-        options.log_severity_level = 3  # errors: that an optional input is no constant is meant so
-    if providers is not None:
-        wanted = [_full(provider) for provider in ([providers] if isinstance(providers, str) else providers)]
-        for name in map(_name, wanted):
-            reason = _not_there(name) or (_missing_libraries() if name == CUDA else "")
-            if reason:
-                raise OptionError(f"the provider {name} cannot be used: {reason}")
-        session = _load(path, wanted, options)
-        for name in map(_name, wanted):
-            if name not in session.get_providers():
-                raise OptionError(f"the provider {name} cannot be used: {_broken(name)}")
-        return session, ""
-    note = _not_there(CUDA) or _missing_libraries()
-    if not note:
-        try:
-            session = _load(path, [CUDA, CPU], options)
-            if CUDA in session.get_providers():
-                return session, ""
-            note = _broken(CUDA)
-        except OptionError as error:
-            note = str(error)
-    return _load(path, [CPU], options), note
-
-
-def _load(path: Path, providers: list[Any], options: Any) -> Any:
-    try:
-        return ort.InferenceSession(path, options, providers=providers, enable_fallback=0)
-    except Exception as error:  # of a dozen classes, some of them no subclasses of anything useful
-        message = str(error).strip().split("\n")[0]
-        if len(providers) > 1 or _name(providers[0]) != CPU:
-            _load(path, [CPU], options)  # the file is at fault if the CPU cannot take it, either
-            raise OptionError(f"the provider {_name(providers[0])} cannot run {str(path)!r}: {message}") from error
-        raise CheckpointError(f"{str(path)!r} cannot be loaded: it is damaged, or no ONNX file: {message}") from error
-
-
-def _full(provider: Any) -> Any:
-    return {"cpu": CPU, "cuda": CUDA}.get(provider, provider) if isinstance(provider, str) else provider
-
-
-def _name(provider: Any) -> str:
-    return provider if isinstance(provider, str) else provider[0]
-
-
-def _not_there(name: str) -> str:
-    """Why this onnxruntime does not have the provider, or nothing."""
-    there = ort.get_available_providers()
-    if name in there:
-        return ""
-    hint = " (pip install onnxruntime-gpu)" if name == CUDA else ""
-    return f"this onnxruntime has {', '.join(there)}{hint}"
-
-
-def _missing_libraries() -> str:
-    """Load CUDA's and cuDNN's libraries from where pip or the system put them; those that are missing, or nothing."""
-    if not hasattr(ort, "preload_dlls"):
-        return ""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
-        ort.preload_dlls()
-    failed = [line.removeprefix("Failed to load ") for line in said.getvalue().split("\n") if "Failed to load" in line]
-    return "; ".join(failed)
-
-
-def _broken(name: str) -> str:
-    """Why a provider that was asked for is not in the session: the library that its own library misses."""
-    kind = name.removesuffix("ExecutionProvider").lower()
-    pattern = {"win32": "onnxruntime_providers_{}.dll", "darwin": "libonnxruntime_providers_{}.dylib"}
-    file = pattern.get(sys.platform, "libonnxruntime_providers_{}.so").format(kind)
-    library = Path(ort.__file__).parent / "capi" / file
-    if library.is_file():
-        try:
-            ctypes.CDLL(str(library))
-        except OSError as error:
-            return str(error)
-    return "ONNX Runtime could not start it: is there a device and a driver for it?"

@@ -1,7 +1,6 @@
 """Exported files compute what torch computes, hold every weight once, and say what they are."""
 
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +9,15 @@ import torch
 from torch import nn
 
 import fxfeedback
-from fxfeedback.errors import Error, OptionError
-from fxfeedback.export import ExportError, checksum, export
+from fxfeedback import onnx_file
+from fxfeedback.errors import Error, ExportError, OptionError
+from fxfeedback.export import checksum, export
 from networks import TRANSFORMERS, build, convnet
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 from fxfeedback.runtime import Session  # noqa: E402
 
-exporting = sys.modules[export.__module__]
 # Float32 keeps 7 digits; kernels that sum in another order lose one or two, a deep network one more.
 TOLERANCE = 1e-4
 
@@ -248,7 +247,7 @@ def test_every_weight_is_stored_once_under_torchs_name(convnet_lrm, steerable, c
     for model, path in ((convnet_lrm, steerable), convnet_butd):
         stored = {i.name: onnx.numpy_helper.to_array(i) for i in onnx.load(path).graph.initializer}
         for name, parameter in model.named_parameters():
-            if parameter.numel() > exporting.FOLDED:
+            if parameter.numel() > onnx_file.FOLDED:
                 assert np.array_equal(stored[name], parameter.detach().numpy())
         large = [np.sort(array, axis=None).tobytes() for array in stored.values() if array.size > 40]
         assert len(set(large)) == len(large)  # nor is there a transpose of one
@@ -294,7 +293,7 @@ def test_a_float64_model_is_exported_as_it_is(tmp_path):
 
 def test_large_weights_lie_beside_the_file(tmp_path, monkeypatch):
     model, path, x = tiny(), tmp_path / "model.onnx", torch.randn(2, 8)
-    monkeypatch.setattr(exporting, "LARGEST", 1000)
+    monkeypatch.setattr(onnx_file, "LARGEST", 1000)
     for _ in range(2):  # the second replaces the first, and its weights
         export(model, path)
         assert_close(Session(path, "cpu")(x), model(x))
@@ -313,8 +312,8 @@ def test_a_failed_export_leaves_the_old_file(tmp_path, monkeypatch, largest):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(exporting, "LARGEST", largest)
-    monkeypatch.setattr(exporting, "_sync", full)
+    monkeypatch.setattr(onnx_file, "LARGEST", largest)
+    monkeypatch.setattr(onnx_file, "_sync", full)
     with pytest.raises(OSError, match="No space"):
         export(tiny(), path)
     assert path.read_bytes() == b"old" and [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
