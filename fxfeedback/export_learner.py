@@ -99,7 +99,8 @@ def export_learner(
     with torch.no_grad():
         program = _Step(butd, loss, rule, kept, instructed).program()
         program.metadata |= {"loss": loss, "optimizer": optimizer, "weight_decay": weight_decay, **settings}
-        write(program, path, dynamic_batch)
+        with eval_mode(butd):  # torch's exporter wants it, and puts the modules into it
+            write(program, path, dynamic_batch)
 
 
 class _Step:

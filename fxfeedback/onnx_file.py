@@ -22,6 +22,7 @@ import torch
 from torch import fx, nn
 
 from fxfeedback.errors import ExportError, OptionError
+from fxfeedback.files import sync
 from fxfeedback.version import __version__
 
 LARGEST = 2**31 - 2**24
@@ -371,14 +372,14 @@ def _write(model: Any, path: Path) -> None:
             data = f"{path.name}.{model.metadata_props['weights_sha256'][:8]}-{secrets.token_hex(4)}.data"
             ir.save(model, new, external_data=data)
             onnx.checker.check_model(str(new))
-            _sync(Path(beside, data)).replace(path.parent / data)
+            sync(Path(beside, data)).replace(path.parent / data)
         else:
             data = ""
             proto = ir.to_proto(model)
             onnx.checker.check_model(proto, full_check=True)
             new.write_bytes(proto.SerializeToString())
         try:
-            _sync(new).replace(path)
+            sync(new).replace(path)
         except BaseException:
             if data:
                 (path.parent / data).unlink()
@@ -386,9 +387,3 @@ def _write(model: Any, path: Path) -> None:
     for old in path.parent.glob(f"{glob.escape(path.name)}.*.data"):
         if old.name != data and re.fullmatch(r"[0-9a-f]{8}-[0-9a-f]{8}", old.name[len(path.name) + 1 : -len(".data")]):
             old.unlink()
-
-
-def _sync(path: Path) -> Path:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return path

@@ -14,10 +14,19 @@ from fxfeedback.errors import CheckpointError, OptionError
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 
-def open_session(path: Path, providers: Any, options: Any) -> tuple[Any, str]:
-    """An ONNX Runtime session, and why it does not run on CUDA where that was tried."""
-    if not path.is_file():
-        raise CheckpointError(f"there is no file {str(path)!r}: give the file that fxfeedback.export wrote")
+def open_session(source: Path | bytes, providers: Any, options: Any, file: str) -> tuple[Any, str]:
+    """An ONNX Runtime session, and why it does not run on CUDA where that was tried.
+
+    Args:
+        source: the file or what is in it; `file` is what errors call it.
+        providers: as the user gave them; None: CUDA where it works, else the CPU.
+        options: ONNX Runtime's SessionOptions, or None.
+        file: its path.
+
+    Raises:
+        CheckpointError: the CPU cannot load it.
+        OptionError: a provider that was asked for cannot be used.
+    """
     if options is None:
         options = ort.SessionOptions()
         options.log_severity_level = 3  # errors: that an optional input is no constant is meant so
@@ -27,7 +36,7 @@ def open_session(path: Path, providers: Any, options: Any) -> tuple[Any, str]:
             reason = _not_there(name) or (_missing_libraries() if name == CUDA else "")
             if reason:
                 raise OptionError(f"the provider {name} cannot be used: {reason}")
-        session = _load(path, wanted, options)
+        session = _load(source, wanted, options, file)
         for name in map(_name, wanted):
             if name not in session.get_providers():
                 raise OptionError(f"the provider {name} cannot be used: {_broken(name)}")
@@ -35,24 +44,24 @@ def open_session(path: Path, providers: Any, options: Any) -> tuple[Any, str]:
     note = _not_there(CUDA) or _missing_libraries()
     if not note:
         try:
-            session = _load(path, [CUDA, CPU], options)
+            session = _load(source, [CUDA, CPU], options, file)
             if CUDA in session.get_providers():
                 return session, ""
             note = _broken(CUDA)
         except OptionError as error:
             note = str(error)
-    return _load(path, [CPU], options), note
+    return _load(source, [CPU], options, file), note
 
 
-def _load(path: Path, providers: list[Any], options: Any) -> Any:
+def _load(source: Path | bytes, providers: list[Any], options: Any, file: str) -> Any:
     try:
-        return ort.InferenceSession(path, options, providers=providers, enable_fallback=0)
+        return ort.InferenceSession(source, options, providers=providers, enable_fallback=0)
     except Exception as error:  # of a dozen classes, some of them no subclasses of anything useful
         message = str(error).strip().split("\n")[0]
         if len(providers) > 1 or _name(providers[0]) != CPU:
-            _load(path, [CPU], options)  # the file is at fault if the CPU cannot take it, either
-            raise OptionError(f"the provider {_name(providers[0])} cannot run {str(path)!r}: {message}") from error
-        raise CheckpointError(f"{str(path)!r} cannot be loaded: it is damaged, or no ONNX file: {message}") from error
+            _load(source, [CPU], options, file)  # the file is at fault if the CPU cannot take it, either
+            raise OptionError(f"the provider {_name(providers[0])} cannot run {file!r}: {message}") from error
+        raise CheckpointError(f"{file!r} cannot be loaded: it is damaged, or no ONNX file: {message}") from error
 
 
 def _full(provider: Any) -> Any:

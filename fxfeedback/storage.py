@@ -7,9 +7,8 @@ is run. The file is replaced as a whole: a crash leaves the old one or the new o
 
 import json
 import os
-import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from fxfeedback.architecture import NotDescribed, build, decode, describe, encod
 from fxfeedback.butd import BUTD
 from fxfeedback.errors import CheckpointError, OptionError
 from fxfeedback.feedback import Connection, FeedbackModel
+from fxfeedback.files import replace_whole
 from fxfeedback.options import Options
 from fxfeedback.trace import put, share
 from fxfeedback.version import __version__
@@ -65,7 +65,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         "training": [name for name, module in model.named_modules() if module.training],
     }
     Path(directory).mkdir(parents=True, exist_ok=True)
-    _replace(Path(directory, FILE), lambda path: save_file(tensors, path, {"fxfeedback": json.dumps(about)}))
+    replace_whole(Path(directory, FILE), lambda path: save_file(tensors, path, {"fxfeedback": json.dumps(about)}))
 
 
 def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> Any:
@@ -177,13 +177,3 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 def _shape(tensors: Mapping[str, torch.Tensor], name: str) -> tuple[int, ...] | None:
     return tuple(tensors[name].shape) if name in tensors else None
-
-
-def _replace(path: Path, write: Callable[[str], None]) -> None:
-    """Let `write` make a file beside `path`, then put it in its place in one step."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as beside:
-        new = Path(beside, path.name)
-        write(str(new))
-        with new.open("rb") as file:
-            os.fsync(file.fileno())
-        new.replace(path)

@@ -313,7 +313,7 @@ def test_a_failed_export_leaves_the_old_file(tmp_path, monkeypatch, largest):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(onnx_file, "LARGEST", largest)
-    monkeypatch.setattr(onnx_file, "_sync", full)
+    monkeypatch.setattr(onnx_file, "sync", full)
     with pytest.raises(OSError, match="No space"):
         export(tiny(), path)
     assert path.read_bytes() == b"old" and [file.name for file in tmp_path.iterdir()] == ["model.onnx"]

@@ -1,0 +1,21 @@
+"""Files that are replaced whole: a crash leaves the old one or the new one."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+
+def replace_whole(path: Path, write: Callable[[str], None]) -> None:
+    """Let `write` make a file beside `path`, then put it in its place in one step."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as beside:
+        new = Path(beside, path.name)
+        write(str(new))
+        sync(new).replace(path)
+
+
+def sync(path: Path) -> Path:
+    """Wait until the file is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return path

@@ -1,0 +1,120 @@
+"""What a file takes: its inputs' names, shapes and dtypes, and the checks of what a call brings."""
+
+import json
+from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fxfeedback.errors import CheckpointError, InputError
+
+DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(double)": np.float64,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(uint8)": np.uint8,
+    "tensor(bool)": np.bool_,
+}
+
+
+class Signature:
+    """The inputs of a file that fxfeedback wrote, and what it says of itself.
+
+    inputs, optional, outputs: name -> shape; a batch dimension is a name. Optional inputs have defaults.
+    metadata: product, connections, passes, tasks, checksum of the weights.
+    """
+
+    NOT_OWN: Container[str] = ("instruction",)
+    """The inputs that are not the model's own."""
+
+    def __init__(self, session: Any, custom: Mapping[str, str], path: Any) -> None:
+        if "fxfeedback" not in custom:
+            raise CheckpointError(f"{path} was not written by fxfeedback; open it with onnxruntime itself")
+        self.metadata = {key: _decoded(value) for key, value in custom.items()}
+        given, optional = session.get_inputs(), session.get_overridable_initializers()
+        self.dtypes = {x.name: DTYPES.get(x.type) for x in (*given, *optional)}
+        self.inputs: dict[str, list[int | str]] = {x.name: x.shape for x in given}
+        self.optional: dict[str, list[int | str]] = {x.name: x.shape for x in optional}
+        self.outputs: dict[str, list[int | str]] = {x.name: x.shape for x in session.get_outputs()}
+
+    def feeds(self, inputs: Sequence[Any], task: Any, sizes: dict[str, int]) -> tuple[dict[str, np.ndarray], int]:
+        """What is fed for the model's own inputs and the instruction, checked; and the batch size.
+
+        Args:
+            inputs: the model's own, in order.
+            task: ids, vectors or None.
+            sizes: of the named dimensions; it grows.
+
+        Raises:
+            InputError: an input or instruction of the wrong number, shape, dtype or range.
+        """
+        own = [name for name in self.inputs if name not in self.NOT_OWN]
+        if len(inputs) != len(own):
+            raise InputError(f"the network takes {len(own)} inputs ({', '.join(own)}), not {len(inputs)}")
+        feeds = {name: self.checked(name, array(value), sizes) for name, value in zip(own, inputs, strict=True)}
+        batch = len(feeds[own[0]])
+        if "instruction" in self.inputs:
+            feeds["instruction"] = self.instruction(task, batch)
+        elif task is not None:
+            raise InputError("this network takes no instruction: it was exported without tasks, or for one task")
+        return feeds, batch
+
+    def checked(self, name: str, value: np.ndarray, sizes: dict[str, int]) -> np.ndarray:
+        """The value, if it has the dtype and the shape of the input `name`; `sizes` grows by its named dimensions."""
+        shape, dtype = {**self.inputs, **self.optional}[name], self.dtypes[name]
+        if dtype is None:
+            raise InputError(f"{name!r} has a dtype that numpy does not know")
+        if value.dtype != dtype:
+            raise InputError(f"{name!r} takes {np.dtype(dtype)}, not {value.dtype}")
+        fits = value.ndim == len(shape) and all(
+            size == wanted if isinstance(wanted, int) else size == sizes.setdefault(wanted, size)
+            for size, wanted in zip(value.shape, shape, strict=True)
+        )
+        if not fits or 0 in value.shape:
+            raise InputError(f"{name!r} takes a shape of ({_shown(shape, sizes)}), not {value.shape}")
+        return value
+
+    def instruction(self, task: Any, batch: int) -> np.ndarray:
+        """The instruction vectors (B or 1, size) of ids or vectors."""
+        dtype, size = self.dtypes["instruction"], int(self.inputs["instruction"][1])
+        if task is None:
+            raise InputError(f"the network takes an instruction: task=ids or task=vectors (batch, {size})")
+        task = array(task)
+        rows = (1,) if isinstance(self.inputs["instruction"][0], int) else (1, batch)
+        if np.issubdtype(task.dtype, np.floating):
+            if task.ndim != 2 or task.shape[1] != size or len(task) not in rows:
+                raise InputError(f"an instruction vector has shape ({batch}, {size}), not {task.shape}")
+            return task.astype(dtype)
+        if not self.metadata["takes_ids"]:
+            raise InputError(f"an instruction is a float vector ({batch}, {size}) here, not ids")
+        if not np.issubdtype(task.dtype, np.integer) or task.ndim > 1 or (task.ndim == 1 and len(task) != batch):
+            raise InputError(
+                f"instructions are ({batch},) integer ids or ({batch}, {size}) floats, "
+                f"not {task.dtype} of shape {task.shape}"
+            )
+        if task.size and not 0 <= task.min() <= task.max() < size:
+            raise InputError(f"instruction ids lie between 0 and {size - 1}; got {task.min()} to {task.max()}")
+        return np.eye(size, dtype=dtype)[task.reshape(-1)]
+
+
+def array(value: Any) -> np.ndarray:
+    """A numpy array of an array, a number, a list, or a tensor on any device."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu().numpy()
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise InputError(f"this is no array: {error}") from None
+
+
+def _shown(shape: Iterable[int | str], sizes: Mapping[str, int]) -> str:
+    return ", ".join(str(sizes.get(size, size)) if isinstance(size, str) else str(size) for size in shape)
+
+
+def _decoded(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
