@@ -13,9 +13,10 @@ from fxfeedback.butd_graphs import Graphs
 from fxfeedback.errors import InputError
 from fxfeedback.instruction import read_instruction
 from fxfeedback.options import Lateral, Options
+from fxfeedback.select_task import select_task
 from fxfeedback.task_heads import TaskHeads
 from fxfeedback.trace import building, example_for
-from fxfeedback.wrapper import Wrapper, stand_ins
+from fxfeedback.wrapper import Wrapper, eval_mode, stand_ins
 
 
 def to_butd(
@@ -153,6 +154,32 @@ class BUTD(Wrapper):
         graphs = self._graphs(self._stand_ins())
         with torch.no_grad():
             return graphs.instruct(self._instruction(task, graphs, None)[0])
+
+    def select(self, task: Any, input_size: Sequence[int] | None = None) -> fx.GraphModule:
+        """One task's network: the model's inputs in, what `self(*inputs, task)` returns in evaluation mode out.
+
+        The instruction pass is done now, so that the gates are constants; channels that are off, and those that nobody
+        reads, are removed from the weights. Above all with gating="channel" the network is smaller.
+
+        Args:
+            task: an id, or an instruction vector (1, instruction size).
+            input_size: size of one input without its batch, for which the gates are made; default as the network was.
+
+        Returns:
+            A module with tensors of its own, under the model's names. Later changes of this network do not reach it.
+
+        Raises:
+            InputError: an id out of range, a vector of the wrong shape, or several inputs and an input_size.
+            NodeNameError, OptionError: the network takes no instruction.
+        """
+        with eval_mode(self), building(self._net), torch.no_grad():
+            examples = self._stand_ins()
+            if input_size is not None:
+                if len(examples) > 1:
+                    raise InputError("input_size= is for models with one input: call to_butd with other example_inputs")
+                examples = [examples[0].new_empty(1, *input_size)]
+            graphs = self._graphs(examples)
+            return select_task(graphs, self._instruction(task, graphs, 1)[0], examples)
 
     @property
     def bu(self) -> fx.GraphModule:

@@ -4,12 +4,11 @@ The passes lie in the file as one flat graph in the standard ONNX domain, with e
 a `Program` here (a torch.fx graph with labels for its nodes, and what its inputs are); onnx_file.py does the rest.
 """
 
-import contextlib
 import functools
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,12 +20,11 @@ from fxfeedback.butd_graphs import Graphs
 from fxfeedback.errors import InputError, OptionError
 from fxfeedback.feedback import FeedbackModel, _check_passes, _link
 from fxfeedback.gates import channel_mean
-from fxfeedback.instruction import read_instruction
 from fxfeedback.onnx_file import Input, Program, check_target, write
 from fxfeedback.rewrite import Unroller, Unrolling
 from fxfeedback.trace import find_node
 from fxfeedback.version import __version__
-from fxfeedback.wrapper import Wrapper
+from fxfeedback.wrapper import Wrapper, eval_mode
 
 
 def export(
@@ -45,7 +43,7 @@ def export(
       also for each source, named as in the connection, `<source>.activation` (B or 1, ...), `<source>.alpha` () and
       `<source>.strength` (2,), negative and positive: these may be left out, and then do not steer.
     - `to_butd`: the model's own inputs and `instruction` (B or 1, instruction size), floats, in; `output` out.
-    - `to_butd` with task=k: the model's own inputs in, `output` out; the gates are constants.
+    - `to_butd` with task=k: the model's own inputs in, `output` out: the network that `model.select(k)` returns.
 
     An output that is a dict or a tuple becomes several: `output.out`, `output_1`, ... Nodes are named after the pass
     and the model's node: `pass2/features.8`, `bu/layer1.0.relu`, `td/layer1.0.conv1`. `metadata_props` has connections,
@@ -197,26 +195,18 @@ def _instructed(butd: BUTD) -> Program:
 
 
 def _one_task(butd: BUTD, task: Any) -> Program:
-    """The gated BU graph, with one task's gates as constants."""
-    graphs, graph = _graphs(butd), fx.Graph()
-    labels: dict[fx.Node, str] = {}
+    """One task's network, as `butd.select` makes it."""
+    graphs = _graphs(butd)
     try:
-        takes_ids = butd.options.instruction_size is None
-        instruction, _ = read_instruction(task, graphs.instruction_size, 1, butd._like(), takes_ids)
+        selected = butd.select(task)
+        instruction, _ = butd._instruction(task, graphs, 1)
     except InputError as error:
         raise OptionError(f"task={task!r}: {error}") from None
-    predicting = graphs.predicting(True).graph
-    own = {node: graph.node_copy(node) for node in predicting.nodes if is_own_input(node)}
-    constants = {"instruction": instruction}
-    gates = {}
-    for site, gate in zip(graphs.sites, graphs.gates(graphs.instruct(instruction)), strict=True):
-        name = f"gate_{site.name}"
-        constants[name] = gate.bool() if butd.options.exact else gate
-        gates[name] = graph.get_attr(name)
-    _predict(predicting, graph, labels, own, graph.get_attr("instruction"), gates)
-    graph.eliminate_dead_code(is_impure_node=_is_kept)
+    labels = {node: f"bu/{node.meta.get('name', node.name)}" for node in selected.graph.nodes}
+    tensors = dict(selected.named_parameters()) | dict(selected.named_buffers())
     metadata = about_butd(butd, graphs, "task") | {"task": task if isinstance(task, int) else instruction[0].tolist()}
-    return Program(graph, labels, own_inputs(butd, graph), butd._root, butd._fetch, metadata, constants)
+    inputs = own_inputs(butd, selected.graph)
+    return Program(selected.graph, labels, inputs, selected, tensors.__getitem__, metadata)
 
 
 def _graphs(butd: BUTD) -> Graphs:
@@ -294,18 +284,3 @@ def about_butd(butd: BUTD, graphs: Graphs, product: str) -> dict[str, Any]:
         "gating": graphs.options.gating,
         "sites": [site.meta["name"] for site in graphs.sites],
     }
-
-
-@contextlib.contextmanager
-def eval_mode(model: Any, but: tuple[type, ...] = ()) -> Iterator[None]:
-    """All modules in eval mode, but for those of a kind in `but`, and afterwards each in its own mode again."""
-    modules = list(model.modules()) if _is_module(model) else []
-    modules += [module._net for module in modules if isinstance(module, Wrapper)]
-    modes = [module.training for module in modules]
-    try:
-        for module in modules:
-            module.training = module.training and isinstance(module, but)
-        yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode

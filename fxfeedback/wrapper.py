@@ -1,6 +1,7 @@
 """What every module that fxfeedback returns has in common: it holds a model's tensors as its own, and traces it."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
 import torch
@@ -125,6 +126,21 @@ def _refuse_hooks(prefix: str, module: nn.Module) -> None:
                     "values with readout() or counter_neurons(); for weight_norm and spectral_norm use "
                     "torch.nn.utils.parametrizations, for pruning prune.remove()"
                 )
+
+
+@contextlib.contextmanager
+def eval_mode(model: Any, but: tuple[type, ...] = ()) -> Iterator[None]:
+    """All modules in eval mode, but for those of a kind in `but`, and afterwards each in its own mode again."""
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    modules += [module._net for module in modules if isinstance(module, Wrapper)]
+    modes = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.training = module.training and isinstance(module, but)
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
 
 
 def stand_ins(example_inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:

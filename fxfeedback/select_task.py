@@ -1,0 +1,149 @@
+"""One task's network: the instruction pass is done once, its gates are constants, and dead channels are removed."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from fxfeedback.bottom_up import is_floating, operand
+from fxfeedback.dead_channels import remove_dead_channels
+from fxfeedback.errors import InputError
+from fxfeedback.ops import survival, surviving_channels
+from fxfeedback.rules import RULES
+from fxfeedback.rules.gating import gate
+from fxfeedback.trace import annotate_shapes, identifier
+
+if TYPE_CHECKING:
+    from fxfeedback.butd_graphs import Graphs
+
+DRAWN = {
+    *(torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal, torch.bernoulli, torch.multinomial),
+    *(torch.rand_like, torch.randn_like, torch.randint_like, torch.native_dropout, survival, surviving_channels),
+}
+"""Ops that are no constants although nothing in them depends on the input."""
+
+
+@torch.no_grad()
+def select_task(graphs: "Graphs", instruction: torch.Tensor, examples: Sequence[torch.Tensor]) -> fx.GraphModule:
+    """The gated BU graph with the gates of one instruction as constants, on its live channels.
+
+    Args:
+        graphs: in evaluation mode.
+        instruction: (1, instruction size).
+        examples: tensors without data like the inputs.
+    """
+    gates = graphs.gates(graphs.instruct(instruction))
+    constants = {f"gate_{site.name}": value for site, value in zip(graphs.sites, gates, strict=True)}
+    folded = _Folding(graphs, constants | {"instruction": instruction})
+    module = fx.GraphModule(folded.tensors, folded.run(), "Gated")
+    if not graphs.options.exact:
+        annotate_shapes(module, examples)  # the lateral may be any function
+    selected = remove_dead_channels(module.graph, folded.tensors)
+    _check_sizes(selected.graph)
+    selected.recompile()
+    return selected.eval()
+
+
+def sized(input: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """The input, which must have this size without its batch: for another one the gates would be others."""
+    if tuple(input.shape[1:]) != tuple(size):
+        raise InputError(
+            f"this network was selected for inputs of size {tuple(size)}, not {tuple(input.shape[1:])}: "
+            f"butd.select(task, input_size={tuple(input.shape[1:])}) selects one for these"
+        )
+    return input
+
+
+def _check_sizes(graph: fx.Graph) -> None:
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    for node in reversed(inputs):
+        with graph.inserting_after(inputs[-1]):
+            checked = graph.call_function(sized, (node, tuple(node.meta["spec"].shape[1:])))
+        checked.meta["name"] = node.meta["name"]
+        node.replace_all_uses_with(checked, delete_user_cb=lambda user, checked=checked: user is not checked)
+
+
+class _Folding:
+    """Copies the gated BU graph; what does not depend on the input is computed, and becomes a get_attr node."""
+
+    def __init__(self, graphs: "Graphs", given: Mapping[str, torch.Tensor]) -> None:
+        self.graphs, self.given = graphs, given
+        self.graph = fx.Graph()
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.constants: dict[fx.Node, Any] = {}
+        self.copies: dict[fx.Node, fx.Node] = {}
+
+    def run(self) -> fx.Graph:
+        for node in self.graphs.predicting(True).graph.nodes:
+            if node.op == "placeholder" and str(node.target) in self.given:
+                self.constants[node] = self.given[str(node.target)]
+            elif node.op == "get_attr":
+                self.constants[node] = self.graphs.butd._fetch(str(node.target))
+            elif node.op == "output":
+                self.graph.output(fx.map_arg(node.args[0], self.use))
+            elif self.is_constant(node):
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.constants.__getitem__)
+                self.constants[node] = node.target(*args, **kwargs)
+            elif "gates" in node.meta:
+                self.copies[node] = self.gated(node)
+            elif node not in self.copies:
+                self.copies[node] = self.graph.node_copy(node, self.use)
+                if _weight_name(node) == "task_heads.weight":
+                    self.one_head(node)
+        return self.graph
+
+    def is_constant(self, node: fx.Node) -> bool:
+        known = all(source in self.constants for source in node.all_input_nodes)
+        return node.op == "call_function" and known and node.target not in DRAWN
+
+    def use(self, node: fx.Node) -> Any:
+        """What stands for an operand: a node, or a number."""
+        if node in self.copies or not isinstance(self.constants.get(node), torch.Tensor):
+            return self.copies[node] if node in self.copies else self.constants[node]
+        name = str(node.target) if node.op == "get_attr" else identifier(node.name)
+        return self.attribute(node, name, self.constants[node])
+
+    def attribute(self, node: fx.Node, name: str, tensor: torch.Tensor) -> fx.Node:
+        self.tensors[name] = tensor
+        self.copies[node] = made = self.graph.get_attr(name)
+        made.meta["name"] = node.meta.get("name", node.name)
+        return made
+
+    def gated(self, node: fx.Node) -> fx.Node:
+        """What the lateral makes of a site's value and its constant gate."""
+        value, opening = node.args
+        if node.target is gate:
+            made = self.graph.call_function(torch.mul, (self.use(value), self.use(opening)))  # type: ignore[arg-type]
+        else:
+            operands = [fx.Proxy(self.use(source)) for source in node.args]  # type: ignore[arg-type]
+            before = len(self.graph.nodes)
+            try:
+                made = node.target(*operands).node  # type: ignore[operator]
+            except Exception:  # code that does not run on proxies: one op
+                for inner in list(self.graph.nodes)[: before - 1 : -1]:
+                    self.graph.erase_node(inner)
+                made = self.graph.call_function(node.target, tuple(self.use(source) for source in node.args))  # type: ignore[arg-type]
+        made._rename(node.name)
+        made.meta = {**node.meta}
+        return made
+
+    def one_head(self, node: fx.Node) -> None:
+        """Of the stacked heads of all tasks, which are weighted and summed behind this node, only the sum."""
+        heads, (weights,) = self.graphs.butd.task_heads, self.given["instruction"]
+        copy = self.copies[node]
+        for name in ("weight", "bias"):
+            source = operand(copy, name)
+            if source is not None:
+                stacked = getattr(heads, name).unflatten(0, (heads.n_tasks, -1))
+                self.tensors[str(source.target)] = torch.tensordot(weights, stacked, 1)
+        for _ in range(3):  # unflatten, times the instruction, sum
+            node = next(iter(node.users))
+            self.copies[node] = copy
+        copy.meta = {**node.meta}
+
+
+def _weight_name(node: fx.Node) -> str | None:
+    rule = RULES.get(node.target) if node.op == "call_function" else None
+    weight = operand(node, rule.weight) if rule and rule.weight and is_floating(node) else None
+    return str(weight.target) if isinstance(weight, fx.Node) else None
