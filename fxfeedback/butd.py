@@ -233,8 +233,8 @@ class BUTD(Wrapper):
         return self._fetch(str(node.target))
 
     def _graphs(self, inputs: Sequence[torch.Tensor]) -> Graphs:
-        """The graphs for inputs of this size in the present mode of every module; built once."""
-        key = (self._modes(), tuple(x.shape[1:] for x in inputs))
+        """The graphs for inputs of this size and dtype in the present mode of every module; built once."""
+        key = (self._modes(), tuple((x.shape[1:], x.dtype) for x in inputs))
         graphs = self._cache.get(key)
         if graphs is None:
             with building(self._net):

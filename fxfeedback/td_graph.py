@@ -85,7 +85,7 @@ class Walk:
         if rule.weight and "input" in results:
             results["input"] = self.depart(node, results["input"])
         pairs = [pair for name in operands if name in results for pair in _zip(operands[name], results[name])]
-        return [(source, self._cast(c, source)) for source, c in pairs if source in self.wanted and c is not None]
+        return [(source, self._cast(c, node, source)) for source, c in pairs if source in self.wanted and c is not None]
 
     def apply(self, rule: Rule, node: fx.Node, t: Any, wanted: set[str]) -> dict[str, Any]:
         """Operand name -> counter neuron, by the rule or by its fused kernel."""
@@ -99,15 +99,19 @@ class Walk:
         return {name: getattr(table[name], self.role)(t) for name in wanted}
 
     def _see(self, rule: Rule, node: fx.Node, t: Any) -> Callable[[fx.Node], Any]:
-        """What the rule sees of each operand: a twin in the place of a weight; under autocast t's dtype."""
+        """What the rule sees of each operand: a twin in the place of a weight; under autocast t's dtype.
+
+        Only what norms have of their own keeps its dtype there, as their kernels take it.
+        """
         weight = weight_of(node) if rule.weight else None
+        is_norm = rule.channels is not None and rule.weight is None
         like = t[0] if isinstance(t, list) else t
 
         def see(source: fx.Node) -> Any:
             value = self.twin(source) if source is weight else None
             if value is None:
                 value = self.values(source)
-            if self.autocast and is_floating(source) and (rule.weight or source in self.bu.dynamic):
+            if self.autocast and is_floating(source) and not (is_norm and source not in self.bu.dynamic):
                 value = value.to(like.dtype)
             if isinstance(value, Value):
                 value.spec = source.meta.get("spec")
@@ -115,9 +119,12 @@ class Walk:
 
         return see
 
-    def _cast(self, counter: Any, source: fx.Node) -> Any:
-        """Under autocast, the counter neuron in the dtype of its BU value."""
-        return counter.to(self.values(source).dtype) if self.autocast and not isinstance(counter, dict) else counter
+    def _cast(self, counter: Any, node: fx.Node, source: fx.Node) -> Any:
+        """The counter neuron in the dtype of its BU value, where `node` has another one or, under autocast, may."""
+        dtype = dtype_of(source)
+        if isinstance(counter, dict) or (not self.autocast and dtype in (None, dtype_of(node))):
+            return counter
+        return counter.to(self.values(source).dtype if self.autocast else dtype)
 
     def _wants(self, operand: Any) -> bool:
         return any(
@@ -138,6 +145,13 @@ def _is_element(node: fx.Node) -> bool:
     return (
         node.target is operator.getitem and isinstance(source, fx.Node) and isinstance(source.meta.get("spec"), tuple)
     )
+
+
+def dtype_of(node: fx.Node) -> Any:
+    """The dtype of a node's value, as far as it is one."""
+    spec = node.meta["spec"]
+    dtypes = {part.dtype for part in (spec if isinstance(spec, tuple) else [spec]) if part.dtype.is_floating_point}
+    return dtypes.pop() if len(dtypes) == 1 else None
 
 
 def _add(counters: dict[fx.Node, Any], node: fx.Node, t: Any) -> None:
@@ -236,6 +250,8 @@ def instruct(module: fx.GraphModule, root: nn.Module, how: Instructing) -> fx.Gr
         t = emitter.create_proxy("call_module", "instruction_head", (t,), {})
         top = operand(how.head, "input")
     spec = top.meta["spec"]
+    if len({dtype_of(node) for node in bu.parameters if is_floating(node)}) > 1:
+        t = t.to(spec.dtype)  # the instruction has the first parameter's
     t = t.reshape((-1, *along_channels(channels_of(how.head), spec)[1:])).expand(emitter.sizes(spec))
 
     wanted = bu.below(how.sites)

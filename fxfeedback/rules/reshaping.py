@@ -5,7 +5,7 @@ import operator
 import torch
 import torch.nn.functional as F
 
-from fxfeedback.rules.core import as_is, known, listed, roles, rule, transpose
+from fxfeedback.rules.core import as_is, known, listed, rule, transpose
 from fxfeedback.rules.examples import T, call
 
 Tensor = torch.Tensor
@@ -31,7 +31,7 @@ def reshape(y, input, *shape, **options):
 def cast(y, input, *dtype, **options):
     """The same values in another dtype"""
     return {
-        "input": roles(instruct=as_is, error=lambda e: e.to(input.dtype)),
+        "input": transpose(as_is),
         "dtype": transpose(lambda t: [None] * len(dtype)),
     }
 

@@ -1,0 +1,164 @@
+"""Low and mixed precision, and how tensors lie in memory: as autograd takes them, on CPU."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxfeedback
+from networks import SMALL, build
+
+NETWORKS = ["convnet", "residual", "attention", "vit", "swin_v2", "maxvit", "mvit", "mixed"]
+
+
+class Mixed(nn.Module):
+    """What is written for low precision: softmax and a norm in float32; products with bare parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.qkv = nn.Linear(2, 8), nn.Linear(8, 24)
+        self.table, self.scale = nn.Parameter(torch.randn(36, 36)), nn.Parameter(torch.randn(8))
+        self.mix, self.norm, self.head = nn.Parameter(torch.randn(8, 8)), nn.BatchNorm1d(8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.up(x.flatten(2).mT)
+        q, k, v = self.qkv(x).chunk(3, -1)
+        weights = (0.3 * q @ k.mT + torch.tanh(self.table)).softmax(-1, dtype=torch.float32)
+        x = self.norm((x + weights.to(v.dtype) @ v @ self.mix).mT).mT
+        x = (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)).type_as(x) * self.scale
+        x = torch.einsum("bnc,cd->bnd", F.silu(x), torch.tanh(self.mix))
+        return F.log_softmax(self.head(x.mean(1)), -1, dtype=torch.float32)
+
+
+SMALL["mixed"] = Mixed
+norm = torch.nn.utils.get_total_norm
+
+
+def named_gradients(network, x, *task, autocast=None):
+    """The output and the gradients of its mean square, from the same random masks."""
+    torch.manual_seed(0)
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        y = network(x, *task)
+    named = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    values = torch.autograd.grad(y.double().square().mean(), list(named.values()), allow_unused=True)
+    return y, {name: g for name, g in zip(named, values, strict=True) if g is not None}
+
+
+def error(gradients, exact):
+    """Of all gradients together, relative."""
+    assert gradients.keys() == exact.keys()
+    return norm([gradients[name].double() - exact[name] for name in exact]) / norm(list(exact.values()))
+
+
+def compare(model, ours, theirs, exact):
+    """Outputs differ by rounding; updates have their parameters' dtypes, and are as exact as autograd's gradients."""
+    (y, updates), (expected, gradients) = ours, theirs
+    assert y.dtype == expected.dtype
+    assert (y - expected).double().norm() <= 2 * torch.finfo(y.dtype).eps * expected.double().norm()
+    assert all(updates[name].dtype == p.dtype for name, p in model.named_parameters() if name in updates)
+    assert error(updates, exact) < 1.2 * error(gradients, exact) + 1e-3
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize(
+    "name, dtype", [*((name, torch.bfloat16) for name in NETWORKS), ("residual", torch.float16), ("vit", torch.float16)]
+)
+@pytest.mark.parametrize("how", ["autocast", "cast"])
+def test_low_precision(how, name, dtype, train):
+    """Under autocast, and in a model that was cast as a whole."""
+    model, x = build(name, train)
+    exact = named_gradients(copy.deepcopy(model), x)[1]
+    model, x = model.float(), x.float()
+    autocast = dtype if how == "autocast" else None
+    if how == "cast":
+        model, x = model.to(dtype), x.to(dtype)
+    start = copy.deepcopy(model.state_dict())
+    theirs = named_gradients(model, x, autocast=autocast)
+    model.load_state_dict(start)
+    ours = named_gradients(fxfeedback.to_butd(model, input_size=x.shape[1:]), x, autocast=autocast)
+    compare(model, ours, theirs, exact)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("how", ["autocast", "cast"])
+def test_an_instruction_in_bfloat16(how, name):
+    model, x = build(name, train=False)
+    model, x, task = model.float(), x.float(), torch.tensor([0, 1, 2, 1])
+    autocast = torch.bfloat16 if how == "autocast" else None
+    if how == "cast":
+        model, x = model.bfloat16(), x.bfloat16()
+    both = [fxfeedback.to_butd(model, input_size=x.shape[1:], learning=how) for how in ("counter_hebb", "backprop")]
+    ours, theirs = (named_gradients(butd, x, task, autocast=autocast) for butd in both)
+    assert error(ours[1], theirs[1]) < 0.01
+
+
+class Norm(nn.LayerNorm):
+    """In float32, whatever the model is in."""
+
+    def forward(self, x):
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight, self.bias, self.eps).type_as(x)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_norms_in_float32_in_a_model_in_bfloat16(first):
+    torch.manual_seed(0)
+    layers = [nn.Linear(2, 8), Norm(8), nn.ReLU(), nn.Linear(8, 8), Norm(8), nn.GELU(), nn.Linear(8, 3)]
+    model = nn.Sequential(*([Norm(2)] if first else []), *layers).bfloat16()
+    for module in model:
+        module.float() if isinstance(module, Norm) else None
+    x, task = torch.randn(4, 6, 2, dtype=torch.bfloat16), torch.tensor([0, 1, 1, 0])
+    both = [
+        fxfeedback.to_butd(model, input_size=x.shape[1:], learning=learning)
+        for learning in ("counter_hebb", "backprop")
+    ]
+    for given in ((x,), (x, task)):
+        (y, updates), (expected, gradients) = (named_gradients(butd, *given) for butd in both)
+        assert torch.equal(y, expected) and error(updates, gradients) < 0.01
+        assert all(updates[name].dtype == p.dtype for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["residual", "vit"])
+@pytest.mark.parametrize("instructed", [False, True])
+def test_channels_last(name, instructed):
+    model, x = build(name, train=True)
+    task = (torch.tensor([0, 1, 2, 1]),) if instructed else ()
+    x = x.contiguous(memory_format=torch.channels_last)
+    results = []
+    for learning in ("counter_hebb", "backprop"):
+        butd = fxfeedback.to_butd(copy.deepcopy(model), input_size=x.shape[1:], learning=learning)
+        results.append(named_gradients(butd.to(memory_format=torch.channels_last), x, *task))
+    (y, updates), (expected, gradients) = results
+    assert torch.allclose(y, expected, rtol=1e-9) and error(updates, gradients) < 1e-9
+
+
+@pytest.mark.parametrize("instructed", [False, True])
+def test_channels_last_stays(instructed):
+    """What a convolution makes of such a map is one, gated or not, and so is its error."""
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 1)).double()
+    butd = fxfeedback.to_butd(model, n_tasks=2, input_size=(2, 6, 6)).to(memory_format=torch.channels_last)
+    x = torch.randn(3, 2, 6, 6, dtype=torch.double).contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = butd(x, 1) if instructed else butd(x)
+    y.square().sum().backward()
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (y, x.grad, model[0].weight.grad))
+
+
+def test_a_grad_scaler_leaves_an_overflowing_step_out():
+    model, x = build("vit", train=True)
+    butd, x = fxfeedback.to_butd(model.float(), n_tasks=2, input_size=x.shape[1:]), x.float()
+    optimizer = torch.optim.Adam([p for p in butd.parameters() if p.requires_grad], 0.01)
+    scaler, skipped = torch.amp.GradScaler("cpu", init_scale=2.0**30, growth_interval=1000), 0
+    for _ in range(30):
+        before = copy.deepcopy(butd.state_dict())
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            loss = F.cross_entropy(butd(x, torch.tensor([0, 1, 1, 0])).float(), torch.tensor([0, 1, 2, 3]))
+        scale = scaler.get_scale()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if scaler.get_scale() < scale:
+            skipped += 1
+            assert all(torch.equal(before[name], value) for name, value in butd.state_dict().items())
+    assert 0 < skipped < 30
