@@ -1,5 +1,7 @@
 """Convolutions in 1, 2 and 3 dimensions, and transposed ones."""
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 
@@ -50,10 +52,30 @@ def transposed_convolution(y, input, weight, bias=None, stride=1, padding=0, out
 
 
 def correlate(x, e, kernel, stride, padding, dilation, groups):
-    """Σ e xᵀ for every weight of a convolution from x to e: a convolution in which batch and channels trade places.
+    """W[k] = Σ e[p] x[stride p + dilation k - padding]ᵀ: the update of a convolution from x to e.
 
-    x (B, groups * I, ...) and e (B, O, ...) give (O, I, *kernel).
+    x (B, groups * I, ...) and e (B, groups * O, ...) give (groups * O, I, *kernel).
     """
+    if x.shape[1] // groups < THIN:
+        return correlate_thin(x, e, kernel, stride, padding, dilation, groups)
+    sizes, e = e.shape[2:], e.transpose(0, 1).flatten(1).unflatten(0, (groups, -1))  # (groups, O, B * positions)
+    x = F.pad(x, [p for p in reversed(padding) for _ in range(2)]).transpose(0, 1)
+
+    def at(*k):
+        starts = [d * i for d, i in zip(dilation, k, strict=True)]
+        met = [slice(a, a + s * (m - 1) + 1, s) for a, s, m in zip(starts, stride, sizes, strict=True)]
+        return e @ x[(slice(None), slice(None), *met)].flatten(1).unflatten(0, (groups, -1)).transpose(1, 2)
+
+    products = [at(*k) for k in itertools.product(*map(range, kernel))]
+    return torch.stack(products, -1).flatten(0, 1).unflatten(-1, tuple(kernel))
+
+
+THIN = 8
+"""Input channels per group below which products of matrices are too thin to be fast."""
+
+
+def correlate_thin(x, e, kernel, stride, padding, dilation, groups):
+    """The same as one convolution in which batch and channels trade places."""
     x_by_channel = x.unflatten(1, (groups, -1)).transpose(0, 2).flatten(1, 2)  # (I, groups * B, ...)
     w = CONV[len(kernel) + 2](x_by_channel, e.transpose(0, 1), None, dilation, padding, stride, groups)
     return or_zeros(crop(w, kernel).transpose(0, 1), e.shape[1])
@@ -98,11 +120,14 @@ convolution.examples = [
     call(torch.conv2d, T(2, 3, 7, 6), T(5, 3, 4, 3), T(5), padding="same"),
     call(torch.conv2d, T(2, 3, 7, 6), T(5, 3, 3, 2), padding="valid"),
     call(lambda x: x + torch.conv2d(x, x[:1, :, :3], padding=1), T(4, 3, 5, 3)),
+    call(torch.conv2d, T(2, 16, 9, 8), T(6, 8, 3, 2), None, (2, 3), (1, 2), (2, 1), 2),
+    call(torch.conv3d, T(2, 8, 5, 6, 4), T(3, 8, 2, 3, 3), T(3), stride=(1, 2, 2), padding=1),
     call(torch.conv3d, T(2, 2, 5, 6, 4), T(3, 2, 2, 3, 3), T(3), stride=(1, 2, 2), padding=1),
 ]
 transposed_convolution.examples = [
     call(F.conv_transpose1d, T(3, 4, 5), T(4, 3, 3), T(6), stride=2, padding=1, output_padding=1, groups=2),
     call(F.conv_transpose2d, T(2, 4, 5, 4), T(4, 3, 3, 2), T(3)),
     call(F.conv_transpose2d, T(2, 4, 5, 4), T(4, 3, 3, 3), None, (2, 1), 1, (1, 2), 1, (2, 3)),
+    call(F.conv_transpose2d, T(2, 4, 5, 4), T(4, 8, 3, 3), None, (2, 1), 1, (1, 2), 1, (2, 3)),
     call(F.conv_transpose3d, T(2, 2, 3, 3, 2), T(2, 3, 2, 2, 3), T(3), stride=2),
 ]
