@@ -1,7 +1,7 @@
 """What every module that fxfeedback returns has in common: it holds a model's tensors as its own, and traces it."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -94,6 +94,12 @@ class Wrapper(nn.Module):
         """As nn.Module.train."""
         self._net.training = mode
         return super().train(mode)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As nn.Module.load_state_dict; takes arrays as well, as `fxfeedback.runtime.Learner.state_dict` returns."""
+        if any(hasattr(value, "__array_interface__") for value in state_dict.values()):
+            state_dict = {name: torch.as_tensor(value) for name, value in state_dict.items()}
+        return super().load_state_dict(state_dict, strict, assign)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """As nn.Module._apply; buffers keep their identity, as parameters do, so that the user's model follows."""
