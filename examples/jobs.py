@@ -4,8 +4,10 @@ import argparse
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 class UserError(Exception):
@@ -22,8 +24,10 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         part.unlink(missing_ok=True)
 
 
-def usable_device(name: str) -> torch.device:
+def usable_device(name: str) -> "torch.device":
     """The device called `name`. Raises `UserError` when this machine, or this torch, has none."""
+    import torch  # here, because some jobs run without it
+
     try:
         torch.zeros(1, device=name).item()
         return torch.device(name)
