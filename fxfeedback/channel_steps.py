@@ -72,7 +72,7 @@ class Step:
 def _whole(node: fx.Node) -> tuple[int | None, int]:
     """Where a value of any op has its channels, and how many: only a convenience for the ops behind it."""
     spec = node.meta.get("spec")
-    if not isinstance(spec, Spec) or len(spec.shape) < 2 or not spec.dtype.is_floating_point:
+    if not isinstance(spec, Spec) or len(spec.shape) < 2 or 0 in spec.shape or not spec.dtype.is_floating_point:
         return None, 1
     dim = channel_dim(node) % len(spec.shape)
     return (None, 1) if spec.per_sample[dim] else (dim, spec.shape[dim])
@@ -216,7 +216,7 @@ class Mixing(Step):
         number = number.reshape(groups, inputs)
         shift = torch.zeros(groups, outputs, dtype=torch.double)
         for group, channel in number.nonzero().tolist():
-            column = self.weight[group, :, channel].double().flatten(1).sum(1).cpu()
+            column = self.weight[group, :, channel].double().reshape(outputs, -1).sum(1).cpu()
             shift[group] += number[group, channel] * column
         return shift.flatten()
 
@@ -512,7 +512,8 @@ def moving(network: "Network", node: fx.Node) -> Step | None:
 
 
 def _only_moves(node: fx.Node) -> bool:
-    return node.op == "call_function" and STEPS.get(id(RULES.get(node.target))) in (moving, padding)
+    rule = RULES.get(node.target) if node.op == "call_function" else None
+    return STEPS.get(id(rule)) in (moving, padding) or rule in (moves.copy, identity)
 
 
 def _run(network: "Network", path: Iterable[fx.Node], source: fx.Node, x: Any, shape: Any = None) -> Any:
@@ -679,6 +680,6 @@ def step_of(network: "Network", node: fx.Node) -> Step:
     """How the node's op treats channels."""
     choice = STEPS.get(id(RULES.get(node.target))) if node.op == "call_function" else None
     spec = node.meta.get("spec")
-    if choice and isinstance(spec, Spec) and spec.dtype.is_floating_point:
+    if choice and isinstance(spec, Spec) and spec.dtype.is_floating_point and 0 not in spec.shape:
         return choice(network, node) or Step(network, node)
     return Step(network, node)

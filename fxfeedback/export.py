@@ -203,10 +203,16 @@ def _one_task(butd: BUTD, task: Any) -> Program:
     except InputError as error:
         raise OptionError(f"task={task!r}: {error}") from None
     labels = {node: f"bu/{node.meta.get('name', node.name)}" for node in selected.graph.nodes}
-    tensors = dict(selected.named_parameters()) | dict(selected.named_buffers())
     metadata = about_butd(butd, graphs, "task") | {"task": task if isinstance(task, int) else instruction[0].tolist()}
     inputs = own_inputs(butd, selected.graph)
-    return Program(selected.graph, labels, inputs, selected, tensors.__getitem__, metadata)
+    fetch = functools.partial(_attribute, selected)
+    return Program(selected.graph, labels, inputs, selected, fetch, metadata)
+
+
+def _attribute(module: nn.Module, name: str) -> torch.Tensor:
+    """A tensor by its qualified name, as it is now: torch.export puts others in the place of parameters."""
+    path, _, leaf = name.rpartition(".")
+    return getattr(module.get_submodule(path), leaf)
 
 
 def _graphs(butd: BUTD) -> Graphs:

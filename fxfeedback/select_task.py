@@ -9,7 +9,7 @@ from torch import fx
 from fxfeedback.bottom_up import is_floating, operand
 from fxfeedback.dead_channels import remove_dead_channels
 from fxfeedback.errors import InputError
-from fxfeedback.ops import survival, surviving_channels
+from fxfeedback.ops import one_node, survival, surviving_channels
 from fxfeedback.rules import RULES
 from fxfeedback.rules.gating import gate
 from fxfeedback.trace import annotate_shapes, identifier
@@ -41,10 +41,15 @@ def select_task(graphs: "Graphs", instruction: torch.Tensor, examples: Sequence[
         annotate_shapes(module, examples)  # the lateral may be any function
     selected = remove_dead_channels(module.graph, folded.tensors)
     _check_sizes(selected.graph)
+    for node in selected.graph.nodes:
+        name = getattr(node.target, "__name__", "")
+        if node.op == "call_function" and getattr(torch.Tensor, name, None) is node.target:
+            node.op, node.target = "call_method", name  # a module with x.flatten(1) in its code can be pickled
     selected.recompile()
     return selected.eval()
 
 
+@one_node
 def sized(input: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """The input, which must have this size without its batch: for another one the gates would be others."""
     if tuple(input.shape[1:]) != tuple(size):
@@ -116,14 +121,7 @@ class _Folding:
         if node.target is gate:
             made = self.graph.call_function(torch.mul, (self.use(value), self.use(opening)))  # type: ignore[arg-type]
         else:
-            operands = [fx.Proxy(self.use(source)) for source in node.args]  # type: ignore[arg-type]
-            before = len(self.graph.nodes)
-            try:
-                made = node.target(*operands).node  # type: ignore[operator]
-            except Exception:  # code that does not run on proxies: one op
-                for inner in list(self.graph.nodes)[: before - 1 : -1]:
-                    self.graph.erase_node(inner)
-                made = self.graph.call_function(node.target, tuple(self.use(source) for source in node.args))  # type: ignore[arg-type]
+            made = node.target(*(fx.Proxy(self.use(source)) for source in node.args)).node  # type: ignore[operator]
         made._rename(node.name)
         made.meta = {**node.meta}
         return made
