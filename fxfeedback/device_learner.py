@@ -142,7 +142,7 @@ class Learner(Signature):
         """Write weights and optimizer state as a safetensors file; an old one is replaced whole or not at all."""
         from safetensors.numpy import save_file
 
-        tensors = {name: np.ascontiguousarray(self._value(name)) for name in (*self._names, *self._kept)}
+        tensors = {name: self._value(name) for name in (*self._names, *self._kept)}
         about = {"fxfeedback": __version__, "product": "learner"}
         replace_whole(Path(path), lambda new: save_file(tensors, new, about))
 
@@ -193,7 +193,7 @@ class Learner(Signature):
         binding = session.io_binding()
         for given in session.get_inputs():
             if given.name in feeds:
-                binding.bind_cpu_input(given.name, np.ascontiguousarray(feeds[given.name]))
+                binding.bind_cpu_input(given.name, np.asarray(feeds[given.name], order="C"))
             else:
                 binding.bind_ortvalue_input(given.name, self._now[given.name])
         for name in wanted:

@@ -1,0 +1,342 @@
+"""The learner in ONNX Runtime takes torch's steps, keeps its state whole, and says what is wrong with a call."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxfeedback
+import train_multi_mnist
+from fxfeedback.bottom_up import BottomUp
+from fxfeedback.errors import CheckpointError, InputError, OptionError
+from networks import build
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+from fxfeedback.runtime import Learner, Session  # noqa: E402
+
+TOLERANCE = 1e-4
+"""Of the step's size, in float32."""
+CANCELLED = 1e-5
+"""A gradient smaller than this part of the largest is rounding: that of a bias before a batch norm is nothing."""
+TINY = 1e-4
+"""The share of weights that may lie farther off: Adam divides the smallest gradients, which are rounding, by their
+own size."""
+AT_A_GATE = 0.2
+"""The share of states in which a unit may lie so near its gate that rounding opens it in only one of the two."""
+
+
+def network(name, size=None, **options):
+    """A BU-TD network in float32, batch norms in training mode and the rest not; and the size of its input."""
+    torch.manual_seed(0)
+    if name == "multi_mnist":
+        model, size = train_multi_mnist.build_model("convnet")
+    else:
+        model, x = build(name, train=False)
+        size = size or tuple(x.shape[1:])
+    butd = fxfeedback.to_butd(model.float(), input_size=size, **options).eval()
+    for module in butd.modules():
+        module.training = isinstance(module, nn.modules.batchnorm._BatchNorm)
+    return butd, size
+
+
+def a_batch(butd, size, loss="cross_entropy", number=6):
+    """Inputs, targets and, if the network has tasks, instructions."""
+    shape = BottomUp(butd.bu.graph).main_output().meta["spec"].shape[1:]
+    targets = {
+        "cross_entropy": lambda: torch.randint(shape[0], (number, *shape[1:])),
+        "mse": lambda: torch.randn(number, *shape),
+        "bce_with_logits": lambda: torch.rand(number, *shape),
+    }
+    task = torch.randint(butd.options.n_tasks, (number,)) if butd.options.n_tasks else None
+    return torch.randn(number, *size), targets[loss](), task
+
+
+LOSSES = {
+    "cross_entropy": F.cross_entropy,
+    "mse": F.mse_loss,
+    "bce_with_logits": F.binary_cross_entropy_with_logits,
+}
+
+
+class Torch:
+    """The same learning in torch."""
+
+    def __init__(self, butd, lr, loss="cross_entropy", optimizer="sgd", momentum=0.0, weight_decay=0.0):
+        self.butd, self.lr, self.loss = butd, lr, LOSSES[loss]
+        self.names = {parameter: name for name, parameter in butd.named_parameters()}
+        if optimizer == "sgd":
+            self.optimizer = torch.optim.SGD(butd.parameters(), lr, momentum, weight_decay=weight_decay)
+        else:
+            self.optimizer = torch.optim.Adam(butd.parameters(), lr, weight_decay=weight_decay)
+
+    def step(self, x, target, task):
+        outputs = self.butd(x, task)
+        outputs = outputs if isinstance(outputs, list) else [outputs]
+        loss = sum(self.loss(output, target) for output in outputs) / len(outputs)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
+
+    def state(self):
+        return {name: value.numpy().copy() for name, value in self.butd.state_dict().items()}
+
+    def optimizer_state(self):
+        """Under the learner's names."""
+        kept = {}
+        for parameter, state in self.optimizer.state.items():
+            for kind, value in state.items():
+                name = "optimizer.step" if kind == "step" else f"{self.names[parameter]}.{kind}"
+                if value is not None:
+                    kept[name] = value.numpy().copy()
+        return kept
+
+    def cancelled(self):
+        """The parameters whose gradients are rounding."""
+        sizes = {name: p.grad.abs().max().item() for p, name in self.names.items() if p.grad is not None}
+        return tuple(name for name, size in sizes.items() if size < CANCELLED * max(sizes.values()))
+
+
+MOMENTUM = {"momentum": 0.9, "weight_decay": 1e-2}
+TASKS = {"n_tasks": 2, "embedding": 50}
+SEPARATE = {"n_tasks": 2, "weights": "separate", "td_bias": True, "norm": "separate"}
+CASES = {
+    "multi_mnist-sgd": (50, 0.05, "multi_mnist", TASKS, MOMENTUM),
+    "multi_mnist-adam": (50, 1e-3, "multi_mnist", TASKS, {"optimizer": "adam"}),
+    "resnet18-sgd": (50, 0.01, "resnet18", {"size": (3, 32, 32)}, MOMENTUM),
+    "resnet18-frozen_norms-adam": (50, 1e-4, "resnet18", {"size": (3, 32, 32)}, {"optimizer": "adam"}),
+    "vit-sgd": (50, 0.05, "vit", {}, {}),
+    "vit-adam": (50, 1e-3, "vit", {}, {"optimizer": "adam", "weight_decay": 1e-2}),
+    "residual-mse": (5, 0.01, "residual", {"n_tasks": 3, "gating": "channel"}, {"loss": "mse"}),
+    "swin-bce": (5, 0.05, "swin", {}, {"loss": "bce_with_logits"}),
+    "passes": (5, 0.01, "feedback", {"n_tasks": 2}, MOMENTUM),
+    "separate_weights": (5, 0.05, "convnet", SEPARATE, MOMENTUM),
+    "heads_per_task": (5, 0.05, "convnet", {"n_tasks": 3, "heads": "per_task", "lateral": "multiply"}, MOMENTUM),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_is_torchs(case, tmp_path):
+    """From every state on torch's path: the same loss, and the same weights, statistics and optimizer state."""
+    states, lr, name, options, how = CASES[case]
+    butd, size = network(name, **options)
+    if "frozen_norms" in case:
+        butd.eval()
+    modes = [module.training for module in butd.modules()]
+    fxfeedback.export_learner(butd, tmp_path / "learner.onnx", **how)
+    assert [module.training for module in butd.modules()] == modes
+    learner, reference = Learner(tmp_path / "learner.onnx"), Torch(butd, lr, **how)
+    torch.manual_seed(1)
+    shares = []
+    for _ in range(states):
+        before, kept = reference.state(), reference.optimizer_state()
+        learner.load_state_dict(before, kept or None)
+        x, target, task = a_batch(butd, size, how.get("loss", "cross_entropy"))
+        loss = reference.step(x, target, task)
+        assert learner.step(x, target, task=task, lr=lr) == pytest.approx(loss, rel=TOLERANCE)
+        ours = learner.state_dict() | learner.optimizer_state()
+        far, elements = 0, 0
+        for key, value in (reference.state() | reference.optimizer_state()).items():
+            step = np.abs(value - (before | kept).get(key, 0)).max()
+            if not key.startswith(reference.cancelled()) and step:
+                rounding = 2 * np.finfo(np.float32).eps * np.abs(value).max()  # of the weight itself
+                far += (np.abs(ours[key] - value) > TOLERANCE * step + rounding).sum()
+                elements += value.size
+        shares.append(far / elements)
+    assert np.mean([share > TINY for share in shares]) <= AT_A_GATE
+
+
+def test_both_learn_along_the_same_curve(tmp_path):
+    butd, size = network("multi_mnist", **TASKS)
+    fxfeedback.export_learner(butd, tmp_path / "learner.onnx", momentum=0.9)
+    learner, reference = Learner(tmp_path / "learner.onnx"), Torch(butd, 0.02, momentum=0.9)
+    batches = [a_batch(butd, size) for _ in range(5)] * 8
+    theirs = [reference.step(*batch) for batch in batches]
+    ours = [learner.step(x, target, task=task, lr=0.02) for x, target, task in batches]
+    assert np.allclose(ours, theirs, rtol=1e-2)
+    assert np.mean(ours[-5:]) < 0.8 * np.mean(ours[:5])
+    back, _ = network("multi_mnist", **TASKS)
+    back.load_state_dict(learner.state_dict())
+    x, _, task = a_batch(butd, size, number=3)
+    with torch.no_grad():
+        logits = back.eval()(x, task).numpy()
+    assert np.abs(learner.predict(x, task=task) - logits).max() <= TOLERANCE * np.abs(logits).max()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """An instructed network with batch norms in training mode, some of its parameters frozen, and its learner."""
+    butd, size = network("convnet", n_tasks=2)
+    butd.get_parameter("0.weight").requires_grad_(False)
+    path = tmp_path_factory.mktemp("learner") / "small.onnx"
+    fxfeedback.export_learner(butd, path, momentum=0.9)
+    return butd, size, path
+
+
+def test_frozen_parameters_stay_and_can_be_exchanged(small):
+    butd, size, path = small
+    learner = Learner(path)
+    x, target, task = a_batch(butd, size)
+    learner.step(x, target, task=task, lr=0.1)
+    before, after = butd.state_dict(), learner.state_dict()
+    assert set(after) == set(before)
+    changed = {name for name in after if not np.array_equal(after[name], before[name].numpy())}
+    learning = {name for name, parameter in butd.named_parameters() if parameter.requires_grad}
+    assert changed | {"0.bias"} == learning | {name for name, _ in butd.named_buffers()}  # a bias before a norm
+    other, _ = network("convnet", n_tasks=2)
+    for parameter in other.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    learner.load_state_dict(other.state_dict())
+    with torch.no_grad():
+        expected = other.eval()(x, task).numpy()
+    assert np.abs(learner.predict(x, task=task) - expected).max() <= TOLERANCE * np.abs(expected).max()
+
+
+def test_weights_are_inputs_of_a_plain_graph(small):
+    """Any ONNX Runtime can run the file: what is left out has its value in the file."""
+    butd, _, path = small
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    assert {opset.domain for opset in model.opset_import} == {""}
+    initial = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    assert {given.name for given in model.graph.input} >= set(butd.state_dict())
+    for name, value in butd.state_dict().items():
+        assert np.array_equal(initial[name], value.numpy())
+    names = [node.name for node in model.graph.node]
+    assert {"bu/0", "td/8", "error/8", "update/8.weight", "optimizer/8.weight", "predict/8"} <= set(names)
+
+
+def test_targets_of_minus_100_are_left_out(small):
+    butd, size, path = small
+    x, target, task = a_batch(butd, size, number=4)
+    target[2:] = -100
+    with torch.no_grad():
+        expected = F.cross_entropy(butd(x, task), target).item()  # statistics of the whole batch
+    assert Learner(path).step(x, target, task=task, lr=0.1) == pytest.approx(expected, rel=TOLERANCE)
+
+
+def test_saved_state_goes_on_where_it_was(small, tmp_path):
+    butd, size, path = small
+    one, other = Learner(path), Learner(path)
+    batches = [a_batch(butd, size) for _ in range(4)]
+    for x, target, task in batches[:2]:
+        one.step(x, target, task=task, lr=0.1)
+    one.save(tmp_path / "state.safetensors")
+    other.load(tmp_path / "state.safetensors")
+    for x, target, task in batches[2:]:
+        assert one.step(x, target, task=task, lr=0.1) == other.step(x, target, task=task, lr=0.1)
+    for name, value in one.state_dict().items():
+        assert np.array_equal(value, other.state_dict()[name])
+
+
+def test_a_full_disk_leaves_the_old_file(small, tmp_path, monkeypatch):
+    butd, size, path = small
+    learner = Learner(path)
+    file = tmp_path / "state.safetensors"
+    learner.save(file)
+    before = file.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        learner.save(file)
+    assert file.read_bytes() == before
+    assert [left.name for left in tmp_path.iterdir()] == ["state.safetensors"]
+    x, target, task = a_batch(butd, size)
+    assert np.isfinite(learner.step(x, target, task=task, lr=0.1))
+
+
+def bad_calls(x, target, task):
+    """name -> (call, part of its message)"""
+    return {
+        "another size": (lambda s: s(x[:, :, 1:], target, task=task, lr=0.1), r"takes a shape of \(6, 2, 6, 6\)"),
+        "float64": (lambda s: s(x.double(), target, task=task, lr=0.1), "takes float32, not float64"),
+        "no target": (lambda s: s(x, task=task, lr=0.1), "takes 1 inputs"),
+        "float targets": (lambda s: s(x, target.float(), task=task, lr=0.1), "of int64, not float32"),
+        "a class too many": (lambda s: s(x, target + 5, task=task, lr=0.1), "between 0 and 4"),
+        "other batches": (lambda s: s(x, target[1:], task=task, lr=0.1), r"'target' takes a shape of \(6\)"),
+        "no instruction": (lambda s: s(x, target, lr=0.1), "takes an instruction"),
+        "task out of range": (lambda s: s(x, target, task=task + 2, lr=0.1), "between 0 and 1"),
+    }
+
+
+@pytest.mark.parametrize("call", bad_calls(*3 * [torch.zeros(1)]))
+def test_a_wrong_call_is_an_error_and_nothing_is_learned(call, small):
+    butd, size, path = small
+    batch = a_batch(butd, size)
+    learner = Learner(path)
+    before = learner.state_dict()
+    wrong, message = bad_calls(*batch)[call]
+    with pytest.raises(InputError, match=message):
+        wrong(learner.step)
+    for name, value in learner.state_dict().items():
+        assert np.array_equal(value, before[name])
+    assert np.isfinite(learner.step(*batch[:2], task=batch[2], lr=0.1))
+
+
+def test_wrong_files_are_errors(small, tmp_path):
+    butd, _, path = small
+    learner = Learner(path)
+    before = learner.state_dict()
+    with pytest.raises(CheckpointError, match="there is no file"):
+        Learner(tmp_path / "nothing.onnx")
+    (tmp_path / "cut.onnx").write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="damaged"):
+        Learner(tmp_path / "cut.onnx")
+    fxfeedback.export(butd, tmp_path / "network.onnx")
+    with pytest.raises(CheckpointError, match=r"not written by fxfeedback\.export_learner"):
+        Learner(tmp_path / "network.onnx")
+    with pytest.raises(CheckpointError, match=r"open it with fxfeedback\.runtime\.Learner"):
+        Session(path)
+    with pytest.raises(CheckpointError, match=r"'0\.weight' is missing"):
+        learner.load_state_dict({})
+    with pytest.raises(CheckpointError, match="has shape"):
+        learner.load_state_dict({**before, "0.bias": np.zeros(3, np.float32)})
+    (tmp_path / "cut.safetensors").write_bytes(b"12")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        learner.load(tmp_path / "cut.safetensors")
+    for name, value in learner.state_dict().items():
+        assert np.array_equal(value, before[name])
+
+
+def test_wrong_options_are_errors(tmp_path):
+    butd, _ = network("mlp")
+    path = tmp_path / "learner.onnx"
+    with pytest.raises(OptionError, match="has a learner"):
+        fxfeedback.export_learner(nn.Linear(2, 2), path)
+    for options, message in [
+        ({"loss": "hinge"}, "choose one of 'cross_entropy'"),
+        ({"optimizer": "lion"}, "choose one of 'sgd'"),
+        ({"optimizer": "adam", "momentum": 0.9}, "belongs to sgd"),
+    ]:
+        with pytest.raises(OptionError, match=message):
+            fxfeedback.export_learner(butd, path, **options)
+    noisy, _ = network("mlp", update_noise=0.1)
+    with pytest.raises(OptionError, match="draws no noise"):
+        fxfeedback.export_learner(noisy, path)
+    nn.utils.parametrizations.weight_norm(butd.get_submodule("1"))
+    with pytest.raises(OptionError, match="remove_parametrizations"):
+        fxfeedback.export_learner(butd, path)
+    assert not path.exists()
+
+
+def test_the_process_that_learns_needs_no_torch(small):
+    _, size, path = small
+    code = f"""
+import sys, numpy as np
+import fxfeedback
+learner = fxfeedback.runtime.Learner({str(path)!r})
+x, target = np.random.randn(4, *{size}).astype("f"), np.array([0, 1, 2, 3])
+losses = [learner.step(x, target, task=[0, 1, 0, 1], lr=0.1) for _ in range(20)]
+assert losses[-1] < losses[0] and learner.predict(x, task=1).shape == (4, 5)
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
