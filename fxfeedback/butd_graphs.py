@@ -117,7 +117,7 @@ class Graphs:
 
     def learning_parameters(self) -> frozenset[str]:
         """The names of those that ask for an update."""
-        with settled(self.butd._net):
+        with settled(self.butd._net), torch.enable_grad():  # of a parametrized one, as its own parameters do
             return frozenset(name for name in self.attributes if self.butd._fetch(name).requires_grad)
 
     def input_names(self, instructed: bool) -> list[str]:
