@@ -8,6 +8,7 @@
 import copy
 import difflib
 import inspect
+import keyword
 import math
 import operator
 import re
@@ -189,6 +190,13 @@ def trace_with(tracer: PathTracer, model: nn.Module, n_inputs: int) -> fx.GraphM
     for node in [node for node in graph.nodes if node.op == "placeholder"][n_inputs:]:
         _erase_with_users(node)  # a constant argument, and torch.fx's assertion that it keeps its value
     graph.eliminate_dead_code(is_impure_node=lambda node: _has_effect(node, model))
+    for node in graph.nodes:
+        words = [word for word in str(node.target).split(".") if keyword.iskeyword(word)]
+        if words and node.op in ("call_module", "get_attr"):
+            raise TraceError(
+                f"the model's {node.target!r} is called like Python's own word {words[0]!r}, which the code of a graph "
+                f"cannot say: rename it, for example to {words[0] + '_'!r}"
+            )
     return fx.GraphModule(model, graph, type(model).__name__)
 
 
@@ -290,6 +298,13 @@ def _shapes(module: fx.GraphModule, example_inputs: Sequence[torch.Tensor], batc
         # New tensors of the model's own code go to the meta device, too.
         with torch.device("meta"), torch.no_grad():
             run.run(*inputs)
+    except NotImplementedError as error:
+        node = run.current
+        raise TraceError(
+            f"the size of what {node.meta.get('name')!r} returns depends on values{user_line(node)}, as with boolean "
+            "masks, nonzero and masked_select; a graph needs sizes beforehand. Use torch.where or a product with the "
+            "mask; of a mask that never changes compute the positions in __init__ and index with these."
+        ) from error
     except Exception as error:
         node = run.current
         sizes = ", ".join(str(tuple(x.shape)) for x in example_inputs)

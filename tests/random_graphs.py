@@ -705,6 +705,17 @@ def einsum(g, x):
     return g.fill(x, templates, **parts)
 
 
+@grows("bilinear", "tensordot", when=wide)
+def products(g, x):
+    n, m = x.shape[-1], g.number(1, 3)
+    d = g.dim(x, x.free)
+    templates = ["F.bilinear({x}, {o}, {w}, {b})", "F.bilinear({x}, {x}.sin(), {w})", "{m}({x}, {o})"]
+    templates += ["torch.tensordot({x}, {v}, 1)", "torch.tensordot({x}, {u}, dims=([{d}], [1]))"]
+    parts = {"w": lambda: g.parameter(m, n, n), "b": lambda: g.parameter(m), "v": lambda: g.parameter(n, m)}
+    parts |= {"u": lambda: g.parameter(m, x.shape[d]), "m": lambda: g.module(f"nn.Bilinear({n}, {n}, {m})")}
+    return g.fill(x, templates, d=d, o=lambda: g.like(x), **parts)
+
+
 @grows("attention", when=proper(3, 4))
 def attention(g, x):
     n, width = x.shape[-2:]
@@ -936,6 +947,13 @@ def moments(g, x):
     return g.fill(x, templates, k=k, d=g.dim(x, [d for d in x.free if x.shape[d] > 1]))
 
 
+@grows("cdist", when=lambda x: x.ndim > 1 and x.slopes[-1] == 0 and x.small)
+def cdist(g, x):
+    p = g.pick([2.0, 1.0, 3.0])
+    templates = ["torch.cdist({x}, {p}, {n})", "torch.cdist({x}, {o}.sin(), p={n})", "torch.cdist({x}, {x})"]
+    return g.fill(x, templates, n=p, o=lambda: g.like(x), p=lambda: g.parameter(g.number(1, 3), x.shape[-1]))
+
+
 @grows("vector_norm", "linalg_norm", "norm", when=lambda x: x.ndim > 0)
 def norms(g, x):
     templates = ["torch.linalg.vector_norm({x}, {p}, {d})", "torch.linalg.vector_norm({x}, dim={ds}, keepdim=True)"]
@@ -945,7 +963,7 @@ def norms(g, x):
     return g.fill(x, templates, p=p, d=g.dim(x), ds=g.dims(x))
 
 
-@grows("logsumexp", "cumsum", "prod", when=lambda x: x.ndim > 0)
+@grows("logsumexp", "cumsum", "prod", "cumprod", when=lambda x: x.ndim > 0)
 def accumulations(g, x):
     templates = [
         "torch.logsumexp({x}, {ds})",
@@ -954,7 +972,10 @@ def accumulations(g, x):
         "{x}.cumsum(dim={d})",
     ]
     if x.free:
-        templates += ["{x}.prod({f})", "torch.prod({x}, {f}, keepdim=True)"]
+        templates += ["{x}.prod({f})", "torch.prod({x}, {f}, keepdim=True)", "torch.cumprod({x}, {f})"]
+        templates += ["({x} + 1).cumprod(dim={f})"]
+    if x.runs[-1].numel() < 30:
+        templates += ["{x} * torch.prod({x})", "torch.relu({x} + 1).prod()"]
     return g.fill(x, templates, d=g.dim(x), ds=g.dims(x), f=lambda: g.dim(x, x.free))
 
 
@@ -1047,6 +1068,27 @@ def parts_of(g, x):
     return g.fill(
         x, templates, d=dim, size=size, step=g.number(1, 2), rest=n - size, o=lambda: g.like(x), first=x.ndim - 2
     )
+
+
+@grows(
+    "scatter",
+    "scatter_add",
+    "index_copy",
+    "index_add",
+    "index_fill",
+    when=lambda x: any(x.shape[d] > 1 for d in x.free),
+)
+def scatter(g, x):
+    dim = g.dim(x, [d for d in x.free if x.shape[d] > 1])
+    index = g.draw(st.permutations(range(x.shape[dim])))[: g.number(1, x.shape[dim])]
+    templates = ["{x}.scatter({d}, {v}.argsort({d}), {o})", "torch.scatter({x}, {d}, ({x} > 0).long(), 0.5)"]
+    templates += ["torch.scatter_add({x}, {d}, ({x} > 0).long(), {o})", "{x}.index_fill({d}, {i}, 0.5)"]
+    templates += ["torch.zeros_like({x}).scatter_add_({d}, ({x} > 0).long(), {o})", "{x}.index_fill({d}, {i}, {p})"]
+    templates += ["{x}.index_copy({d}, {i}, {part})", "torch.index_add({x}, {d}, {i}, {part})"]
+    templates += ["{x}.index_add({d}, {i}, {part}, alpha=-2)"]
+    parts = {"i": f"torch.tensor({index})", "o": lambda: g.like(x), "v": lambda: g.distinct(x)}
+    part = lambda: f"{g.like(x)}.narrow({dim}, 0, {len(index)})"  # noqa: E731
+    return g.fill(x, templates, d=dim, part=part, p=lambda: g.parameter(), **parts)
 
 
 @grows("put", when=lambda x: x.proper and x.ndim > 1)

@@ -20,7 +20,7 @@ class Exotic(nn.Module):
         self.fc = nn.Linear(4, 4)
 
     def forward(self, x):
-        return torch.cdist(self.fc(x), x)
+        return torch.special.i0(self.fc(x))
 
 
 class OverwritesAView(nn.Module):
@@ -41,6 +41,24 @@ class TwoEnds(nn.Module):
 
     def forward(self, x):
         return self.left(x) + self.right(x)
+
+
+class Masks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.fc(x)[:, torch.tensor([True, False, True, True])]
+
+
+class Keyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.heads = nn.ModuleDict({"class": nn.Linear(4, 3)})
+
+    def forward(self, x):
+        return self.heads["class"](x)
 
 
 def mlp():
@@ -66,7 +84,7 @@ BUILDING = {
         Exotic,
         {"input_size": (4,)},
         RuleError,
-        r"no rule for torch\S*cdist \(at node 'cdist', called at .*test_errors.py:\d+: return torch.cdist.*ING.md",
+        r"no rule for torch\S*i0 \(at node '\w*i0', called at .*test_errors.py:\d+: return torch.special.i0.*ING.md",
     ),
     "a module that does not open": (
         lambda: nn.Sequential(nn.Linear(4, 4), nn.GRUCell(4, 4)),
@@ -79,6 +97,18 @@ BUILDING = {
         {"input_size": (4,)},
         RuleError,
         r"in-place op at node 'mul_', called at .*x\[:, 1:\].mul_\(2\) overwrites memory that is read again as 'fc'",
+    ),
+    "a boolean mask": (
+        Masks,
+        {"input_size": (4,)},
+        TraceError,
+        r"what 'getitem' returns depends on values, called at .*True, True\]\)\], as with.*positions in __init__",
+    ),
+    "a name that is a keyword": (
+        Keyword,
+        {"input_size": (4,)},
+        TraceError,
+        r"'heads.class' is called like Python's own word 'class'.*rename it, for example to 'class_'",
     ),
     "unknown head": (
         mlp,

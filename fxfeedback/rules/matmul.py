@@ -9,9 +9,10 @@ import operator
 import string
 
 import torch
+import torch.nn.functional as F
 
 from fxfeedback.errors import RuleError
-from fxfeedback.rules.core import after, is_one, known, nothing, roles, rule, stretched, sum_to, transpose
+from fxfeedback.rules.core import after, is_one, known, nothing, roles, rule, stretched, sum_to, transpose, update
 from fxfeedback.rules.examples import C, T, call
 
 
@@ -129,6 +130,33 @@ def letters(equation, operands):
     return terms, out.replace("...", dots)
 
 
+@rule(torch.tensordot)
+def tensordot(y, a, b, dims=2, out=None):
+    """Σ x[..., k] z[k, ...] over the dimensions k that are named, or as many: an Einstein sum"""
+    summed, others = (range(a.ndim - dims, a.ndim), range(dims)) if isinstance(dims, int) else dims
+    left, right = list(string.ascii_lowercase[: a.ndim]), list(string.ascii_uppercase[: b.ndim])
+    for i, j in zip(summed, others, strict=True):
+        right[j] = left[i]
+    kept = [letter for letter in left + right if (letter in left) != (letter in right)]
+    table = einsum.table(y, f"{''.join(left)},{''.join(right)}->{''.join(kept)}", a, b)
+    return {"a": element(table["operands"], 0), "b": element(table["operands"], 1)}
+
+
+@rule(F.bilinear)
+def bilinear(y, input1, input2, weight, bias=None):
+    """y[o] = Σ x[i] W[o, i, j] z[j] + b: an Einstein sum"""
+    table = einsum.table(y, "...i,oij,...j->...o", input1, weight, input2)
+    return {
+        **{name: element(table["operands"], i) for i, name in enumerate(["input1", "weight", "input2"])},
+        "bias": update(lambda e: sum_to(e, bias, y)),
+    }
+
+
+def element(way, number):
+    """Of a way to several operands, that to one of them."""
+    return roles(instruct=lambda t: way.instruct(t)[number], error=lambda e: way.error(e)[number])
+
+
 @rule(torch.outer, torch.ger)
 def outer(y, input, vec2):
     """x[i] z[j]"""
@@ -167,5 +195,14 @@ einsum.examples = [
     call(lambda x, w: torch.einsum("bi,ji", x, w), T(4, 3), T(5, 3)),
     call(lambda x: torch.einsum("bij->bji", x), T(4, 5, 3)),
     call(lambda x, w: torch.einsum("bij,wj->biw", x, w), T(4, 5, 3), C(2, 1)),
+]
+tensordot.examples = [
+    call(torch.tensordot, T(4, 5, 3), T(5, 3, 2)),
+    call(torch.tensordot, T(4, 5, 3), T(2, 5), dims=([1], [-1])),
+    call(lambda x, w: torch.tensordot(w, x, ([0, 1], [2, 1])), T(4, 5, 3), T(3, 5)),
+]
+bilinear.examples = [
+    call(lambda x, w, b: F.bilinear(x, x[..., :2].sin(), w, b), T(4, 5, 3), T(6, 3, 2), T(6)),
+    call(lambda x, w: F.bilinear(x, x.sin(), w), T(4, 3), T(2, 3, 3)),
 ]
 outer.examples = [call(torch.outer, T(4), T(3)), call(lambda x: torch.outer(x, x.sin()), T(4))]

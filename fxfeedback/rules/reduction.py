@@ -5,7 +5,7 @@ import math
 import torch
 
 from fxfeedback.errors import RuleError
-from fxfeedback.rules.core import eye_like, roles, rule, transpose
+from fxfeedback.rules.core import as_is, eye_like, roles, rule, sum_to, transpose
 from fxfeedback.rules.elementwise import maximum, minimum
 from fxfeedback.rules.examples import T, call
 from fxfeedback.rules.indexing import picked
@@ -177,6 +177,29 @@ def slope_of_norm(x, n, p, dims):
     return torch.where(n == 0, 0.0, torch.sign(x) * (x.abs() / n) ** (p - 1))
 
 
+@rule(torch.cdist)
+def cdist(y, x1, x2, p=2.0, compute_mode=None):
+    """|x - z| by the norm p, for all pairs of rows; instructed, to each evenly over its columns"""
+    columns = x1.shape[-1]
+    rows, others = (*x1.shape[:-1], 1, columns), (*x2.shape[:-2], 1, *x2.shape[-2:])
+    wide = (*y.shape, columns)
+
+    def evenly(t):
+        return t.unsqueeze(-1).expand(wide) / columns
+
+    def error(e):
+        apart = x1.reshape(rows) - x2.reshape(others)
+        return e.unsqueeze(-1) * slope_of_norm(apart, y.unsqueeze(-1), p, [-1])
+
+    def to(x, shape, sign):
+        return roles(
+            instruct=lambda t: sum_to(evenly(t), shape, wide).reshape(x.shape),
+            error=lambda e: sum_to(sign * error(e), shape, wide).reshape(x.shape),
+        )
+
+    return {"x1": to(x1, rows, 1), "x2": to(x2, others, -1)}
+
+
 @rule(torch.logsumexp)
 def logsumexp(y, input, dim, keepdim=False):
     """log Σ exp x over dim"""
@@ -194,15 +217,31 @@ def cumsum(y, input, dim, **options):
     return {"input": transpose(lambda t: t.flip(dim).cumsum(dim).flip(dim))}
 
 
-@rule(torch.prod)
-def prod(y, input, dim, keepdim=False, **options):
-    """Π x over dim; the product of the others is computed as such, as a value may be zero"""
-    dims, size = dimensions(input, dim), input.shape[dim]
+@rule(torch.cumprod)
+def cumprod(y, input, dim, **options):
+    """Π of the values so far along dim; instructed, as it is"""
+    size = input.shape[dim]
 
-    def others(x):
+    def error(e):
+        others = torch.where(eye_like(input, size) == 1, 1.0, input.movedim(dim, -1).unsqueeze(-2)).cumprod(-1)
+        return (others.triu() * e.movedim(dim, -1).unsqueeze(-2)).sum(-1).movedim(-1, dim)
+
+    return {"input": roles(instruct=as_is, error=error)}
+
+
+@rule(torch.prod)
+def prod(y, input, dim=None, keepdim=False, **options):
+    """Π x over dim, or of all; the product of the others is computed as such, as a value may be zero"""
+    dims, size = dimensions(input, dim), math.prod(input.shape) if dim is None else input.shape[dim]
+
+    def others(x, dim):
         return torch.where(eye_like(x, size) == 1, 1.0, x.movedim(dim, -1).unsqueeze(-2)).prod(-1).movedim(-1, dim)
 
-    return averaging(input, dim, keepdim, lambda e: spread(e, input, dims, keepdim) * others(input))
+    def error(e):
+        rest = others(input.flatten(), 0).reshape(input.shape) if dim is None else others(input, dim)
+        return spread(e, input, dims, keepdim) * rest
+
+    return averaging(input, dim, keepdim, error)
 
 
 mean.examples = [
@@ -258,9 +297,18 @@ norm.examples = [
 ]
 logsumexp.examples = [call(torch.logsumexp, T(4, 5, 3), (1, 2)), call(lambda x: x.logsumexp(-1, True), T(4, 5))]
 cumsum.examples = [call(torch.cumsum, T(4, 5, 3), -2)]
+cdist.examples = [
+    call(torch.cdist, T(4, 5, 3), T(2, 3)),
+    call(torch.cdist, T(4, 5, 3), T(1, 2, 3), p=1.0),
+    call(lambda x: torch.cdist(x, x[:, :2].sin(), 3.5), T(4, 5, 3)),
+    call(torch.cdist, T(4, 5, 3), T(2, 3), math.inf),
+    call(lambda x: torch.cdist(x, x), T(4, 3, 2)),
+]
+cumprod.examples = [call(lambda x: torch.relu(x).cumprod(1), T(40, 3, 2)), call(torch.cumprod, T(4, 5), -1)]
 prod.examples = [
     call(lambda x: torch.relu(x).prod(1), T(40, 2, 3)),
     call(lambda x: x.prod(-1, keepdim=True), T(4, 5, 3)),
+    call(lambda x: x * torch.relu(x + 2).prod(), T(3, 2, 2)),
 ]
 median.examples = [
     call(lambda x: x * torch.median(x), T(4, 5)),
