@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fxfeedback.channel_steps import Channels, Step, step_of, unknown
+from fxfeedback.channel_rules import step_of
+from fxfeedback.channel_steps import Channels, Step, unknown
 from fxfeedback.trace import EXAMPLE_BATCH, Spec, identifier
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from fxfeedback.bottom_up import is_floating, operand
+from fxfeedback.bottom_up import has_effect, is_floating, operand
 from fxfeedback.dead_channels import remove_dead_channels
 from fxfeedback.errors import InputError
 from fxfeedback.ops import one_node, survival, surviving_channels
@@ -100,7 +100,7 @@ class _Folding:
 
     def is_constant(self, node: fx.Node) -> bool:
         known = all(source in self.constants for source in node.all_input_nodes)
-        return node.op == "call_function" and known and node.target not in DRAWN
+        return node.op == "call_function" and known and node.target not in DRAWN and not has_effect(node)
 
     def use(self, node: fx.Node) -> Any:
         """What stands for an operand: a node, or a number."""

@@ -400,6 +400,29 @@ def test_another_size_has_other_gates():
     assert butd.select(1)(x)["out"].shape == (4, 3, 12, 12)
 
 
+def test_constants_that_depend_on_the_batch_are_none():
+    class Batch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.head = nn.Linear(3, 6), nn.Linear(6, 6), nn.Linear(6, 5)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls.add_(1)
+            x = self.two(F.relu(self.one(x))[:, None] + 1)
+            return self.head(x[:, 0] + x.sum(0) + x.flatten(1) / x.shape[0])
+
+    torch.manual_seed(0)
+    model, x = Batch().double(), torch.randn(4, 3, dtype=torch.double)
+    butd = fxfeedback.to_butd(model, n_tasks=2, example_inputs=(x,)).eval()
+    off = with_gates(butd, lambda site: torch.zeros(1, 6, dtype=torch.double))
+    calls = model.calls.clone()
+    selected = off.select(0)
+    assert torch.equal(model.calls, calls)
+    for batch in (1, 3, 4):
+        assert torch.allclose(selected(x[:batch]), off(x[:batch], 0), rtol=1e-9)
+
+
 def test_float32():
     butd, x = instructed("separable")
     assert_selects(butd.float(), x.float(), 2, 1e-5)
