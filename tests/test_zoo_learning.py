@@ -220,3 +220,10 @@ def test_only_positions_count_that_the_output_uses(x):
     assert [used[name].sum((0, 1, 3)).gt(0).sum().item() for name in ("relu", "gelu")] == [1, 2]
     shares = zoo.active_shares(butd, x)
     assert shares.lowest[0] > 0.1  # of all positions it were at most a quarter
+
+
+def test_a_model_that_is_too_large_is_tried_with_fewer_blocks():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(*(nn.Linear(4, 4) for _ in range(5))))
+    assert zoo.shorten(model, "1", 2) == "2 of 5 1: " and len(model[1]) == 2
+    for name, (_, blocks) in zoo.SHORTENED.items():
+        assert KINDS[name] in ("vision_transformer", "regnet") and blocks > 5
