@@ -22,8 +22,9 @@ types: $(VENV)/.installed
 tests: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-bench: $(VENV)/.installed  ## speed of Counter-Hebb learning against autograd, as a table
+bench: $(VENV)/.installed  ## speed of Counter-Hebb learning against autograd, and of one task's network, as tables
 	$(BIN)/python benchmarks/counter_hebb_step.py
+	$(BIN)/python benchmarks/selected_task.py
 
 zoo: $(VENV)/.installed  ## updates against autograd in every model of torchvision and in some of timm's, as a table (hours)
 	$(BIN)/python zoo/learning.py
