@@ -20,7 +20,7 @@ from fxfeedback.butd_graphs import Graphs
 from fxfeedback.errors import InputError, OptionError
 from fxfeedback.feedback import FeedbackModel, _check_passes, _link
 from fxfeedback.gates import channel_mean
-from fxfeedback.onnx_file import Input, Program, check_target, write
+from fxfeedback.onnx_file import SPATIAL, Input, Program, check_target, write
 from fxfeedback.rewrite import Unroller, Unrolling
 from fxfeedback.trace import find_node
 from fxfeedback.version import __version__
@@ -34,6 +34,7 @@ def export(
     task: Any = None,
     passes: int | None = None,
     dynamic_batch: bool = True,
+    dynamic_size: bool = False,
 ) -> None:
     """Write a model with connections, or an instructed BU-TD network, as an ONNX file.
 
@@ -57,6 +58,8 @@ def export(
         task: an id, or an instruction vector (1, size), whose sub-network is exported.
         passes: how many passes; default as the model was made.
         dynamic_batch: whether the batch size is free; otherwise it is 1.
+        dynamic_size: whether height and width are free, too, for a model with connections whose code allows it;
+            otherwise they are the example's.
 
     Raises:
         OptionError: options that do not belong to this model, or a task that there is not.
@@ -65,7 +68,7 @@ def export(
     """
     check_target(path)
     with torch.no_grad(), eval_mode(model):
-        write(_program(model, steerable, task, passes), path, dynamic_batch)
+        write(_program(model, steerable, task, passes, dynamic_size), path, dynamic_batch)
 
 
 def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -81,18 +84,20 @@ def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
 # -- what is exported -------------------------------------------------------------------------------------------------
 
 
-def _program(model: Any, steerable: bool, task: Any, passes: int | None) -> Program:
+def _program(model: Any, steerable: bool, task: Any, passes: int | None, any_size: bool) -> Program:
     if isinstance(model, FeedbackModel):
         if task is not None:
             raise OptionError(
                 "task= belongs to a network that to_butd returned; this one has connections, but no tasks"
             )
-        return _unrolled(model, model.passes if passes is None else passes, steerable)
+        return _unrolled(model, model.passes if passes is None else passes, steerable, any_size)
     if isinstance(model, BUTD):
         if steerable or passes is not None:
             raise OptionError(
                 "steerable= and passes= belong to a model that add_feedback returned, not to a BU-TD network"
             )
+        if any_size:
+            raise OptionError("dynamic_size= belongs to a model that add_feedback returned: gates have a size")
         return _instructed(model) if task is None else _one_task(model, task)
     inside = [name for name, part in model.named_modules() if isinstance(part, Wrapper)] if _is_module(model) else []
     hint = f": export its part {inside[0]!r}" if inside else ": use torch.onnx.export"
@@ -123,15 +128,19 @@ class _Numbered(Unroller):
         return value
 
 
-def _unrolled(model: FeedbackModel, passes: int, steerable: bool) -> Program:
+def _unrolled(model: FeedbackModel, passes: int, steerable: bool, any_size: bool) -> Program:
     _check_passes(passes)
     bu = model._bottom_up()
+    if any_size and model._by_size:
+        raise OptionError("dynamic_size: the model's code looks at the size of its input, so its graph is for one size")
     sources = {c.source: find_node(bu.graph, c.source) for c in model.connections}
     steered = {node.meta["name"]: name for name, node in reversed(sources.items())} if steerable else {}
     links = [_link(bu, connection) for connection in model.connections]
     graph = _Numbered(bu.graph, links, Unrolling(passes, model.return_all, steered=tuple(steered))).run()
     _return_only(graph, graph.output_node().args[0][0])  # type: ignore[index]
     inputs = own_inputs(model, graph)
+    for given in inputs:
+        given.any_size = any_size and given.example.ndim in SPATIAL
     like = model._like()
     for node_name, name in steered.items():
         spec = find_node(bu.graph, node_name).meta["spec"]
@@ -139,6 +148,8 @@ def _unrolled(model: FeedbackModel, passes: int, steerable: bool) -> Program:
             raise OptionError(
                 f"steerable: the value of {name!r} is not one per sample of the batch: it cannot be steered"
             )
+        if any_size and len(spec.shape) > 2:
+            raise OptionError(f"dynamic_size: {name!r} is steered with a map of the example's size: export one of both")
         one = torch.empty(1, *spec.shape[1:], dtype=like.dtype, device="meta")
         inputs += [
             Input(f"{name}.activation", one, f"{name}.batch", torch.zeros(one.shape, dtype=one.dtype)),

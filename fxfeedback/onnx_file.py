@@ -38,12 +38,14 @@ class Input:
 
     example: tensor without data, batch first (or without a batch: batch=None).
     batch: name of its batch dimension. default: its value when it is left out, with batch 1.
+    any_size: whether the dimensions behind the channels are free.
     """
 
     name: str
     example: torch.Tensor
     batch: str | None = "batch"
     default: torch.Tensor | None = None
+    any_size: bool = False
 
 
 @dataclass
@@ -197,14 +199,19 @@ def _to_onnx(program: Program, dynamic_batch: bool) -> tuple[Any, list[str], lis
         torch.zeros((batch, *i.example.shape[1:]) if i.batch else i.example.shape, dtype=i.example.dtype, device=device)
         for i in program.inputs
     )
-    free = torch.export.Dim("batch")
-    shapes = tuple([{0: free} if i.batch and dynamic_batch else None for i in program.inputs])
+    free, any_size = torch.export.Dim("batch"), torch.export.Dim.DYNAMIC
+    shapes = tuple(
+        ({0: free} if i.batch and dynamic_batch else {})
+        | {dim: any_size for dim in range(2, i.example.ndim) if i.any_size}
+        for i in program.inputs
+    )
     with _quiet():
         try:
             exported = torch.export.export(runner, examples, dynamic_shapes=(shapes,), strict=False)
         except Exception as error:
             where = f" at {runner.record.at!r}" if runner.record.at else ""
-            hint = "; with dynamic_batch=False the batch size is fixed" if dynamic_batch else ""
+            options = {"dynamic_batch": dynamic_batch, "dynamic_size": any(i.any_size for i in program.inputs)}
+            hint = "".join(f"; {option}=False fixes it" for option, on in options.items() if on)
             raise ExportError(f"torch.export cannot take the model{where}: {_first_line(error)}{hint}") from error
         names = [i.name for i in program.inputs]
         try:
@@ -265,7 +272,7 @@ def _finish(model: Any, program: Program, labels: Sequence[str], outputs: Sequen
     )(model)
     for value, name in zip(model.graph.outputs, outputs, strict=True):
         value.name = name
-    _name_batch(model.graph)
+    _name_dimensions(model.graph, program.inputs)
     _name_nodes(model.graph, labels)
     _set_defaults(model.graph, program)
     _forget(model)
@@ -273,19 +280,27 @@ def _finish(model: Any, program: Program, labels: Sequence[str], outputs: Sequen
     model.metadata_props.update({key: _text(value) for key, value in program.metadata.items()})
 
 
-def _name_batch(graph: Any) -> None:
-    """The exporter's symbol for the batch size, as in s77 and 64*s77, becomes `batch`."""
+SPATIAL = {3: ["length"], 4: ["height", "width"], 5: ["depth", "height", "width"]}
+
+
+def _name_dimensions(graph: Any, inputs: Sequence[Input]) -> None:
+    """The exporter's symbols for free sizes, as in s77 and 64*s77, become `batch`, `height` and `width`."""
     import onnx_ir as ir
 
-    symbols = {str(d.value) for value in graph.inputs for d in value.shape if isinstance(d, ir.SymbolicDim)}
-    for symbol in symbols:
-        for value in _values(graph):
-            if value.shape is not None:
-                dims = [
-                    re.sub(rf"\b{symbol}\b", "batch", str(d.value)) if isinstance(d, ir.SymbolicDim) else d
-                    for d in value.shape
-                ]
-                value.shape = ir.Shape(dims)
+    names: dict[str, str] = {}
+    for value, given in zip(graph.inputs, inputs, strict=True):
+        for i, dim in enumerate(value.shape):
+            if isinstance(dim, ir.SymbolicDim):
+                name = SPATIAL[len(value.shape)][i - 2] if i and given.any_size else "batch"
+                names.setdefault(str(dim.value), name)
+    for value in _values(graph):
+        if value.shape is not None:
+            value.shape = ir.Shape(
+                re.sub(r"\w+", lambda found: names.get(found[0], found[0]), str(d.value))
+                if isinstance(d, ir.SymbolicDim)
+                else d
+                for d in value.shape
+            )
 
 
 def _values(graph: Any) -> Iterator[Any]:

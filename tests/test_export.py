@@ -264,6 +264,32 @@ def test_more_passes_cost_no_more_weights(tmp_path):
 # -- the model, the file ----------------------------------------------------------------------------------------------
 
 
+def test_one_file_takes_pictures_of_any_size(tmp_path):
+    torch.manual_seed(0)
+    connections = [("layer4", "layer2.0.conv2"), ("layer1", "layer3.0.conv1")]
+    model = fxfeedback.add_feedback(build("resnet18", train=False)[0].float(), connections).eval()
+    for modulation in model.modulations.parameters():
+        nn.init.normal_(modulation, std=0.1)
+    export(model, tmp_path / "any.onnx", passes=3, dynamic_size=True)
+    session = Session(tmp_path / "any.onnx")
+    assert session.inputs == {"x": ["batch", 3, "height", "width"]}
+    for batch, height, width in [(1, 224, 224), (3, 64, 96), (2, 97, 71)]:
+        x = torch.randn(batch, 3, height, width)
+        with torch.no_grad():
+            assert_close(session(x), model(x, passes=3))
+
+
+def test_sizes_that_cannot_be_free_are_errors(tmp_path):
+    path = tmp_path / "any.onnx"
+    with pytest.raises(OptionError, match="gates have a size"):
+        export(instructed("convnet")[0], path, dynamic_size=True)
+    maps, size = network("convnet")
+    maps = fxfeedback.add_feedback(maps, [("5", "1")], input_size=size)
+    with pytest.raises(OptionError, match="'5' is steered with a map of the example's size"):
+        export(maps, path, steerable=True, dynamic_size=True)
+    assert not path.exists()
+
+
 def test_a_model_in_training_is_exported_in_eval_mode_and_left_as_it_was(tmp_path):
     model, _ = build("convnet", train=True)
     model[5].eval()
