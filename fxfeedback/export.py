@@ -5,7 +5,6 @@ a `Program` here (a torch.fx graph with labels for its nodes, and what its input
 """
 
 import functools
-import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from torch import fx, nn
 from fxfeedback.bottom_up import has_effect
 from fxfeedback.butd import BUTD
 from fxfeedback.butd_graphs import Graphs
+from fxfeedback.checksums import checksum
 from fxfeedback.errors import InputError, OptionError
 from fxfeedback.feedback import FeedbackModel, _check_passes, _link
 from fxfeedback.gates import channel_mean
@@ -69,16 +69,6 @@ def export(
     check_target(path)
     with torch.no_grad(), eval_mode(model):
         write(_program(model, steerable, task, passes, dynamic_size), path, dynamic_batch)
-
-
-def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over a state_dict: names, dtypes, shapes and values, in the order of the names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        data = tensor.detach().cpu().contiguous()
-        digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 # -- what is exported -------------------------------------------------------------------------------------------------

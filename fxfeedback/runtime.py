@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from fxfeedback.checksums import checksum
 from fxfeedback.device_learner import Learner
 from fxfeedback.errors import CheckpointError, InputError, NodeNameError
 from fxfeedback.providers import open_session
 from fxfeedback.signature import Signature, array
 
-__all__ = ["Learner", "Session"]
+__all__ = ["Learner", "Session", "checksum"]
 
 
 class Session(Signature):

@@ -11,12 +11,12 @@ from torch import nn
 import fxfeedback
 from fxfeedback import onnx_file
 from fxfeedback.errors import Error, ExportError, OptionError
-from fxfeedback.export import checksum, export
+from fxfeedback.export import export
 from networks import TRANSFORMERS, build, convnet
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
-from fxfeedback.runtime import Session  # noqa: E402
+from fxfeedback.runtime import Session, checksum  # noqa: E402
 
 # Float32 keeps 7 digits; kernels that sum in another order lose one or two, a deep network one more.
 TOLERANCE = 1e-4

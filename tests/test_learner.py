@@ -18,7 +18,7 @@ from networks import build
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
-from fxfeedback.runtime import Learner, Session  # noqa: E402
+from fxfeedback.runtime import Learner, Session, checksum  # noqa: E402
 
 TOLERANCE = 1e-4
 """Of the step's size, in float32."""
@@ -185,6 +185,7 @@ def test_frozen_parameters_stay_and_can_be_exchanged(small):
     x, target, task = a_batch(butd, size)
     learner.step(x, target, task=task, lr=0.1)
     before, after = butd.state_dict(), learner.state_dict()
+    assert learner.metadata["weights_sha256"] == checksum(before) == checksum(Learner(path).state_dict())
     assert set(after) == set(before)
     changed = {name for name in after if not np.array_equal(after[name], before[name].numpy())}
     learning = {name for name, parameter in butd.named_parameters() if parameter.requires_grad}
