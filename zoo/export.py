@@ -1,0 +1,255 @@
+"""Every model of torchvision, and some of timm, in ONNX Runtime: three files each, and a table, one row per model.
+
+    python zoo/export.py [NAME ...]
+
+- passes: the connection of zoo/feedback.py, two passes;
+- instructed: the BU-TD network of ten tasks, image and instruction in; where the model has a prediction head;
+- learner: a step of SGD in evaluation mode with the loss "mse", of that network, or of the plain one without a head.
+
+Each file is checked by onnx's own checker when it is written. Then ONNX Runtime's CPU provider runs it with one sample
+and with three, from the same file, and must compute what torch does in float32, relative to the largest output. The
+learner's new weights must be those of a float64 step in torch, for every parameter relative to the length of its own
+step, or to a hundredth of the longest where it is shorter than that. A file is about as large as the weights.
+
+In float32 a unit that sits at zero can fall on either side of its gate, which changes all that is behind it a little.
+So numbers that differ are tried again with other inputs: what is wrong stays wrong.
+
+torch.fx cannot trace the detection and optical flow models whole: of them, the part that computes their features.
+"""
+
+import copy
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from feedback import connection_in
+from learning import HEADS, every_model
+from models import PARTS, Problem, build, input_of, leaves, warm_up
+from torch import nn
+
+import fxfeedback
+from fxfeedback.errors import NodeNameError, OptionError
+from fxfeedback.runtime import Learner, Session
+
+TASKS = 10
+BATCHES = (1, 3)
+TRIES = 3
+TOLERANCE = 1e-4
+STEP_TOLERANCE = 1e-3
+SHORT = 1e-2
+"""A parameter's step that is shorter than this part of the longest is judged by that part: the exact step of a bias
+before a norm is nothing, and what is left of it is the rounding of terms that are as large as other gradients' are."""
+
+LARGEST = (1.1, 2e6)
+"""A file: so many times the weights, and so many bytes for the graph."""
+
+
+class File(NamedTuple):
+    """size: bytes over those of the weights; difference: from torch."""
+
+    size: float
+    difference: float
+
+    def __str__(self) -> str:
+        return f"{self.size:.2f} {self.difference:7.1e}"
+
+
+class Row(NamedTuple):
+    """What the table says of a model: for every product its file, None where there is no such thing, or the error."""
+
+    passes: File | str
+    instructed: File | str | None
+    learner: File | str
+
+
+# -- the checks --------------------------------------------------------------------------------------------------------
+
+
+def check(name: str, kind: str) -> Row:
+    """Export the products of one model, and compare them with torch."""
+    torch.manual_seed(0)
+    part, x = build(name, kind).get_submodule(PARTS.get(kind, "")).eval(), input_of(name, kind)
+    warm_up(part, x)
+    size = tuple(x.shape[1:])
+    torch.manual_seed(1)
+    butd, instructs = butd_of(part, HEADS.get(name), size)
+    return Row(
+        attempt(lambda: passes(part, x)),
+        attempt(lambda: instructed(butd, size)) if instructs else None,
+        attempt(lambda: learner(butd, size, instructs)),
+    )
+
+
+def attempt(product: Callable[[], File]) -> File | str:
+    """The file, or what is wrong with it."""
+    try:
+        return product()
+    except Exception as error:
+        origin = "" if isinstance(error, Problem) else f"{type(error).__name__}: "
+        return origin + " ".join(str(error).split())
+
+
+def butd_of(part: nn.Module, head: str | None, size: tuple[int, ...]) -> tuple[fxfeedback.BUTD, bool]:
+    """The BU-TD network, and whether it takes an instruction."""
+    try:
+        return fxfeedback.to_butd(part, n_tasks=TASKS, head=head, input_size=size).eval(), True
+    except (NodeNameError, OptionError):
+        return fxfeedback.to_butd(part, input_size=size).eval(), False
+
+
+def passes(part: nn.Module, x: torch.Tensor) -> File:
+    """Two passes with one connection."""
+    size = tuple(x.shape[1:])
+    model = fxfeedback.add_feedback(part, [connection_in(part, x)], input_size=size).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        fxfeedback.export(model, path := Path(folder, "passes.onnx"))
+        session = Session(path, "cpu")
+        return File(size_over_weights(path, model), outputs_differ(model, session, size))
+
+
+def instructed(butd: fxfeedback.BUTD, size: tuple[int, ...]) -> File:
+    """Every sample with an instruction of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        fxfeedback.export(butd, path := Path(folder, "instructed.onnx"))
+        session = Session(path, "cpu")
+        return File(size_over_weights(path, butd), outputs_differ(butd, session, size, instructs=True))
+
+
+def learner(butd: fxfeedback.BUTD, size: tuple[int, ...], instructs: bool) -> File:
+    """One step of SGD, of a length that float32 keeps: that of the weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        fxfeedback.export_learner(butd, path := Path(folder, "learner.onnx"), loss="mse")
+        over, there = size_over_weights(path, butd), Learner(path, "cpu")
+    start, exact = there.state_dict(), copy.deepcopy(butd).double()
+
+    def difference(batch: int) -> float:
+        x, task = draw(batch, size, instructs)
+        target = torch.randn(batch, *map(int, there.outputs["logits"][1:]))
+        updates = updates_of(exact, x.double(), target.double(), task, there.metadata["learns"])
+        lr = length(start[name] for name in updates) / length(updates.values())
+        there.load_state_dict(start)
+        there.step(x, target, task=task, lr=lr)
+        new = there.state_dict()
+        off = {name: np.linalg.norm(start[name] - lr * updates[name] - new[name]) for name in updates}
+        steps = {name: np.linalg.norm(lr * update) for name, update in updates.items()}
+        longest = max(steps.values())
+        return max(float(off[name] / max(steps[name], SHORT * longest)) for name in updates)
+
+    return File(over, least_difference(difference, STEP_TOLERANCE))
+
+
+def updates_of(
+    butd: fxfeedback.BUTD, x: torch.Tensor, target: torch.Tensor, task: torch.Tensor | None, names: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Parameter name -> its update; the loss is taken at the main output."""
+    butd.zero_grad()
+    output = butd(x) if task is None else butd(x, task)
+    main = output["out"] if isinstance(output, dict) and "out" in output else leaves(output)[0]
+    (main - target).square().mean().backward()
+    parameters = dict(butd.named_parameters(remove_duplicate=False))
+    missing = [name for name in names if parameters[name].grad is None]
+    if missing:
+        raise Problem(f"{missing[0]} learns in the file, but has no update in torch")
+    return {name: parameters[name].grad.numpy() for name in names}  # type: ignore[union-attr]
+
+
+def outputs_differ(model: nn.Module, session: Session, size: tuple[int, ...], instructs: bool = False) -> float:
+    """The largest difference of any output, relative to the largest output."""
+
+    @torch.no_grad()
+    def difference(batch: int) -> float:
+        x, task = draw(batch, size, instructs)
+        wanted = [y.numpy() for y in leaves(model(x) if task is None else model(x, task))]
+        found = session(x, task=task)
+        found = found if isinstance(found, list) else [found]
+        if [y.shape for y in found] != [y.shape for y in wanted]:
+            raise Problem(f"outputs of {[y.shape for y in found]}, in torch of {[y.shape for y in wanted]}")
+        return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(found, wanted, strict=True))
+
+    return least_difference(difference, TOLERANCE)
+
+
+def draw(batch: int, size: tuple[int, ...], instructs: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Random inputs, and tasks."""
+    return torch.randn(batch, *size), torch.randint(TASKS, (batch,)) if instructs else None
+
+
+def least_difference(difference: Callable[[int], float], tolerance: float) -> float:
+    """The larger of the differences at both batch sizes, each at its best try.
+
+    Raises:
+        Problem: it is too large at every try.
+    """
+    found = []
+    for batch in BATCHES:
+        best = np.inf
+        for _ in range(TRIES):
+            best = min(best, difference(batch))  # NaN is not less
+            if best <= tolerance:
+                break
+        else:
+            raise Problem(f"numbers are off by {best:.1e} at batch {batch}")
+        found.append(best)
+    return max(found)
+
+
+def size_over_weights(path: Path, model: nn.Module) -> float:
+    """The size of the file over that of the weights.
+
+    Raises:
+        Problem: it holds more than these and a graph.
+    """
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    size = sum(file.stat().st_size for file in path.parent.iterdir())
+    if size > LARGEST[0] * weights + LARGEST[1]:
+        raise Problem(f"a file of {size / 1e6:.1f} MB for {weights / 1e6:.1f} MB of weights")
+    return size / weights
+
+
+def length(arrays: object) -> float:
+    """Of all arrays as one vector."""
+    return float(np.sqrt(sum(np.square(a, dtype=np.float64).sum() for a in arrays)))  # type: ignore[attr-defined]
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+def main(names: Sequence[str]) -> int:
+    """Print the table; returns how many models are not well."""
+    warnings.filterwarnings("ignore")
+    known = dict(every_model())
+    unknown = set(names) - set(known)
+    if unknown:
+        raise SystemExit(f"the zoo has no model {', '.join(sorted(unknown))}")
+    chosen = {name: known[name] for name in names} if names else known
+    print("for each product: the file's size over the weights', and the largest difference from torch\n")
+    print(f"{'model':<38}{'time':>8}" + "".join(f"{product:>14}" for product in Row._fields), flush=True)
+    bad, start = 0, time.perf_counter()
+    for name, kind in chosen.items():
+        began = time.perf_counter()
+        try:
+            row = check(name, kind)
+        except Exception as error:
+            row = Row(*3 * [f"{type(error).__name__}: {' '.join(str(error).split())}"])
+        wrong = {product: cell for product, cell in row._asdict().items() if isinstance(cell, str)}
+        bad += bool(wrong)
+        cells = "".join(f"{str(cell) if isinstance(cell, File) else '-':>14}" for cell in row)
+        verdict = "; ".join(f"{product}: {error}" for product, error in wrong.items())
+        verdict = f"NOT OK {verdict}" if wrong else "ok"
+        print(f"{name:<38}{time.perf_counter() - began:>6.1f} s{cells}  {verdict}", flush=True)
+    minutes = (time.perf_counter() - start) / 60
+    print(f"\n{len(chosen) - bad} of {len(chosen)} models ok, {bad} not, in {minutes:.0f} min", flush=True)
+    return bad
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(min(main(sys.argv[1:]), 99))
+    except KeyboardInterrupt:
+        sys.exit(130)
