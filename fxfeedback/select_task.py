@@ -81,22 +81,27 @@ class _Folding:
 
     def run(self) -> fx.Graph:
         for node in self.graphs.predicting(True).graph.nodes:
-            if node.op == "placeholder" and str(node.target) in self.given:
-                self.constants[node] = self.given[str(node.target)]
-            elif node.op == "get_attr":
-                self.constants[node] = self.graphs.butd._fetch(str(node.target))
-            elif node.op == "output":
+            if node.op == "output":
                 self.graph.output(fx.map_arg(node.args[0], self.use))
-            elif self.is_constant(node):
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.constants.__getitem__)
-                self.constants[node] = node.target(*args, **kwargs)
-            elif "gates" in node.meta:
-                self.copies[node] = self.gated(node)
             elif node not in self.copies:
-                self.copies[node] = self.graph.node_copy(node, self.use)
-                if _weight_name(node) == "task_heads.weight":
-                    self.one_head(node)
+                self.copy(node)
         return self.graph
+
+    def copy(self, node: fx.Node) -> None:
+        """The node's copy, or what it computes where that is a constant."""
+        if node.op == "placeholder" and str(node.target) in self.given:
+            self.constants[node] = self.given[str(node.target)]
+        elif node.op == "get_attr":
+            self.constants[node] = self.graphs.butd._fetch(str(node.target))
+        elif self.is_constant(node):
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.constants.__getitem__)
+            self.constants[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        elif "gates" in node.meta:
+            self.copies[node] = self.gated(node)
+        else:
+            self.copies[node] = self.graph.node_copy(node, self.use)
+            if _weight_name(node) == "task_heads.weight":
+                self.one_head(node)
 
     def is_constant(self, node: fx.Node) -> bool:
         known = all(source in self.constants for source in node.all_input_nodes)
@@ -106,22 +111,30 @@ class _Folding:
         """What stands for an operand: a node, or a number."""
         if node in self.copies or not isinstance(self.constants.get(node), torch.Tensor):
             return self.copies[node] if node in self.copies else self.constants[node]
-        name = str(node.target) if node.op == "get_attr" else identifier(node.name)
-        return self.attribute(node, name, self.constants[node])
-
-    def attribute(self, node: fx.Node, name: str, tensor: torch.Tensor) -> fx.Node:
-        self.tensors[name] = tensor
+        given = {"get_attr": str(node.target), "placeholder": node.name}
+        name = given.get(node.op, f"folded_{identifier(node.name)}")  # no name that a module could have
+        while self.tensors.get(name, self.constants[node]) is not self.constants[node]:
+            name += "_"
+        self.tensors[name] = self.constants[node]
         self.copies[node] = made = self.graph.get_attr(name)
         made.meta["name"] = node.meta.get("name", node.name)
         return made
 
     def gated(self, node: fx.Node) -> fx.Node:
         """What the lateral makes of a site's value and its constant gate."""
-        value, opening = node.args
-        if node.target is gate:
-            made = self.graph.call_function(torch.mul, (self.use(value), self.use(opening)))  # type: ignore[arg-type]
-        else:
-            made = node.target(*(fx.Proxy(self.use(source)) for source in node.args)).node  # type: ignore[operator]
+        lateral: Any = torch.mul if node.target is gate else node.target
+        inner = fx.Graph()
+        tracer = fx.proxy.GraphAppendingTracer(inner)
+        value, opening = (inner.placeholder(name) for name in ("value", "gate"))
+        result = lateral(fx.Proxy(value, tracer), fx.Proxy(opening, tracer)).node
+        self.copies[value], self.constants[opening] = self.use(node.args[0]), self.constants[node.args[1]]  # type: ignore
+        opening._rename(node.args[1].name)  # type: ignore[union-attr]
+        for step in list(inner.nodes)[2:]:
+            if step.op == "call_method":
+                step.op, step.target = "call_function", getattr(torch.Tensor, str(step.target))
+            step._rename(f"{node.name}_{step.name}")
+            self.copy(step)
+        made = self.use(result)
         made._rename(node.name)
         made.meta = {**node.meta}
         return made

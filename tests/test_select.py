@@ -270,6 +270,11 @@ def test_options(name, options):
         assert size(selected) <= size(butd) + ("add" in options.values()) * size(butd)
 
 
+def test_a_lateral_of_the_users_that_closes_gates_removes_channels():
+    butd, x = instructed("convnet", lateral=lambda value, counter: torch.relu(value * 2) * (counter > 0))
+    assert size(assert_selects(butd, x, 1)) < size(butd.select(1)) + 1 < 0.6 * size(butd)
+
+
 def test_a_network_of_passes():
     torch.manual_seed(0)
     plain, x = network("residual")
