@@ -1,6 +1,7 @@
-"""What the example scripts have in common: reading the command line, and writing files whole."""
+"""What the example scripts have in common: reading the command line, writing files whole, and how they end."""
 
 import argparse
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -57,3 +58,15 @@ def number(kind: type[int] | type[float], low: float, high: float) -> Callable[[
         return value
 
     return read
+
+
+def exit_code(job: Callable[[], int], *errors: type[Exception]) -> int:
+    """What `job` returns; 1 after one of `errors` or `UserError`, with its message printed; 130 after Ctrl-C."""
+    try:
+        return job()
+    except (UserError, OSError, *errors) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

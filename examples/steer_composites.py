@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import fxfeedback
 from composites import KINDS, TripletDataset
-from jobs import UserError, make_folder, number, usable_device, write_whole
+from jobs import UserError, exit_code, make_folder, number, usable_device, write_whole
 from multi_mnist import (
     DEVIATION,
     MEAN,
@@ -385,19 +385,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job; returns the exit code: 0, 1 after an error, 130 after Ctrl-C (argparse exits by itself, with 2)."""
     args = parse_arguments(argv)
-    try:
+
+    def job() -> int:
         run = Run(args)
         finished = run.repeat()
         if not finished:
             print("interrupted: keeping the results of the seeds that were finished", file=sys.stderr)
         run.report()
         return 0 if finished else 130
-    except (UserError, DataError, OSError, fxfeedback.Error) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+
+    return exit_code(job, DataError, fxfeedback.Error)
 
 
 if __name__ == "__main__":

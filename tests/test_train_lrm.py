@@ -20,6 +20,12 @@ RESULTS = {"log.csv", "config.json", "checkpoint.safetensors", "model"}
 SQUEEZENET = ["--model", "squeezenet1_1", "--connect", "features.12:features.3.squeeze"]
 
 
+def one_epoch(data: Path, out: Path) -> list[str]:
+    """Arguments for a short run."""
+    tiny = ["--image-size", "32", "--epochs", "1", "--workers", "0", "--device", "cpu"]
+    return [str(data), "--out", str(out), *tiny]
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Red discs, green squares and blue triangles, here and there on grey."""
@@ -144,19 +150,7 @@ def test_a_model_of_which_a_part_can_be_traced(data: Path, tmp_path: Path, monke
 
 def test_a_frozen_backbone_stays_bit_for_bit(data: Path, tmp_path: Path) -> None:
     connect = ["--model", "resnet18", "--connect", "layer4:layer1.0.conv1", "--freeze-backbone"]
-    args = [
-        str(data),
-        "--out",
-        str(tmp_path),
-        "--image-size",
-        "32",
-        "--epochs",
-        "1",
-        "--workers",
-        "0",
-        "--device",
-        "cpu",
-    ]
+    args = one_epoch(data, tmp_path)
     parsed = train_lrm.parse_arguments([*args, *connect])
     before = {name: tensor.clone() for name, tensor in train_lrm.Run(parsed).model.state_dict().items()}
     assert train_lrm.main([*args, *connect]) == 0
@@ -225,19 +219,7 @@ def test_weights_that_cannot_be_fetched(
 
 def test_a_model_of_timm(data: Path, tmp_path: Path) -> None:
     pytest.importorskip("timm", reason="timm is optional")
-    args = [
-        str(data),
-        "--out",
-        str(tmp_path),
-        "--image-size",
-        "32",
-        "--epochs",
-        "1",
-        "--workers",
-        "0",
-        "--device",
-        "cpu",
-    ]
+    args = one_epoch(data, tmp_path)
     connect = ["--model", "timm:test_resnet", "--connect", "layer4:layer1"]
     assert train_lrm.main([*args, *connect]) == 0
     assert list(rows(tmp_path)[0]) == COLUMNS

@@ -55,24 +55,14 @@ def interpolate(
         input.ndim == 4 and mode != "area"
     ),
 )
-def interpolate_backward(
-    e,
-    y,
-    saved,
-    wanted,
-    input,
-    size=None,
-    scale_factor=None,
-    mode="nearest",
-    align_corners=None,
-    recompute_scale_factor=None,
-    antialias=False,
-):
-    kernel = KERNELS[mode, antialias]
-    corners = [] if mode.startswith("nearest") else [bool(align_corners)]
-    by_size = scale_factor is None or recompute_scale_factor
-    factors = (None, None) if by_size else as_tuple(scale_factor, 2)
-    return {"input": kernel(e, y.shape[2:], input.shape, *corners, *factors)}
+def interpolate_backward(e, y, saved, wanted, *args, **kwargs):
+    given = interpolate.operands(args, kwargs)
+    mode, factors = given.get("mode", "nearest"), given.get("scale_factor")
+    corners = [] if mode.startswith("nearest") else [bool(given.get("align_corners"))]
+    by_size = factors is None or given.get("recompute_scale_factor")
+    kernel = KERNELS[mode, given.get("antialias", False)]
+    scales = (None, None) if by_size else as_tuple(factors, 2)
+    return {"input": kernel(e, y.shape[2:], given["input"].shape, *corners, *scales)}
 
 
 interpolate.examples = [
