@@ -129,7 +129,7 @@ class PerChannel(Step):
             return numbers.expand(wide) if self.on_maps else numbers
 
         args, kwargs = fx.node.map_arg((self.node.args, self.node.kwargs), operand)
-        result = self.node.target(*args, **kwargs).double().movedim(self.dim, 0).reshape(len(picked), -1)  # type: ignore[operator]
+        result = self.node.target(*args, **kwargs).double().cpu().movedim(self.dim, 0).reshape(len(picked), -1)  # type: ignore[operator]
         low, high = result.amin(1), result.amax(1)
         uniform = torch.isfinite(result).all(1) & (high - low <= 1e-12 * torch.maximum(low.abs(), high.abs()))
         return uniform, torch.where(uniform, low, 0.0)

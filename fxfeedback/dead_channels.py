@@ -228,7 +228,7 @@ class Emitter:
         place = {channel: i for i, channel in enumerate(have)}
         missing = [channel for channel in wanted if channel not in place]
         value = self.nodes[node]
-        if wanted[: len(have)] == have:  # zeros behind the channels that are there
+        if wanted == have + missing:  # zeros behind the channels that are there
             value = self._padded(value, spec, dim, len(missing), node)
         else:
             value = self._padded(value, spec, dim, 1, node) if missing else value

@@ -384,6 +384,19 @@ def test_what_nobody_reads_is_not_computed():
     assert selected.get_parameter("5.weight").shape == (5, 12)
 
 
+@pytest.mark.parametrize("on", [[0, 1, 2, 3, 4, 5], [1, 4, 5, 6, 7], [3, 4], [6], [0, 5, 8, 9, 10, 11]])
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_groups_that_keep_different_numbers_of_inputs(kind, on):
+    model = nn.Sequential(nn.Conv2d(2, 12, 1), nn.ReLU(), kind(12, 6, 3, padding=1, groups=3), nn.Flatten())
+    model = awake(model.append(nn.Linear(6 * 16, 5)).double())
+    x = torch.randn(3, 2, 4, 4, dtype=torch.double)
+    butd = fxfeedback.to_butd(model, n_tasks=2, example_inputs=(x,), gating="channel").eval()
+    gates = torch.zeros(1, 12, 1, 1, dtype=torch.double)
+    gates[:, on] = 1
+    selected = assert_selects(with_gates(butd, lambda site: gates), x, 0)
+    assert selected.get_parameter("0.weight").shape[0] == len(on)
+
+
 # -- the module -------------------------------------------------------------------------------------------------------
 
 
