@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fxfeedback.bottom_up import BottomUp, has_effect, is_floating
+from fxfeedback.bottom_up import BottomUp, has_effect, is_floating, operand
 from fxfeedback.butd import BUTD
 from fxfeedback.butd_graphs import Graphs
 from fxfeedback.errors import ExportError, OptionError
@@ -29,6 +29,9 @@ from fxfeedback.optimizers import OPTIMIZERS
 from fxfeedback.rules.core import channelwise, spatial
 from fxfeedback.rules.normalization import standardized
 from fxfeedback.trace import identifier, leaves_of
+
+LOGICAL = (operator.and_, operator.or_, operator.not_)
+"""The functions whose names end like those of in-place ops."""
 
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 
@@ -313,7 +316,8 @@ class _Step:
             return new[0]
         if node.target is cumulative_momentum:
             return self._call(label, torch.reciprocal, *args)
-        if has_effect(node) or (node.target is F.instance_norm and isinstance(node.args[1], fx.Node)):
+        statistics = node.target is F.instance_norm and isinstance(operand(node, "running_mean"), fx.Node)
+        if statistics or (has_effect(node) and node.target not in LOGICAL):
             raise ExportError(f"{label!r} changes a tensor in place, and a step can do so for batch norms only")
         return None
 

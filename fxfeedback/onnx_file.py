@@ -125,7 +125,7 @@ class _Record:
 
 
 class _Runner(nn.Module):
-    """Runs a program node by node."""
+    """Runs a program node by node. Its names leave the model's own, which it takes over, free."""
 
     def __init__(self, program: Program) -> None:
         super().__init__()
@@ -135,42 +135,44 @@ class _Runner(nn.Module):
             dict(root._buffers),
             dict(root._modules),
         )
-        self.constants = nn.Module()
+        self.fxfeedback_constants = nn.Module()
         for name, tensor in program.constants.items():
-            self.constants.register_buffer(name, tensor)
-        self.program, self.record = program, _Record()
-        self.steps: dict[fx.Node, _Step] = {}
+            self.fxfeedback_constants.register_buffer(name, tensor)
+        self.fxfeedback_program, self.fxfeedback_record = program, _Record()
+        steps: dict[fx.Node, _Step] = {}
         for node in program.graph.nodes:
             if node.op in ("call_function", "call_module", "call_method"):
-                self.steps[node] = _Step(self._function(node))
-        self._modules[STEPS] = nn.ModuleList(self.steps.values())
-        self.labels = [program.labels.get(node, node.name) for node in self.steps]
+                steps[node] = _Step(self._function(node))
+        self.fxfeedback_step_of = steps
+        self._modules[STEPS] = nn.ModuleList(steps.values())
+        self.fxfeedback_labels = [program.labels.get(node, node.name) for node in steps]
 
     def _function(self, node: fx.Node) -> Callable[..., Any]:
         if node.op == "call_module":
-            return self.program.root.get_submodule(str(node.target))
+            return self.fxfeedback_program.root.get_submodule(str(node.target))
         if node.op == "call_method":
             return functools.partial(_call_method, str(node.target))
         return node.target  # type: ignore[return-value]
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        program, record = self.fxfeedback_program, self.fxfeedback_record
         values: dict[fx.Node, Any] = {}
         given = iter(inputs)
-        constants = self.program.constants
-        for node in self.program.graph.nodes:
+        for node in program.graph.nodes:
             if node.op == "placeholder":
                 values[node] = next(given)
             elif node.op == "get_attr":
                 name = str(node.target)
-                values[node] = getattr(self.constants, name) if name in constants else self.program.fetch(name)
+                constant = name in program.constants
+                values[node] = getattr(self.fxfeedback_constants, name) if constant else program.fetch(name)
             elif node.op == "output":
-                named = list(_leaves(self.program.output, fx.map_arg(node.args[0], values.__getitem__)))
+                named = list(_leaves(program.output, fx.map_arg(node.args[0], values.__getitem__)))
             else:
-                self.record.at = self.program.labels.get(node, node.name)
+                record.at = program.labels.get(node, node.name)
                 args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-                values[node] = self.steps[node](*args, **kwargs)
-        self.record.at = ""
-        self.record.outputs = [name for name, _ in named]
+                values[node] = self.fxfeedback_step_of[node](*args, **kwargs)
+        record.at = ""
+        record.outputs = [name for name, _ in named]
         return tuple(value.clone() for _, value in named)  # passes may share a value, and a file's outputs are distinct
 
 
@@ -209,18 +211,23 @@ def _to_onnx(program: Program, dynamic_batch: bool) -> tuple[Any, list[str], lis
         try:
             exported = torch.export.export(runner, examples, dynamic_shapes=(shapes,), strict=False)
         except Exception as error:
-            where = f" at {runner.record.at!r}" if runner.record.at else ""
+            where = f" at {runner.fxfeedback_record.at!r}" if runner.fxfeedback_record.at else ""
             options = {"dynamic_batch": dynamic_batch, "dynamic_size": any(i.any_size for i in program.inputs)}
             hint = "".join(f"; {option}=False fixes it" for option, on in options.items() if on)
             raise ExportError(f"torch.export cannot take the model{where}: {_first_line(error)}{hint}") from error
         names = [i.name for i in program.inputs]
         try:
             made = torch.onnx.export(
-                exported, (), input_names=names, output_names=runner.record.outputs, optimize=False, verbose=False
+                exported,
+                (),
+                input_names=names,
+                output_names=runner.fxfeedback_record.outputs,
+                optimize=False,
+                verbose=False,
             )
         except Exception as error:
-            raise ExportError(_no_onnx_form(error, runner.labels)) from error
-    return made.model, runner.labels, runner.record.outputs  # type: ignore[union-attr]
+            raise ExportError(_no_onnx_form(error, runner.fxfeedback_labels)) from error
+    return made.model, runner.fxfeedback_labels, runner.fxfeedback_record.outputs  # type: ignore[union-attr]
 
 
 @contextlib.contextmanager

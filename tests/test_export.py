@@ -194,6 +194,17 @@ def test_an_output_of_several_tensors(tmp_path):
     assert_close(session(x), [want["out"], *want["more"]])
 
 
+def test_a_model_may_call_its_parts_as_the_exporter_does(tmp_path):
+    names = ("steps", "program", "labels", "record", "constants")
+    net = nn.Sequential()
+    for name in names:
+        net.add_module(name, nn.Linear(4, 4))
+    model = fxfeedback.add_feedback(net.eval(), [("constants", "program")], input_size=(4,)).eval()
+    export(model, tmp_path / "model.onnx")
+    x = torch.randn(2, 4)
+    assert_close(Session(tmp_path / "model.onnx", "cpu")(x), model(x))
+
+
 def test_a_fixed_batch(convnet_lrm, tmp_path):
     export(convnet_lrm, tmp_path / "one.onnx", steerable=True, passes=2, dynamic_batch=False)
     session = Session(tmp_path / "one.onnx", "cpu")
