@@ -123,20 +123,26 @@ def pow(y, input, exponent):
 
 @rule(torch.clamp, torch.clip)
 def clamp(y, input, min=None, max=None):
-    """min(max(x, low), high), with numbers or tensors for bounds; a value at its bound lets the error pass"""
+    """min(max(x, low), high); a number as a bound lets no error pass to its equals, a tensor shares with them"""
+    two_tensors = not any(isinstance(bound, (int, float, type(None))) for bound in (min, max))
 
     def passed(e):
-        e = e if min is None else torch.where(input >= min, e, 0.0)
-        e = e if max is None else torch.where(input <= max, e, 0.0)
-        return sum_to(e, input, y)
+        inside = e
+        for bound, within in ((min, operator.gt), (max, operator.lt)):
+            if bound is not None:
+                equals = 0.0 if isinstance(bound, (int, float)) else torch.where(input == bound, inside / 2, 0.0)
+                inside = torch.where(within(input, bound), inside, equals)
+        return sum_to(torch.where((min == max) & (input == min), e, inside) if two_tensors else inside, input, y)
 
     def to_min(e):
-        below = input < min
-        return sum_to(torch.where(below if max is None else below & (min < max), e, 0.0), min, y)
+        share = torch.where(input < min, e, torch.where(input == min, e / 2, 0.0))
+        crossed = torch.where((min == max) & (input < min), e, 0.0) if two_tensors else 0.0
+        return sum_to(torch.where(min < max, share, crossed) if two_tensors else share, min, y)
 
     def to_max(e):
-        above = input > max
-        return sum_to(torch.where(above if min is None else above | (max < min), e, 0.0), max, y)
+        share = torch.where(input > max, e, torch.where(input == max, e / 2, 0.0))
+        crossed = torch.where((max < min) | (input > max), e, 0.0) if two_tensors else 0.0
+        return sum_to(torch.where(min < max, share, crossed) if two_tensors else share, max, y)
 
     return {
         "input": roles(instruct=lambda t: sum_to(t, input, y), error=passed),
@@ -210,6 +216,11 @@ def _positive(function):
     return lambda x: function(0.5 + x * x)
 
 
+def _made(x, z):
+    """x with the values of z."""
+    return x - x.detach() + z
+
+
 exp.examples = [call(torch.exp, T(4, 5))]
 expm1.examples = [call(torch.expm1, T(4, 5))]
 log.examples = [call(_positive(torch.log), T(4, 5))]
@@ -237,8 +248,14 @@ clamp.examples = [
     call(torch.clamp, T(4, 5), -0.5, 0.5),
     call(lambda x: F.relu(x).clamp(max=1, min=0), T(4, 5)),
     call(lambda x, low, high: x.clip(low, high), T(40, 5, 3), T(3), T(5, 1)),
+    call(lambda x: _made(x, 1.0).clamp(0, 1) + x, T(4, 5)),
+    call(lambda x, w: _made(x, w).clip(w, w.exp() + w), T(4, 5), T(5)),
+    call(lambda x, w: torch.stack([x, _made(x, w)]).clip(w, w), T(4, 5), T(5)),
 ]
 clamp_min.examples = [call(lambda x: F.relu(x).clamp_min(0.0), T(4, 5)), call(torch.clamp_min, T(4, 5), T(1, 5))]
-clamp_max.examples = [call(lambda x: x.clamp_max(0.1), T(4, 5))]
+clamp_max.examples = [
+    call(lambda x: x.clamp_max(0.1), T(4, 5)),
+    call(lambda x, w: _made(x, w).clamp_max(w), T(4, 5), T(5)),
+]
 maximum.examples = [call(torch.maximum, T(4, 5, 3), T(5, 1)), call(lambda x: torch.maximum(F.relu(x), 0 * x), T(4, 5))]
 minimum.examples = [call(torch.minimum, T(4, 5, 3), T(3)), call(lambda x: torch.minimum(F.relu(x), 0 * x), T(4, 5))]

@@ -188,8 +188,10 @@ def cdist(y, x1, x2, p=2.0, compute_mode=None):
         return t.unsqueeze(-1).expand(wide) / columns
 
     def error(e):
-        apart = x1.reshape(rows) - x2.reshape(others)
-        return e.unsqueeze(-1) * slope_of_norm(apart, y.unsqueeze(-1), p, [-1])
+        apart, n = x1.reshape(rows) - x2.reshape(others), y.unsqueeze(-1)
+        if p == math.inf:  # here PyTorch gives the whole error to each of several greatest
+            return e.unsqueeze(-1) * torch.sign(apart) * (apart.abs() == n)
+        return e.unsqueeze(-1) * slope_of_norm(apart, n, p, [-1])
 
     def to(x, shape, sign):
         return roles(
@@ -303,6 +305,7 @@ cdist.examples = [
     call(lambda x: torch.cdist(x, x[:, :2].sin(), 3.5), T(4, 5, 3)),
     call(torch.cdist, T(4, 5, 3), T(2, 3), math.inf),
     call(lambda x: torch.cdist(x, x), T(4, 3, 2)),
+    call(lambda x: torch.cdist(torch.cat([x, -x], -1), torch.cat([x, 2 * x], -1), math.inf), T(4, 3, 1)),
 ]
 cumprod.examples = [call(lambda x: torch.relu(x).cumprod(1), T(40, 3, 2)), call(torch.cumprod, T(4, 5), -1)]
 prod.examples = [
