@@ -20,6 +20,7 @@ import copy
 import sys
 import time
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -123,7 +124,7 @@ def check(name: str, kind: str) -> Row:
 def shorten(model: nn.Module, path: str, blocks: int) -> str:
     """Leave only the first `blocks` in the sequence at `path`; returns what there is, in words."""
     sequence = model.get_submodule(path)
-    model.set_submodule(path, sequence[:blocks])
+    model.set_submodule(path, nn.Sequential(OrderedDict(list(sequence.named_children())[:blocks])))
     return f"{blocks} of {len(sequence)} {path}: "
 
 
