@@ -22,9 +22,11 @@ types: $(VENV)/.installed
 tests: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-bench: $(VENV)/.installed  ## speed of Counter-Hebb learning against autograd, and of one task's network, as tables
+bench: $(VENV)/.installed  ## speed against plain networks, hooks, autograd and ONNX Runtime, as tables
+	$(BIN)/python benchmarks/lrm_inference.py
 	$(BIN)/python benchmarks/counter_hebb_step.py
 	$(BIN)/python benchmarks/selected_task.py
+	$(BIN)/python benchmarks/onnx_runtime.py
 
 zoo: $(VENV)/.installed  ## updates against autograd in every model of torchvision and in some of timm's, as a table (hours)
 	$(BIN)/python zoo/learning.py

@@ -8,7 +8,6 @@ The whole network makes its gates in every call; the plain model, which has none
 import os
 import statistics
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import onnxruntime
 import torch
 import torchvision
-from torch.utils.flop_counter import FlopCounterMode
+from timing import flops, interleaved, milliseconds, ratio
 from tqdm import tqdm
 
 import fxfeedback
@@ -24,35 +23,14 @@ import fxfeedback
 TASKS, TIMED_TASKS, REPEATS = 40, 3, 15
 
 
-def flops(run: Callable[[], object]) -> int:
-    """Floating-point operations of one call; with gradients on, as the counter misses fused kernels without them."""
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
-
-
-def interleaved(runs: list[Callable[[], object]]) -> list[list[float]]:
-    """Seconds per call of each, in turns; the first two are not counted."""
-    seconds: list[list[float]] = [[] for _ in runs]
-    for i in tqdm(range(REPEATS + 2), leave=False):
-        for run, taken in zip(runs, seconds, strict=True):
-            start = time.perf_counter()
-            run()
-            if i > 1:
-                taken.append(time.perf_counter() - start)
-    return seconds
-
-
 def show(name: str, runs: list[Callable[[], object]]) -> None:
     """Print median milliseconds of the whole, the plain model and the selected network, and how much faster this is.
 
     Behind each ratio: the quartiles of the single pairs.
     """
-    seconds = interleaved(runs)
-    row = f"{name:<22}" + "".join(f"{statistics.median(taken) * 1e3:>9.1f}" for taken in seconds)
-    for slow in seconds[:2]:
-        low, _, high = statistics.quantiles(a / b for a, b in zip(slow, seconds[2], strict=True))
-        row += f"{statistics.median(slow) / statistics.median(seconds[2]):>8.2f} ({low:.2f} to {high:.2f})"
+    seconds = interleaved(runs, REPEATS)
+    row = f"{name:<22}" + "".join(f"{milliseconds(taken):>9.1f}" for taken in seconds)
+    row += "".join(f"{ratio(slow, seconds[2]):>24}" for slow in seconds[:2])
     print(row, flush=True)
 
 

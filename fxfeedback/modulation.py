@@ -7,8 +7,12 @@ Networks via Long-Range Modulatory Feedback Connections", NeurIPS 2023).
     m    = conv1x1(P(z))                  the source's channels -> the destination's
 
 The destination y becomes relu(y + y Σ m), the sum running over its connections (see rewrite.py).
+
+A source is mostly smaller than its destination. Then P(z) = neg_scale z + (pos_scale - neg_scale) z⁺ saves work: the
+first term is projected before it is resized, which is the same for linear maps, and z⁺ is one look at the large map.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +25,7 @@ from fxfeedback.layout import Layout
 ORDERS = ("norm-squash-resize", "resize-norm-squash")
 NORMS = ("layer", "channel")
 RESIZES = ("bilinear", "bicubic", "area")
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
@@ -85,6 +90,7 @@ class Modulation(nn.Module):
             if value not in choices:
                 raise OptionError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}")
         self.source, self.destination, self.order, self.resize = source, destination, order, resize
+        self.grows = math.prod(source.size) < math.prod(self._onto(destination.size))
         one_position = all(n == 1 for n in source.size)
         self.norm = Norm(source.channels, () if one_position else self._onto(destination.size), norm)
         self.neg_scale = nn.Parameter(torch.ones(1))
@@ -112,12 +118,13 @@ class Modulation(nn.Module):
                 self._squash_class(a.flatten(2).mean(2) if class_token is None else class_token), strength
             )
         if a.ndim == 2:
-            z = torch.tanh(self.norm.of_vector(a))[(...,) + (None,) * len(size)]  # broadcast
-        elif self.order == "norm-squash-resize":
-            z = resize(torch.tanh(self.norm(a)), size, self.resize)
+            m = self._project(self._squash_class(a), strength)[(...,) + (None,) * len(size)]  # broadcast
+        elif self.order == "resize-norm-squash":
+            m = self._project(torch.tanh(self.norm(resize(a, size, self.resize))), strength)
+        elif self.grows:
+            m = self._project_onto(torch.tanh(self.norm(a)), size, strength)
         else:
-            z = torch.tanh(self.norm(resize(a, size, self.resize)))
-        m = self._project(z, strength)
+            m = self._project(resize(torch.tanh(self.norm(a)), size, self.resize), strength)
         if a.ndim == 2 and self.destination.kind == "tokens":
             return m.flatten(2).transpose(1, 2)  # one for all tokens
         return self.destination.from_map(m, of_class, class_tokens)
@@ -129,13 +136,25 @@ class Modulation(nn.Module):
     def _squash_class(self, a: torch.Tensor) -> torch.Tensor:
         return torch.tanh(self.norm.of_vector(a))
 
+    def _scales(self, strength: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        if strength is None:
+            return self.neg_scale, self.pos_scale
+        return self.neg_scale * strength[0], self.pos_scale * strength[1]
+
     def _project(self, z: torch.Tensor, strength: torch.Tensor | None) -> torch.Tensor:
-        """P and the 1x1 convolution, of a vector or a map of any number of dimensions."""
-        neg: torch.Tensor = self.neg_scale
-        pos: torch.Tensor = self.pos_scale
-        if strength is not None:
-            neg, pos = neg * strength[0], pos * strength[1]
-        z = torch.where(z < 0, neg * z, pos * z)
+        """conv1x1(P(z)), of a vector or a map of any number of dimensions."""
+        neg, pos = self._scales(strength)
+        return self._mix(torch.where(z < 0, neg * z, pos * z), self.modulation.bias)
+
+    def _project_onto(self, z: torch.Tensor, size: Sequence[int], strength: torch.Tensor | None) -> torch.Tensor:
+        """conv1x1(P(resize(z)))"""
+        neg, pos = self._scales(strength)
+        z = z.contiguous(memory_format=CHANNELS_LAST.get(z.ndim, torch.contiguous_format))  # which resizing makes of it
+        low = resize(self._mix(neg * z, self.modulation.bias), size, self.resize)
+        return torch.addcmul(low, pos - neg, self._mix(resize(z, size, self.resize).clamp_min(0)))
+
+    def _mix(self, z: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """The 1x1 convolution."""
         if z.ndim == 4:
-            return self.modulation(z)
-        return F.linear(z.movedim(1, -1), self.modulation.weight.flatten(1), self.modulation.bias).movedim(-1, 1)
+            return F.conv2d(z, self.modulation.weight, bias)
+        return F.linear(z.movedim(1, -1), self.modulation.weight.flatten(1), bias).movedim(-1, 1)

@@ -145,7 +145,7 @@ class Unroller:
 
     def modulated(self, y: fx.Node, modulation: fx.Node, activation: str) -> fx.Node:
         """relu(y + y m)"""
-        value = self.once(operator.add, y, self.once(operator.mul, y, modulation))
+        value = self.once(torch.addcmul, y, y, modulation)
         return self.once(torch.relu, value) if activation == "relu" else value
 
     def steer(self) -> None:

@@ -1,0 +1,121 @@
+"""Two passes of LRM networks against the plain network and against forward hooks: time, in turns.
+
+OMP_WAIT_POLICY=passive python benchmarks/lrm_inference.py [--threads 2] [--compile]
+
+Efficiency is the plain network's time, times how many more operations the passes take, over the passes' time: 1 where
+nothing but the arithmetic costs time.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from timing import flops, interleaved, milliseconds, ratio
+from torch import nn
+
+import fxfeedback
+
+LRM3 = [
+    ("classifier.6", "features.8"),
+    ("features.9", "features.0"),
+    ("classifier.6", "features.10"),
+    ("features.12", "features.3"),
+    ("classifier.2", "features.6"),
+]
+NETWORKS = {
+    "alexnet": LRM3,
+    "resnet50": [("layer4", "layer3.0.conv1")],
+    "vit_b_16": [("encoder.layers.encoder_layer_11", "encoder.layers.encoder_layer_5")],
+}
+BATCH, REPEATS = 8, 9
+
+
+class HookedBlock(nn.Module):
+    """A connection's block, each step as it is written in the paper."""
+
+    def __init__(self, source: torch.Tensor, destination: torch.Tensor) -> None:
+        super().__init__()
+        size = destination.shape[2:] if source.ndim > 2 else ()
+        self.weight = nn.Parameter(torch.ones(source.shape[1], *size))
+        self.bias = nn.Parameter(torch.zeros(source.shape[1], *size))
+        self.neg_scale, self.pos_scale = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+        self.modulation = nn.Conv2d(source.shape[1], destination.shape[1], 1)
+
+    def forward(self, a: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The connection's share of y's modulation."""
+        weight, bias = self.weight, self.bias
+        if a.ndim > 2:
+            weight, bias = (
+                F.interpolate(p[None], a.shape[2:], mode="bilinear", align_corners=True)[0] for p in (weight, bias)
+            )
+        z = torch.tanh(F.layer_norm(a, a.shape[1:], weight, bias))
+        if a.ndim > 2:
+            z = F.interpolate(z, y.shape[2:], mode="bilinear", align_corners=True)
+        else:
+            z = z[:, :, None, None].expand(*z.shape, *y.shape[2:])
+        return self.modulation(torch.where(z < 0, self.neg_scale * z, self.pos_scale * z))
+
+
+class Hooked(nn.Module):
+    """Passes of a network of maps and vectors by forward hooks, the usual way."""
+
+    def __init__(self, model: nn.Module, connections: Sequence[tuple[str, str]], x: torch.Tensor) -> None:
+        super().__init__()
+        self.model, self.connections = model, connections
+        self.past: dict[str, torch.Tensor] = {}
+        self.present: dict[str, torch.Tensor] = {}
+        self.blocks: nn.ModuleList | None = None
+        for name in dict.fromkeys(name for connection in connections for name in connection):
+            model.get_submodule(name).register_forward_hook(lambda *call, name=name: self.at(name, call[-1]))
+        with torch.no_grad():
+            self(x[:1])
+        self.blocks = nn.ModuleList(HookedBlock(self.past[s], self.past[d]) for s, d in connections)
+
+    def at(self, name: str, y: torch.Tensor) -> torch.Tensor:
+        """Keep a node's value, modulated if it is a destination."""
+        links = [(block, s) for block, (s, d) in zip(self.blocks or [], self.connections, strict=False) if d == name]
+        if links and self.past:
+            y = torch.relu(y + y * sum(block(self.past[s], y) for block, s in links))
+        self.present[name] = y
+        return y
+
+    def forward(self, x: torch.Tensor, passes: int = 2) -> list[torch.Tensor]:
+        """One output per pass."""
+        self.past, outputs = {}, []
+        for _ in range(passes):
+            self.present = {}
+            outputs.append(self.model(x))
+            self.past = self.present
+        return outputs
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--compile", action="store_true", help="torch.compile all of them")
+    parser.add_argument("networks", nargs="*", default=list(NETWORKS), metavar="NETWORK", help=", ".join(NETWORKS))
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    ready = torch.compile if arguments.compile else lambda model: model
+    print(f"torch {torch.__version__}, {arguments.threads} threads, batch {BATCH}, 224 x 224, 2 passes, in ms")
+    print(f"{'network':<10}{'plain':>8}{'passes':>8}{'operations':>12}{'efficiency':>24}{'passes / hooks':>24}")
+    for name in arguments.networks:
+        x = torch.randn(BATCH, 3, 224, 224)
+        plain = torchvision.models.get_model(name).eval()
+        passes = fxfeedback.add_feedback(plain, NETWORKS[name]).eval()
+        more = flops(lambda model=passes, x=x: model(x)) / flops(lambda model=plain, x=x: model(x))
+        models = [ready(plain), ready(passes)]
+        if name != "vit_b_16":  # its tokens are no maps
+            models.append(ready(Hooked(torchvision.models.get_model(name), NETWORKS[name], x).eval()))
+        with torch.no_grad():
+            times = interleaved([lambda model=model, x=x: model(x) for model in models], REPEATS)
+        row = f"{name:<10}" + "".join(f"{milliseconds(taken):>8.0f}" for taken in times[:2]) + f"{more:>12.2f}"
+        row += f"{ratio(times[0], times[1], more):>24}" + (f"{ratio(times[1], times[2]):>24}" if len(times) > 2 else "")
+        print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""ONNX Runtime against torch on the CPU: passes of LRM networks, and a step of a learner; time, in turns.
+
+OMP_WAIT_POLICY=passive python benchmarks/onnx_runtime.py [--threads 2]
+"""
+
+import argparse
+import collections
+import json
+import tempfile
+import warnings
+from pathlib import Path
+
+import onnxruntime as ort
+import torch
+import torch.nn.functional as F
+import torchvision
+from lrm_inference import NETWORKS
+from timing import flops, interleaved, milliseconds, ratio
+
+import fxfeedback
+
+BATCH, REPEATS = 8, 9
+
+
+def options(threads: int, profile: Path | None = None) -> ort.SessionOptions:
+    """For so many threads, and quiet."""
+    made = ort.SessionOptions()
+    made.intra_op_num_threads, made.log_severity_level = threads, 3
+    if profile:
+        made.enable_profiling, made.profile_file_prefix = True, str(profile)
+    return made
+
+
+def passes(name: str, folder: Path, threads: int) -> str:
+    """A row of the table of unrolled passes; one pass is the plain network."""
+    torch.manual_seed(0)
+    x = torch.randn(BATCH, 3, 224, 224)
+    plain = torchvision.models.get_model(name).eval()
+    model = fxfeedback.add_feedback(plain, NETWORKS[name]).eval()
+    more = flops(lambda: model(x)) / flops(lambda: plain(x))
+    sessions = []
+    for number in (1, 2):
+        fxfeedback.export(model, folder / f"{name}{number}.onnx", passes=number)
+        sessions.append(fxfeedback.runtime.Session(folder / f"{name}{number}.onnx", "cpu", options(threads)))
+    with torch.no_grad():
+        torch_time, one, two = interleaved([lambda: model(x), lambda: sessions[0](x), lambda: sessions[1](x)], REPEATS)
+    row = f"{name:<12}" + "".join(f"{milliseconds(taken):>9.0f}" for taken in (torch_time, two, one))
+    return row + f"{more:>8.2f}{ratio(two, torch_time):>24}{ratio(two, one, 1 / more):>24}"
+
+
+def learner(mode: str, folder: Path, threads: int) -> tuple[str, dict[str, float]]:
+    """A row of the table of ResNet-18's steps, and the share of the time by kind of op."""
+    torch.manual_seed(0)
+    net = torchvision.models.resnet18(num_classes=10).train(mode == "train")
+    path = folder / f"{mode}.onnx"
+    fxfeedback.export_learner(fxfeedback.to_butd(net), path, momentum=0.9)
+    ours = fxfeedback.runtime.Learner(path, "cpu", options(threads))
+    optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
+    x, target = torch.randn(BATCH, 3, 224, 224), torch.randint(10, (BATCH,))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), target).backward()
+        optimizer.step()
+
+    theirs, taken = interleaved([step, lambda: ours.step(x, target, lr=0.01)], REPEATS)
+    profiled = fxfeedback.runtime.Learner(path, "cpu", options(threads, folder / "profile"))
+    for _ in range(4):
+        profiled.step(x, target, lr=0.01)
+    shares: collections.Counter[str] = collections.Counter()
+    for event in json.loads(Path(profiled._stepping.end_profiling()).read_text()):
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            shares[f"{event['name'].split('/')[0]}: {event['args']['op_name']}"] += event["dur"]
+    total = sum(shares.values())
+    row = f"batch norms in {mode:<8}{milliseconds(theirs):>9.0f}{milliseconds(taken):>9.0f}{ratio(taken, theirs):>24}"
+    return row, {what: spent / total for what, spent in shares.most_common(8)}
+
+
+def main() -> None:
+    """Print the tables."""
+    warnings.filterwarnings("ignore")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    threads = parser.parse_args().threads
+    torch.set_num_threads(threads)
+    print(
+        f"torch {torch.__version__}, onnxruntime {ort.__version__}, {threads} threads, batch {BATCH}, 224 x 224, in ms"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        print("\ntwo passes   torch    ONNX    plain  operations   ONNX / torch    ONNX / (its plain x operations)")
+        for name in ("alexnet", "resnet50"):
+            print(passes(name, Path(folder), threads), flush=True)
+        print("\na step of ResNet-18       torch     ONNX            ONNX / torch")
+        for mode in ("eval", "train"):
+            row, shares = learner(mode, Path(folder), threads)
+            print(row, flush=True)
+            print("    of it " + ", ".join(f"{what} {share:.0%}" for what, share in shares.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
