@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two OpenMP threads that spin at a barrier stall each other on a busy machine.
 export OMP_WAIT_POLICY = passive
 
-.PHONY: demo test lint types tests bench zoo zoo-lrm fuzz operators clean
+.PHONY: demo test lint types tests bench zoo zoo-lrm zoo-onnx fuzz operators clean
 
 demo: $(VENV)/.installed  ## set up, train the instructed network on real digits, say where the results are
 	$(BIN)/python examples/train_multi_mnist.py
@@ -33,6 +33,9 @@ zoo: $(VENV)/.installed  ## updates against autograd in every model of torchvisi
 
 zoo-lrm: $(VENV)/.installed  ## a feedback connection in every model of torchvision, as a table (half an hour)
 	$(BIN)/python zoo/feedback.py
+
+zoo-onnx: $(VENV)/.installed  ## ONNX files of every model of torchvision and of some of timm's, in ONNX Runtime, as a table (hours)
+	$(BIN)/python zoo/export.py
 
 fuzz: $(VENV)/.installed  ## random graphs against autograd: make fuzz N=10000
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py $(or $(N),1000)
