@@ -275,6 +275,25 @@ def test_more_passes_cost_no_more_weights(tmp_path):
 # -- the model, the file ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("passes", [2, 4])
+def test_the_published_network_is_steered(passes, tmp_path):
+    torch.manual_seed(0)
+    model = fxfeedback.models.alexnet_lrm3(passes=passes).eval()
+    for name, parameter in model.modulations.named_parameters():
+        nn.init.normal_(parameter, std=0.01 if "modulation.weight" in name else 0.3)
+    export(model, tmp_path / "lrm3.onnx", steerable=True)
+    session = Session(tmp_path / "lrm3.onnx")
+    steering = [
+        {"source": "classifier.6", "activation": torch.randn(1, 1000), "strength": (0.5, 3.0), "alpha": 0.7},
+        {"source": "features.12", "activation": torch.randn(1, 256, 6, 6), "strength": 2.0},
+    ]
+    for batch in (1, 7):
+        x = torch.randn(batch, 3, 224, 224)
+        with torch.no_grad():
+            assert_close(session(x), model(x))
+            assert_close(session(x, steering=steering), model(x, steering=steering))
+
+
 def test_one_file_takes_pictures_of_any_size(tmp_path):
     torch.manual_seed(0)
     connections = [("layer4", "layer2.0.conv2"), ("layer1", "layer3.0.conv1")]
