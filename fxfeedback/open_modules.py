@@ -80,6 +80,7 @@ class _Opener(fx.Tracer):
         self.strict = strict
         self.graph = fx.Graph(tracer_cls=type(self))
         self.tensors = _tensors(module)
+        self.memory = _Memory(module.graph, module)
         self.names = {id(tensor): name for name, tensor in reversed(self.tensors.items())}  # a tied one: its first
         self.values: dict[fx.Node, Any] = {}
         self.present: Any = None  # the node that is being opened
@@ -105,7 +106,7 @@ class _Opener(fx.Tracer):
             named.node.meta["name"] = node.meta["name"]
         self.values[node] = value
         if _is_in_place(node, self.root) and isinstance(node.args[0], fx.Node) and node.args[0].op != "get_attr":
-            _check_overwriting(node, self.root)
+            self.memory.check_overwriting(node)
             self.values[node.args[0]] = value  # who reads the overwritten value later reads the new one
 
     def open_module(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -294,21 +295,28 @@ def _is_in_place(node: fx.Node, root: nn.Module) -> bool:
     return bool(node.kwargs.get("inplace")) or _out_of_place(node.target) is not node.target
 
 
-def _check_overwriting(node: fx.Node, root: nn.Module) -> None:
-    """Refuse an in-place op that changes memory which is read later under another name: as a view, or by a view."""
-    before = {}
-    for other in node.graph.nodes:
-        before[other] = True
-        if other is node:
-            break
-    memory = _memory_of(node.args[0], root)
-    for other in before:
-        shares = other is not node and other is not node.args[0] and _memory_of(other, root) is memory
-        if shares and any(user not in before for user in other.users):
-            raise RuleError(
-                f"the in-place op at node {node.meta['name']!r}{user_line(node)} overwrites memory that is read again "
-                f"as {other.meta['name']!r}: write it out of place (x = x + y, not x.add_(y))"
-            )
+class _Memory:
+    """Whose memory every node's value lies in, or may lie in: what it is a view of."""
+
+    def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
+        self.order = {node: i for i, node in enumerate(graph.nodes)}
+        self.owner: dict[fx.Node, fx.Node] = {}
+        self.sharing: dict[fx.Node, list[fx.Node]] = {}
+        for node in graph.nodes:
+            first = node.args[0] if node.args else None
+            shares = isinstance(first, fx.Node) and (_is_view(node, root) or _is_in_place(node, root))
+            self.owner[node] = self.owner[first] if shares else node  # type: ignore[index]
+            self.sharing.setdefault(self.owner[node], []).append(node)
+
+    def check_overwriting(self, node: fx.Node) -> None:
+        """Refuse an in-place op that changes memory which is read later under another name: as a view, or by a view."""
+        for other in self.sharing[self.owner[node.args[0]]]:  # type: ignore[index]
+            came_before = self.order[other] < self.order[node] and other is not node.args[0]
+            if came_before and any(self.order[user] > self.order[node] for user in other.users):
+                raise RuleError(
+                    f"the in-place op at node {node.meta['name']!r}{user_line(node)} overwrites memory that is read "
+                    f"again as {other.meta['name']!r}: write it out of place (x = x + y, not x.add_(y))"
+                )
 
 
 VIEWS = {
@@ -316,13 +324,6 @@ VIEWS = {
     "unsqueeze", "select", "narrow", "expand", "chunk", "split", "unbind", "contiguous", "dropout",
 }  # fmt: skip
 VIEW_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.modules.dropout._DropoutNd)
-
-
-def _memory_of(node: Any, root: nn.Module) -> Any:
-    """The node whose memory the node's value lies in, or may lie in: what it is a view of."""
-    while isinstance(node, fx.Node) and node.args and (_is_view(node, root) or _is_in_place(node, root)):
-        node = node.args[0]
-    return node
 
 
 def _is_view(node: fx.Node, root: nn.Module) -> bool:

@@ -98,10 +98,8 @@ class Unroller:
                 output = fx.map_arg(node.args[0], values.__getitem__)
             else:
                 values[node] = before = inputs[node] if node in inputs else self.emit(node, values, number)
-                # A source that ran earlier in this pass hands on its present value, any other that of the previous one.
-                present = {source: value for source, value in values.items() if source is not node}
                 links = [link for link in self.links if link.destination is node]
-                signals = [(link, present.get(link.source, feedback.get(link.source))) for link in links]
+                signals = [(link, self.signal(link.source, node, values, feedback)) for link in links]
                 signals = [(link, signal) for link, signal in signals if signal is not None]
                 modulation = self.modulation(before, signals)
                 if modulation is not None:
@@ -110,6 +108,12 @@ class Unroller:
                     readout[node.meta["name"]] = (values[node], before, modulation)
         self.signals = {link.source: values[link.source] for link in self.links}
         return output, readout
+
+    def signal(
+        self, source: fx.Node, node: fx.Node, values: dict[fx.Node, fx.Node], feedback: dict[fx.Node, fx.Node]
+    ) -> fx.Node | None:
+        """What a source hands on to `node`: its value if it ran earlier in this pass, or else in the previous one."""
+        return values[source] if source in values and source is not node else feedback.get(source)
 
     def emit(self, node: fx.Node, values: dict[fx.Node, fx.Node], number: int) -> fx.Node:
         """The node in this pass: an earlier pass's where the inputs are the same and nothing is drawn at random."""
