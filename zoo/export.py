@@ -152,7 +152,13 @@ def learner(butd: fxfeedback.BUTD, size: tuple[int, ...], instructs: bool) -> Fi
 def updates_of(
     butd: fxfeedback.BUTD, x: torch.Tensor, target: torch.Tensor, task: torch.Tensor | None, names: Sequence[str]
 ) -> dict[str, np.ndarray]:
-    """Parameter name -> its update; the loss is taken at the main output."""
+    """Parameter name -> its update; the loss is taken at the main output.
+
+    Of every sample twice, which changes no mean: for a single one, torch's backward of batch norm (2.15, on the CPU) is
+    wrong where the error, as a transposed sequence of tokens, lies in memory position by position.
+    """
+    x, target = torch.cat([x, x]), torch.cat([target, target])
+    task = task if task is None else torch.cat([task, task])
     butd.zero_grad()
     output = butd(x) if task is None else butd(x, task)
     main = output["out"] if isinstance(output, dict) and "out" in output else leaves(output)[0]
