@@ -1,5 +1,6 @@
 """Questions about an opened BU graph: what depends on the input, where the prediction head and the gating sites are."""
 
+import operator
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
@@ -155,9 +156,13 @@ def channels_of(node: fx.Node) -> int:
     return channels
 
 
+LOGICAL = (operator.and_, operator.or_, operator.not_)  # called as if they were in place
+
+
 def has_effect(node: fx.Node) -> bool:
-    """Whether the node matters although nothing reads it."""
-    return node.op in ("placeholder", "output") or getattr(node.target, "__name__", "").endswith("_")
+    """Whether the node matters although nothing reads it: inputs, outputs, in-place ops."""
+    in_place = getattr(node.target, "__name__", "").endswith("_") and node.target not in LOGICAL
+    return node.op in ("placeholder", "output") or in_place
 
 
 def passes(node: fx.Node) -> bool:

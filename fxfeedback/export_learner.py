@@ -30,9 +30,6 @@ from fxfeedback.rules.core import channelwise, spatial
 from fxfeedback.rules.normalization import standardized
 from fxfeedback.trace import identifier, leaves_of
 
-LOGICAL = (operator.and_, operator.or_, operator.not_)
-"""The functions whose names end like those of in-place ops."""
-
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 
 STEP = "optimizer.step"
@@ -317,7 +314,7 @@ class _Step:
         if node.target is cumulative_momentum:
             return self._call(label, torch.reciprocal, *args)
         statistics = node.target is F.instance_norm and isinstance(operand(node, "running_mean"), fx.Node)
-        if statistics or (has_effect(node) and node.target not in LOGICAL):
+        if statistics or has_effect(node):
             raise ExportError(f"{label!r} changes a tensor in place, and a step can do so for batch norms only")
         return None
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
+from fxfeedback.bottom_up import has_effect
 from fxfeedback.errors import RuleError
 from fxfeedback.openings import OPENINGS, call
 from fxfeedback.ops import same
@@ -60,7 +61,7 @@ def open_modules(
         for node in module.graph.nodes:
             opener.open(node)
     if example_inputs is not None:
-        opener.graph.eliminate_dead_code(is_impure_node=_matters)
+        opener.graph.eliminate_dead_code(is_impure_node=has_effect)
     for node in opener.graph.nodes:
         node.meta.pop("origin", None)
         if node.op == "call_function":
@@ -254,11 +255,6 @@ class _Opener(fx.Tracer):
         proxy = super().create_proxy("get_attr", name, (), {})
         proxy.node.meta["name"] = name
         return proxy
-
-
-def _matters(node: fx.Node) -> bool:
-    """Whether the node matters although nothing reads it."""
-    return node.op in ("placeholder", "output") or getattr(node.target, "__name__", "").endswith("_")
 
 
 def _is_on_sizes(node: fx.Node, args: Any) -> bool:
