@@ -267,6 +267,7 @@ def _finish(model: Any, program: Program, labels: Sequence[str], outputs: Sequen
 
     ir.passes.Sequential(common.InlinePass(), common.RemoveUnusedNodesPass())(model)
     optimizer.fold_constants(model, input_size_limit=FOLDED)
+    _drop_wrong_biases(model.graph)
     # No fusions: they would store a weight once per use, and ONNX Runtime makes them when it loads the file.
     ir.passes.Sequential(
         common.RemoveUnusedNodesPass(),
@@ -285,6 +286,15 @@ def _finish(model: Any, program: Program, labels: Sequence[str], outputs: Sequen
     _forget(model)
     model.producer_name, model.producer_version, model.graph.name = "fxfeedback", __version__, "fxfeedback"
     model.metadata_props.update({key: _text(value) for key, value in program.metadata.items()})
+
+
+def _drop_wrong_biases(graph: Any) -> None:
+    """A 3-d convolution without a bias gets one of zeros that has two dimensions (onnxscript's issue 2931)."""
+    for node in graph.all_nodes():
+        if node.op_type == "Conv" and len(node.inputs) == 3 and node.inputs[2] is not None:
+            shape = node.inputs[2].shape
+            if shape is not None and len(shape) == 2:
+                node.replace_input_with(2, None)
 
 
 SPATIAL = {3: ["length"], 4: ["height", "width"], 5: ["depth", "height", "width"]}

@@ -205,6 +205,19 @@ def test_a_model_may_call_its_parts_as_the_exporter_does(tmp_path):
     assert_close(Session(tmp_path / "model.onnx", "cpu")(x), model(x))
 
 
+def test_a_video_model_in_three_dimensions(tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv3d(2, 4, 3, padding=1, bias=False), nn.ReLU(), nn.Conv3d(4, 4, 3, bias=False), nn.ReLU(),
+        nn.Flatten(), nn.Linear(4 * 2 * 3 * 4, 5),
+    )  # fmt: skip
+    model = fxfeedback.add_feedback(net, [("3", "0")], input_size=(2, 4, 5, 6)).eval()
+    export(model, tmp_path / "video.onnx")
+    x = torch.randn(3, 2, 4, 5, 6)
+    with torch.no_grad():
+        assert_close(Session(tmp_path / "video.onnx")(x), model(x))
+
+
 def test_a_fixed_batch(convnet_lrm, tmp_path):
     export(convnet_lrm, tmp_path / "one.onnx", steerable=True, passes=2, dynamic_batch=False)
     session = Session(tmp_path / "one.onnx", "cpu")
