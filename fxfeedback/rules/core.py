@@ -215,7 +215,8 @@ def is_one(size: Any) -> bool:
 
 def outer(e: Counter, x: Any) -> Counter:
     """Σ over batch and positions of e xᵀ: the Counter-Hebb rule of a linear map on the last dimension."""
-    return e.reshape(-1, e.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+    e, x = (t.flatten(0, -2) if t.ndim > 2 else t.reshape(1, -1) if t.ndim == 1 else t for t in (e, x))
+    return e.t() @ x
 
 
 def channelwise(w: Any, ndim: int) -> Any:

@@ -32,8 +32,8 @@ def matmul(y, input, other):
 
     def to_other(t):
         rows = input.unsqueeze(0) if row else input
-        if other.ndim == 2 and not row:
-            return rows.reshape(-1, other.shape[0]).t() @ t.reshape(-1, other.shape[1])
+        if other.ndim == 2 and input.ndim > 2:
+            return rows.flatten(0, -2).t() @ t.flatten(0, -2)
         return sum_batch_to(rows.transpose(-1, -2) @ whole(t), other, batch)
 
     def uniformly(t):
