@@ -125,7 +125,7 @@ def by_hooks(plain: nn.Module, model: fxfeedback.FeedbackModel, x: torch.Tensor)
 
     def modulate(module: nn.Module, inputs: Any, y: torch.Tensor) -> torch.Tensor:
         if signals:
-            y = y + y * block(signals[0], y)
+            y = torch.addcmul(y, y, block(signals[0], y))  # to the last bit as the passes compute it
             y = torch.relu(y) if isinstance(module, nn.modules.conv._ConvNd) else y
         return y
 
