@@ -345,6 +345,8 @@ class Grower:
         values = [tuple(runs) for runs in zip(*results, strict=True)]
         if not all(_is_moderate(run, runs[0]) for runs in values for run in runs):
             return False
+        if not all(_grows_evenly(*runs, self.batch) for runs in values):
+            return False
         self.body.append(line)
         read = frozenset(v.name for v in self.values if _mentions(expression, v.name))
         random = self.random or any(v.random for v in self.values if v.name in read)
@@ -382,6 +384,12 @@ def _is_moderate(run: Any, probe: Any) -> bool:
     if not isinstance(run, torch.Tensor) or run.dtype != torch.double:
         return False
     return probe.numel() > 0 and run.numel() <= MOST_VALUES and bool((run.abs() < 2000).all())
+
+
+def _grows_evenly(one: torch.Tensor, two: torch.Tensor, own: torch.Tensor, batch: int) -> bool:
+    """Whether every size grows by as much with every sample; that of a diagonal may be min(batch, 1)."""
+    sizes = zip(one.shape, two.shape, own.shape, strict=True)
+    return all(c == a + (b - a) * (batch - PROBES[0]) for a, b, c in sizes)
 
 
 # -- the table of ops -------------------------------------------------------------------------------------------------

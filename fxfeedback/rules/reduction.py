@@ -188,7 +188,7 @@ def cdist(y, x1, x2, p=2.0, compute_mode=None):
         return t.unsqueeze(-1).expand(wide) / columns
 
     def error(e):
-        apart, n = x1.reshape(rows) - x2.reshape(others), y.unsqueeze(-1)
+        apart, n = x1.unsqueeze(-2) - x2.unsqueeze(-3), y.unsqueeze(-1)
         if p == math.inf:  # here PyTorch gives the whole error to each of several greatest
             return e.unsqueeze(-1) * torch.sign(apart) * (apart.abs() == n)
         return e.unsqueeze(-1) * slope_of_norm(apart, n, p, [-1])
