@@ -24,8 +24,8 @@ def multi_head(
     is_causal: bool = False,
 ) -> tuple[Any, Any]:
     """(y, weights of attention or None), as the module's forward returns them; `is_causal` only repeats attn_mask."""
-    if module.bias_k is not None or module.add_zero_attn or query.ndim != 3:
-        raise ValueError("add_bias_kv, add_zero_attn and inputs without a batch are not supported")
+    if query.ndim != 3:
+        raise ValueError("inputs without a batch are not supported")
     first = (lambda x: x) if module.batch_first else (lambda x: x.transpose(0, 1))  # batch first
     q, k, v = (_heads(first(x), module.num_heads) for x in _projected(module, query, key, value))
     batch, heads, length, size = q.shape
@@ -35,6 +35,13 @@ def multi_head(
     if key_padding_mask is not None:
         padding = _additive(key_padding_mask, q).unsqueeze(1).unsqueeze(1)
         mask = padding if mask is None else mask + padding
+    if module.bias_k is not None:  # one more key and value, the same for all
+        both = [query.tracer.parameter(bias).expand(batch, 1, heads * size) for bias in (module.bias_k, module.bias_v)]
+        k, v = (torch.cat([x, _heads(bias, heads)], 2) for x, bias in zip((k, v), both, strict=True))
+    if module.add_zero_attn:
+        k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+    more = (module.bias_k is not None) + module.add_zero_attn
+    mask = mask if mask is None or not more else F.pad(mask, (0, more))
     dropout = module.dropout if module.training else 0.0
     if need_weights:
         y, weights = _weighted(q, k, v, mask, dropout, 1 / math.sqrt(size))

@@ -732,9 +732,10 @@ def attention(g, x):
     templates += ["{f}({x}[..., :2, :], {x}, {o})", "{f}({x}, {x}[..., :1, :], {x}[..., :1, :])"]
     if x.ndim == 3:
         heads = g.pick([k for k in (1, 2, 3) if width % k == 0])
-        drop, bias, zero = g.pick([0.0, 0.3]), g.pick([True, False]), g.pick([False, False, True])
-        module = f"nn.MultiheadAttention({width}, {heads}, {drop}, {bias}, add_zero_attn={zero}, batch_first=True)"
-        layer = f"nn.TransformerEncoderLayer({width}, {heads}, 4, {drop}, batch_first=True, norm_first={zero})"
+        drop, bias, first = g.pick([0.0, 0.3]), g.pick([True, False]), g.pick([False, False, True])
+        more = g.pick(["", "", ", add_bias_kv=True", ", add_zero_attn=True", ", add_bias_kv=True, add_zero_attn=True"])
+        module = f"nn.MultiheadAttention({width}, {heads}, {drop}, {bias}{more}, batch_first=True)"
+        layer = f"nn.TransformerEncoderLayer({width}, {heads}, 4, {drop}, batch_first=True, norm_first={first})"
         templates += ["{m}({x}, {o}, {x})[0]", "{m}({x}, {x}, {x}, need_weights=False)[0]", "{layer}({x})"]
         g.random = drop > 0
         parts = {"m": lambda: g.module(module), "layer": lambda: g.module(layer)}

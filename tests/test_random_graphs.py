@@ -409,3 +409,25 @@ def test_an_empty_batch_may_be_the_last_dimension():
     y.sum().backward()
     assert y.shape == (0, 0)
     assert x.grad.shape == x.shape
+
+
+class MoreKeys(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True, add_bias_kv=True, add_zero_attn=True)
+
+    def forward(self, x):
+        later = torch.triu(torch.ones(5, 5), 1).bool()
+        return self.attention(x, x, x, key_padding_mask=x[..., 0] > 1, attn_mask=later)
+
+
+def test_attention_with_a_learned_key_and_a_key_of_zeros():
+    model, x = MoreKeys().double(), torch.randn(3, 5, 6, dtype=torch.double, requires_grad=True)
+    butd = fxfeedback.to_butd(model, input_size=(5, 6))
+    for made, y in zip(butd(x), model(x), strict=True):
+        assert same(made, y)
+    tensors = learning(model, [x])
+    expected = gradients(list(model(x)), tensors)
+    for outputs in (butd(x), by_rules(butd, [x])):
+        for name, update in gradients(list(outputs), tensors).items():
+            assert same(update, expected[name], 1e-9), name
