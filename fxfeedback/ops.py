@@ -58,6 +58,12 @@ def or_zeros(update: Any, rows: Any) -> Any:
     return update if len(update) else update.new_zeros(rows, *update.shape[1:])
 
 
+@one_node
+def laid_out_as(e: Any, x: Any) -> Any:
+    """`e` in the memory layout of `x`."""
+    return e if e.stride() == x.stride() else torch.empty_like(x, dtype=e.dtype).copy_(e)
+
+
 @torch.no_grad()
 def advance_(input: torch.Tensor, running_mean: torch.Tensor, running_var: torch.Tensor, momentum: float) -> None:
     """Advance batch norm's running statistics, in place, by the batch `input` (N, C, ...)."""

@@ -9,6 +9,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from fxfeedback.ops import laid_out_as
 from fxfeedback.rules.core import along, as_is, channelwise, dtype_of, eye_like, fused, roles, rule, spatial, update
 from fxfeedback.rules.examples import C, T, call
 from fxfeedback.rules.reduction import slope_of_norm
@@ -81,6 +82,7 @@ def batch_norm_backward(
     eps=1e-5,
 ):
     mask = [name in wanted for name in ("input", "weight", "bias")]
+    e = laid_out_as(e, input)  # the CPU's kernel misreads another layout, where sizes of 1 leave it open
     results = torch.ops.aten.native_batch_norm_backward(
         e, input, weight, running_mean, running_var, *saved, training, eps, mask
     )
