@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from fxfeedback.errors import ExportError, OptionError
@@ -268,6 +269,7 @@ def _finish(model: Any, program: Program, labels: Sequence[str], outputs: Sequen
     ir.passes.Sequential(common.InlinePass(), common.RemoveUnusedNodesPass())(model)
     optimizer.fold_constants(model, input_size_limit=FOLDED)
     _drop_wrong_biases(model.graph)
+    _resize_by_products(model.graph)
     # No fusions: they would store a weight once per use, and ONNX Runtime makes them when it loads the file.
     ir.passes.Sequential(
         common.RemoveUnusedNodesPass(),
@@ -295,6 +297,40 @@ def _drop_wrong_biases(graph: Any) -> None:
             shape = node.inputs[2].shape
             if shape is not None and len(shape) == 2:
                 node.replace_input_with(2, None)
+
+
+def _resize_by_products(graph: Any) -> None:
+    """A map of a known size is resized by two products of matrices: half of the time that Resize takes on a CPU."""
+    import onnx_ir as ir
+
+    for node in list(graph.all_nodes()):
+        if node.op_type != "Resize":
+            continue
+        x, y = node.inputs[0], node.outputs[0]
+        sizes = [*x.shape[2:], *y.shape[2:]]
+        modes = [node.attributes.get_string(name) for name in ("mode", "coordinate_transformation_mode")]
+        known = len(sizes) == 4 and all(isinstance(n, int) for n in sizes) and x.dtype == ir.DataType.FLOAT
+        if modes != ["linear", "align_corners"] or not known:
+            continue
+        rows = _constant(graph, f"resize_rows_{sizes[0]}_to_{sizes[2]}", _resizing(sizes[0], sizes[2]).T)
+        columns = _constant(graph, f"resize_columns_{sizes[1]}_to_{sizes[3]}", _resizing(sizes[1], sizes[3]))
+        tall = ir.node("MatMul", [rows, x], metadata_props=node.metadata_props)
+        wide = ir.node("MatMul", [tall.outputs[0], columns], metadata_props=node.metadata_props)
+        ir.convenience.replace_nodes_and_values(graph, node, [node], [tall, wide], [y], [wide.outputs[0]])
+
+
+def _resizing(old: int, new: int) -> torch.Tensor:
+    """The matrix (old, new) that resizes a row; as resizing is linear, it is what the unit rows become."""
+    return F.interpolate(torch.eye(old)[None, None], (old, new), mode="bilinear", align_corners=True)[0, 0]
+
+
+def _constant(graph: Any, name: str, tensor: torch.Tensor) -> Any:
+    """The initializer of this name."""
+    import onnx_ir as ir
+
+    if name not in graph.initializers:
+        graph.register_initializer(ir.Value(name=name, const_value=ir.tensor(tensor.contiguous(), name=name)))
+    return graph.initializers[name]
 
 
 SPATIAL = {3: ["length"], 4: ["height", "width"], 5: ["depth", "height", "width"]}
