@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two OpenMP threads that spin at a barrier stall each other on a busy machine.
 export OMP_WAIT_POLICY = passive
 
-.PHONY: demo test lint types tests bench zoo zoo-lrm zoo-onnx fuzz operators clean
+.PHONY: demo test lint types tests bench bench-check zoo zoo-lrm zoo-onnx fuzz operators clean
 
 demo: $(VENV)/.installed  ## set up, train the instructed network on real digits, say where the results are
 	$(BIN)/python examples/train_multi_mnist.py
@@ -22,11 +22,11 @@ types: $(VENV)/.installed
 tests: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-bench: $(VENV)/.installed  ## speed against plain networks, hooks, autograd and ONNX Runtime, as tables
-	$(BIN)/python benchmarks/lrm_inference.py
-	$(BIN)/python benchmarks/counter_hebb_step.py
-	$(BIN)/python benchmarks/selected_task.py
-	$(BIN)/python benchmarks/onnx_runtime.py
+bench: $(VENV)/.installed  ## speed against plain networks, hooks, autograd and ONNX Runtime: docs/benchmarks.md
+	$(BIN)/python benchmarks/report.py
+
+bench-check: $(VENV)/.installed  ## the same against the recorded figures: what got worse by more than 10 %
+	$(BIN)/python benchmarks/report.py --check
 
 zoo: $(VENV)/.installed  ## updates against autograd in every model of torchvision and in some of timm's, as a table (hours)
 	$(BIN)/python zoo/learning.py

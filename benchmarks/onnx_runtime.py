@@ -8,6 +8,7 @@ import collections
 import json
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnxruntime as ort
@@ -15,15 +16,25 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from lrm_inference import NETWORKS
-from timing import flops, interleaved, milliseconds, ratio
+from timing import Figure, flops, interleaved, milliseconds, ratio, show
 
 import fxfeedback
 
 BATCH, REPEATS = 8, 9
 
 
+def figures(threads: int = 2) -> Iterator[Figure]:
+    """Two passes, and a step of ResNet-18."""
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in ("alexnet", "resnet50"):
+            yield from passes(name, Path(folder), threads)
+        for mode in ("eval", "train"):
+            yield learner(mode, Path(folder), threads)
+
+
 def options(threads: int, profile: Path | None = None) -> ort.SessionOptions:
-    """For so many threads, and quiet; threads that wait, as the others' turns would else be disturbed, do not spin."""
+    """For so many threads, and quiet; threads that wait do not spin, as they would in the others' turns."""
     made = ort.SessionOptions()
     made.add_session_config_entry("session.intra_op.allow_spinning", "0")
     made.intra_op_num_threads, made.log_severity_level = threads, 3
@@ -32,8 +43,8 @@ def options(threads: int, profile: Path | None = None) -> ort.SessionOptions:
     return made
 
 
-def passes(name: str, folder: Path, threads: int) -> str:
-    """A row of the table of unrolled passes; one pass is the plain network."""
+def passes(name: str, folder: Path, threads: int) -> Iterator[Figure]:
+    """Two unrolled passes; one pass is the plain network."""
     torch.manual_seed(0)
     x = torch.randn(BATCH, 3, 224, 224)
     plain = torchvision.models.get_model(name).eval()
@@ -44,13 +55,23 @@ def passes(name: str, folder: Path, threads: int) -> str:
         fxfeedback.export(model, folder / f"{name}{number}.onnx", passes=number)
         sessions.append(fxfeedback.runtime.Session(folder / f"{name}{number}.onnx", "cpu", options(threads)))
     with torch.no_grad():
-        torch_time, one, two = interleaved([lambda: model(x), lambda: sessions[0](x), lambda: sessions[1](x)], REPEATS)
-    row = f"{name:<12}" + "".join(f"{milliseconds(taken):>9.0f}" for taken in (torch_time, two, one))
-    return row + f"{more:>8.2f}{ratio(two, torch_time):>24}{ratio(two, one, 1 / more):>24}"
+        theirs, one, two = interleaved([lambda: model(x), lambda: sessions[0](x), lambda: sessions[1](x)], REPEATS)
+    yield Figure(
+        f"{name}, 2 passes",
+        "ONNX Runtime / torch",
+        ratio(two, theirs),
+        f"{milliseconds(two):.0f} and {milliseconds(theirs):.0f} ms",
+    )
+    yield Figure(
+        f"{name}, 2 passes",
+        "ONNX Runtime / (one pass in it x operations)",
+        ratio(two, one, 1 / more),
+        f"one pass {milliseconds(one):.0f} ms, operations {more:.2f}",
+    )
 
 
-def learner(mode: str, folder: Path, threads: int) -> tuple[str, dict[str, float]]:
-    """A row of the table of ResNet-18's steps, and the share of the time by kind of op."""
+def learner(mode: str, folder: Path, threads: int) -> Figure:
+    """A step of ResNet-18's learner, its batch norms in this mode; noted: the share of the time by kind of op."""
     torch.manual_seed(0)
     net = torchvision.models.resnet18(num_classes=10).train(mode == "train")
     path = folder / f"{mode}.onnx"
@@ -73,29 +94,19 @@ def learner(mode: str, folder: Path, threads: int) -> tuple[str, dict[str, float
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
             shares[f"{event['name'].split('/')[0]}: {event['args']['op_name']}"] += event["dur"]
     total = sum(shares.values())
-    row = f"batch norms in {mode:<8}{milliseconds(theirs):>9.0f}{milliseconds(taken):>9.0f}{ratio(taken, theirs):>24}"
-    return row, {what: spent / total for what, spent in shares.most_common(8)}
+    parts = ", ".join(f"{what} {spent / total:.0%}" for what, spent in shares.most_common(5))
+    note = f"{milliseconds(taken):.0f} and {milliseconds(theirs):.0f} ms; {parts}"
+    return Figure(f"resnet18, norms in {mode}", "a learner's step in ONNX Runtime / torch", ratio(taken, theirs), note)
 
 
 def main() -> None:
-    """Print the tables."""
-    warnings.filterwarnings("ignore")
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     threads = parser.parse_args().threads
     torch.set_num_threads(threads)
-    print(
-        f"torch {torch.__version__}, onnxruntime {ort.__version__}, {threads} threads, batch {BATCH}, 224 x 224, in ms"
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        print("\ntwo passes   torch    ONNX    plain  operations   ONNX / torch    ONNX / (its plain x operations)")
-        for name in ("alexnet", "resnet50"):
-            print(passes(name, Path(folder), threads), flush=True)
-        print("\na step of ResNet-18       torch     ONNX            ONNX / torch")
-        for mode in ("eval", "train"):
-            row, shares = learner(mode, Path(folder), threads)
-            print(row, flush=True)
-            print("    of it " + ", ".join(f"{what} {share:.0%}" for what, share in shares.items()), flush=True)
+    print(f"torch {torch.__version__}, onnxruntime {ort.__version__}, {threads} threads, batch {BATCH}, 224 x 224")
+    show(figures(threads))
 
 
 if __name__ == "__main__":

@@ -1,79 +1,88 @@
 """One task's network against the whole one and the plain model: floating-point operations, and time, interleaved.
 
-OMP_WAIT_POLICY=passive python benchmarks/selected_task.py
+OMP_WAIT_POLICY=passive python benchmarks/selected_task.py [--threads 2]
 
 The whole network makes its gates in every call; the plain model, which has none, is what its bottom-up pass costs.
 """
 
-import os
+import argparse
 import statistics
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import onnxruntime
 import torch
 import torchvision
-from timing import flops, interleaved, milliseconds, ratio
+from onnx_runtime import options
+from timing import Figure, Ratio, Run, flops, interleaved, milliseconds, ratio, show
 from tqdm import tqdm
 
 import fxfeedback
 
-TASKS, TIMED_TASKS, REPEATS = 40, 3, 15
+TASKS, TIMED, REPEATS = 40, (0, 1), 15
 
 
-def show(name: str, runs: list[Callable[[], object]]) -> None:
-    """Print median milliseconds of the whole, the plain model and the selected network, and how much faster this is.
-
-    Behind each ratio: the quartiles of the single pairs.
-    """
-    seconds = interleaved(runs, REPEATS)
-    row = f"{name:<22}" + "".join(f"{milliseconds(taken):>9.1f}" for taken in seconds)
-    row += "".join(f"{ratio(slow, seconds[2]):>24}" for slow in seconds[:2])
-    print(row, flush=True)
-
-
-def main() -> None:
-    """Print the share of operations over all tasks, and a table of times of a few."""
+def figures(threads: int = 2) -> Iterator[Figure]:
+    """ResNet-18 with gated channels, at a random start."""
     torch.manual_seed(0)
-    model = torchvision.models.resnet18().eval()
-    butd = fxfeedback.to_butd(model, n_tasks=TASKS, gating="channel").requires_grad_(False).eval()
+    plain = torchvision.models.resnet18().eval()
+    butd = fxfeedback.to_butd(plain, n_tasks=TASKS, gating="channel").requires_grad_(False).eval()
     x = torch.randn(1, 3, 224, 224)
-    whole = flops(lambda: model(x))
-    shares, largest = [], 0.0
+    yield operations(plain, butd, x)
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for task in TIMED:
+            selected = butd.select(task)
+            runs: list[Run] = [lambda t=task: butd(x, t), lambda: plain(x), lambda s=selected: s(x)]
+            yield from faster(f"in torch, task {task}", runs)
+            yield from faster(f"in ONNX Runtime, task {task}", exported(butd, plain, x, task, threads))
+
+
+def operations(plain: torch.nn.Module, butd: fxfeedback.BUTD, x: torch.Tensor) -> Figure:
+    """The share of the operations that is left, over all tasks; noted: how far the logits are off."""
+    whole = flops(lambda: plain(x))
+    shares, off = [], 0.0
     for task in tqdm(range(TASKS), leave=False):
         selected = butd.select(task)
         shares.append(flops(lambda selected=selected: selected(x)) / whole)
         logits = butd(x, task)
-        largest = max(largest, ((selected(x) - logits).abs().max() / logits.abs().max()).item())
-    print(f"ResNet-18, {TASKS} tasks, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    print(
-        f"load {os.getloadavg()[0]:.1f}; {whole / 1e9:.2f} GFLOPs in the plain model; of these in a selected network:"
-    )
-    print(f"  mean {statistics.mean(shares):.3f}, min {min(shares):.3f}, max {max(shares):.3f}")
-    print(f"logits differ by at most {largest:.1e} of the largest")
-    print(f"{'ms, batch 1':<22}{'whole':>9}{'plain':>9}{'selected':>9}{'whole / selected':>24}{'plain / selected':>24}")
-    with tempfile.TemporaryDirectory() as directory, torch.inference_mode():
-        paths = [str(Path(directory, f"{name}.onnx")) for name in ("whole", "plain", "selected")]
-        fxfeedback.export(butd, paths[0])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.onnx.export(model, (x,), paths[1], dynamo=True, verbose=False)
-        image = x.numpy()
-        for task in range(TIMED_TASKS):
-            selected = butd.select(task)
-            show(f"torch, task {task}", [lambda t=task: butd(x, t), lambda: model(x), lambda s=selected: s(x)])
-            fxfeedback.export(butd, paths[2], task=task)
-            one, two = (fxfeedback.runtime.Session(path, "cpu") for path in (paths[0], paths[2]))
-            plain = onnxruntime.InferenceSession(paths[1], providers=["CPUExecutionProvider"])
-            feed = {plain.get_inputs()[0].name: image}
-            runs = [
-                lambda s=one, t=task: s(image, task=t),
-                lambda s=plain, f=feed: s.run(None, f),
-                lambda s=two: s(image),
-            ]
-            show(f"ONNX Runtime, task {task}", runs)
+        off = max(off, ((selected(x) - logits).abs().max() / logits.abs().max()).item())
+    spread = Ratio(statistics.mean(shares), min(shares), max(shares))
+    note = f"mean, least and most of {TASKS} tasks; logits differ by {off:.1e} of the largest"
+    return Figure("resnet18, one task", "operations of the selected network / plain", spread, note)
+
+
+def exported(butd: fxfeedback.BUTD, plain: torch.nn.Module, x: torch.Tensor, task: int, threads: int) -> list[Run]:
+    """The whole, the plain and the selected network in ONNX Runtime."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, f"{name}.onnx") for name in ("whole", "plain", "selected")]
+        fxfeedback.export(butd, files[0])
+        torch.onnx.export(plain, (x,), files[1], dynamo=True, verbose=False)
+        fxfeedback.export(butd, files[2], task=task)
+        whole, selected = (fxfeedback.runtime.Session(file, "cpu", options(threads)) for file in files[::2])
+        one = onnxruntime.InferenceSession(files[1], options(threads), providers=["CPUExecutionProvider"])
+    image, name = x.numpy(), one.get_inputs()[0].name
+    return [lambda: whole(image, task=task), lambda: one.run(None, {name: image}), lambda: selected(image)]
+
+
+def faster(where: str, runs: Sequence[Run]) -> Iterator[Figure]:
+    """The selected network's time over the whole's and the plain model's."""
+    whole, plain, selected = interleaved(runs, REPEATS)
+    note = ", ".join(f"{milliseconds(taken):.1f}" for taken in (selected, whole, plain)) + " ms"
+    yield Figure(f"resnet18, {where}", "selected network / whole", ratio(selected, whole), note)
+    yield Figure(f"resnet18, {where}", "selected network / plain", ratio(selected, plain))
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    threads = parser.parse_args().threads
+    torch.set_num_threads(threads)
+    print(f"torch {torch.__version__}, {threads} threads, batch 1, 224 x 224")
+    show(figures(threads))
 
 
 if __name__ == "__main__":

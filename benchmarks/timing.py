@@ -1,13 +1,47 @@
-"""What the benchmarks share: times taken in turns, their ratios, and counts of operations."""
+"""What the benchmarks share: times taken in turns, their ratios, figures, and counts of operations."""
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 Run = Callable[[], object]
+
+
+class Ratio(NamedTuple):
+    """Of medians, with the quartiles of the single pairs."""
+
+    ratio: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.ratio:.2f} ({self.low:.2f} to {self.high:.2f})"
+
+    def __format__(self, spec: str) -> str:
+        return format(str(self), spec)
+
+
+class Figure(NamedTuple):
+    """One result: of which network, what over what, and what else was seen, as the milliseconds."""
+
+    network: str
+    what: str
+    ratio: Ratio
+    note: str = ""
+    more_is_better: bool = False
+
+
+def show(figures: Iterable[Figure]) -> list[Figure]:
+    """Print the figures as they come; returns them."""
+    shown = []
+    for figure in figures:
+        print(f"{figure.network:<30}{figure.what:<52}{figure.ratio:>22}  {figure.note}", flush=True)
+        shown.append(figure)
+    return shown
 
 
 def interleaved(runs: Sequence[Run], repeats: int) -> list[list[float]]:
@@ -27,10 +61,10 @@ def milliseconds(taken: Sequence[float]) -> float:
     return statistics.median(taken) * 1e3
 
 
-def ratio(slow: Sequence[float], fast: Sequence[float], factor: float = 1.0) -> str:
+def ratio(slow: Sequence[float], fast: Sequence[float], factor: float = 1.0) -> Ratio:
     """The ratio of the medians times `factor`, and the quartiles of the single pairs."""
     low, _, high = (factor * q for q in statistics.quantiles(a / b for a, b in zip(slow, fast, strict=True)))
-    return f"{factor * statistics.median(slow) / statistics.median(fast):.2f} ({low:.2f} to {high:.2f})"
+    return Ratio(factor * statistics.median(slow) / statistics.median(fast), low, high)
 
 
 def flops(run: Run) -> int:

@@ -1,0 +1,102 @@
+"""All benchmarks: a table, benchmarks/figures.json, and docs/benchmarks.md, which is made from it.
+
+    make bench        run all and record them
+    make bench-check  run all and say what got worse than recorded by more than 10 %
+
+OMP_WAIT_POLICY=passive python benchmarks/report.py [--check] [--threads 2] [BENCHMARK ...]
+"""
+
+import argparse
+import importlib
+import json
+import platform
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from timing import Figure, Ratio, show
+
+BENCHMARKS = ("building", "selected_task", "onnx_runtime")
+RECORDED = Path(__file__).with_name("figures.json")
+PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+WORSE = 1.1
+COMMANDS = ("OMP_WAIT_POLICY", "python")
+
+
+def machine() -> dict[str, Any]:
+    """What the figures hold for."""
+    cpu = f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}"
+    return {"cpu": cpu, "threads": f"{torch.get_num_threads()} threads", "torch": f"torch {torch.__version__}"}
+
+
+def record(name: str, figures: Sequence[Figure], path: Path = RECORDED) -> None:
+    """Put a benchmark's figures in the place of its old ones."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    known[name] = {"machine": machine(), "figures": [figure._asdict() for figure in figures]}
+    path.write_text(json.dumps(known, indent=1) + "\n")
+
+
+def recorded(name: str, path: Path = RECORDED) -> list[Figure]:
+    """A benchmark's figures as they were last recorded."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    return [Figure(**{**one, "ratio": Ratio(*one["ratio"])}) for one in known.get(name, {"figures": ()})["figures"]]
+
+
+def worse(now: Sequence[Figure], before: Sequence[Figure]) -> Iterator[str]:
+    """What got worse by more than 10 %, or is no longer there."""
+    found = {(figure.network, figure.what): figure.ratio.ratio for figure in now}
+    for old in before:
+        new, was = found.get((old.network, old.what)), old.ratio.ratio
+        if new is None:
+            yield f"{old.network}: {old.what}: was {was:.2f}, is no longer measured"
+        elif (was / new if old.more_is_better else new / was) > WORSE:
+            yield f"{old.network}: {old.what}: was {was:.2f}, is {new:.2f}"
+
+
+INTRODUCTION = """# Benchmarks
+
+Every figure is a ratio: what is compared was run in turns, in one process, on one machine; the medians' ratio, and the
+quartiles of the single pairs. `make bench` runs all of them and writes this page, `make bench-check` says what is worse
+than here by more than 10 %.
+"""
+
+
+def page(known: Mapping[str, Any]) -> str:
+    """docs/benchmarks.md."""
+    lines = [INTRODUCTION]
+    for name in (name for name in BENCHMARKS if name in known):
+        about = (importlib.import_module(name).__doc__ or "").split("\n\n")
+        lines += [f"## {about[0].strip()}", "", ", ".join(str(part) for part in known[name]["machine"].values()), ""]
+        lines += [part.strip() + "\n" for part in about[1:] if not part.lstrip().startswith(COMMANDS)]
+        lines += ["| network | what | ratio (quartiles) | |", "| --- | --- | --- | --- |"]
+        for one in known[name]["figures"]:
+            lines.append(f"| {one['network']} | {one['what']} | {Ratio(*one['ratio'])} | {one['note']} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Run the benchmarks; returns how many figures got worse."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare with the recorded figures instead")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("benchmarks", nargs="*", default=BENCHMARKS, metavar="BENCHMARK", help=", ".join(BENCHMARKS))
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    complaints = []
+    for name in arguments.benchmarks:
+        print(f"\n{name}", flush=True)
+        figures = show(importlib.import_module(name).figures())
+        if arguments.check:
+            complaints += worse(figures, recorded(name))
+        else:
+            record(name, figures)
+            PAGE.write_text(page(json.loads(RECORDED.read_text())))
+    print("\n".join(["", *complaints]) if complaints else "")
+    return len(complaints)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
