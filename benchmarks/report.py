@@ -11,7 +11,7 @@ import importlib
 import json
 import platform
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +63,12 @@ than here by more than 10 %.
 """
 
 
-def page(known: Mapping[str, Any]) -> str:
+def page(path: Path = RECORDED) -> str:
     """docs/benchmarks.md."""
-    lines = [INTRODUCTION]
+    known, lines = json.loads(path.read_text()), [INTRODUCTION]
     for name in (name for name in BENCHMARKS if name in known):
         about = (importlib.import_module(name).__doc__ or "").split("\n\n")
-        lines += [f"## {about[0].strip()}", "", ", ".join(str(part) for part in known[name]["machine"].values()), ""]
+        lines += [f"## {' '.join(about[0].split())}", "", ", ".join(str(part) for part in known[name]["machine"].values()), ""]
         lines += [part.strip() + "\n" for part in about[1:] if not part.lstrip().startswith(COMMANDS)]
         lines += ["| network | what | ratio (quartiles) | |", "| --- | --- | --- | --- |"]
         for one in known[name]["figures"]:
@@ -93,7 +93,7 @@ def main() -> int:
             complaints += worse(figures, recorded(name))
         else:
             record(name, figures)
-            PAGE.write_text(page(json.loads(RECORDED.read_text())))
+            PAGE.write_text(page())
     print("\n".join(["", *complaints]) if complaints else "")
     return len(complaints)
 
