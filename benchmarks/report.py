@@ -13,7 +13,6 @@ import platform
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from timing import Figure, Ratio, show
@@ -25,7 +24,7 @@ WORSE = 1.1
 COMMANDS = ("OMP_WAIT_POLICY", "python")
 
 
-def machine() -> dict[str, Any]:
+def machine() -> dict[str, str]:
     """What the figures hold for."""
     cpu = f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}"
     return {"cpu": cpu, "threads": f"{torch.get_num_threads()} threads", "torch": f"torch {torch.__version__}"}
@@ -68,7 +67,7 @@ def page(path: Path = RECORDED) -> str:
     known, lines = json.loads(path.read_text()), [INTRODUCTION]
     for name in (name for name in BENCHMARKS if name in known):
         about = (importlib.import_module(name).__doc__ or "").split("\n\n")
-        lines += [f"## {' '.join(about[0].split())}", "", ", ".join(str(part) for part in known[name]["machine"].values()), ""]
+        lines += [f"## {' '.join(about[0].split())}", "", ", ".join(known[name]["machine"].values()), ""]
         lines += [part.strip() + "\n" for part in about[1:] if not part.lstrip().startswith(COMMANDS)]
         lines += ["| network | what | ratio (quartiles) | |", "| --- | --- | --- | --- |"]
         for one in known[name]["figures"]:

@@ -1,0 +1,62 @@
+"""How the cost of LRM passes grows with passes, connections, batch, depth and width.
+
+OMP_WAIT_POLICY=passive python benchmarks/growth.py [--threads 2]
+
+Efficiency is the plain network's time, times how many more operations the passes take, over the passes' time: 1 where
+nothing but the arithmetic costs time.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+
+import torch
+import torchvision
+from lrm_inference import LRM3
+from timing import Figure, flops, interleaved, milliseconds, ratio, show
+from torch import nn
+
+import fxfeedback
+
+REPEATS = 7
+ONE = [("layer4", "layer3.0.conv1")]
+
+
+def figures() -> Iterator[Figure]:
+    """One thing grows at a time: AlexNet lrm3 and ResNets, two passes, four images of 224 x 224."""
+    alexnet, resnet = torchvision.models.alexnet(), torchvision.models.resnet18()
+    for passes in (1, 2, 4, 8):
+        yield efficiency(f"alexnet, passes: {passes}", alexnet, LRM3, passes=passes)
+    for count in (1, 3, 5):
+        yield efficiency(f"alexnet, connections: {count}", alexnet, LRM3[:count])
+    for batch in (1, 8, 32):
+        yield efficiency(f"resnet18, batch: {batch}", resnet, ONE, batch=batch)
+    for depth in (18, 50, 152):
+        yield efficiency(f"resnet, depth: {depth}", torchvision.models.get_model(f"resnet{depth}"), ONE)
+    for width in (32, 64, 128):
+        yield efficiency(f"resnet50, width: {width}", torchvision.models.resnet50(width_per_group=width), ONE)
+
+
+def efficiency(
+    name: str, plain: nn.Module, connections: Sequence[tuple[str, str]], passes: int = 2, batch: int = 4
+) -> Figure:
+    """Of the passes of a network."""
+    plain.eval()
+    x = torch.randn(batch, 3, 224, 224)
+    model = fxfeedback.add_feedback(plain, connections, passes=passes).eval()
+    more = flops(lambda: model(x)) / flops(lambda: plain(x))
+    with torch.no_grad():
+        one, all_passes = interleaved([lambda: plain(x), lambda: model(x)], REPEATS)
+    note = f"{milliseconds(all_passes):.0f} and {milliseconds(one):.0f} ms, operations {more:.2f}"
+    return Figure(name, "efficiency", ratio(one, all_passes, more), note, more_is_better=True)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    torch.set_num_threads(parser.parse_args().threads)
+    show(figures())
+
+
+if __name__ == "__main__":
+    main()
