@@ -23,21 +23,21 @@ class Halves:
     """A learner cut in two.
 
     attributes: the parameters and buffers, by name, that both halves take as inputs.
-    forward: (*inputs, *attributes) -> (tensors of the model's output, values for the error pass).
-    backward: (list of those values and of the errors) -> list of updates; it empties the list as it goes.
+    forward: (None, *inputs, *attributes) -> (tensors of the model's output, values for the error pass).
+    backward: (None, list of those values and of the errors) -> list of updates; it empties the list.
     updates: names of the updates, in order.
     reached: for each update the numbers of the errors that come to it; None where it needs no error.
-    kept: which of the values are inputs, attributes or outputs, that exist anyway.
-    structure: tensors of the model's output -> the output as the model returns it.
+    kept: which of the values are inputs, attributes or outputs: they exist anyway, and the user may write into them.
+    structure: (None, *tensors of the model's output) -> the output as the model returns it.
     """
 
     attributes: list[str]
-    forward: fx.GraphModule
-    backward: fx.GraphModule
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
     updates: list[str]
     reached: list[frozenset[int] | None]
     kept: list[bool]
-    structure: fx.GraphModule
+    structure: Callable[..., Any]
 
 
 def lift(module: fx.GraphModule, more: Sequence[str] = ()) -> tuple[fx.GraphModule, list[str]]:
@@ -67,6 +67,8 @@ def cut(joint: fx.GraphModule) -> Halves:
     late = _closure(errors, nodes, lambda node: node.all_input_nodes)
     needed = set(leaves) | {node for node in nodes[:-1] if has_effect(node) and node not in late}
     early = _closure(needed, nodes[::-1], lambda node: list(node.users))
+    # A tuple crosses the cut as the elements that are read: it would keep the others, too.
+    early |= {node for node in nodes if _is_picked(node) and node.args[0] in early}
     crossing = [
         node
         for node in nodes
@@ -105,16 +107,21 @@ def cut(joint: fx.GraphModule) -> Halves:
 
     return Halves(
         attributes,
-        fx.GraphModule(module, first, "Forward"),
-        fx.GraphModule(module, second, "Backward"),
+        type(fx.GraphModule(module, first, "Forward")).forward,
+        type(fx.GraphModule(module, second, "Backward")).forward,
         list(updates),
         [
             frozenset(i for i, reached in enumerate(downstream) if node in reached) if node in late else None
             for node in updates.values()
         ],
-        [node.op == "placeholder" or node in leaves for node in crossing],
-        fx.GraphModule(nn.Module(), shape, "Output"),
+        [node in leaves or (node.op == "placeholder" and "gate" not in node.meta) for node in crossing],
+        type(fx.GraphModule(nn.Module(), shape, "Output")).forward,
     )
+
+
+def _is_picked(node: fx.Node) -> bool:
+    """Whether the node is one element of a tuple, or one row."""
+    return node.target is operator.getitem and isinstance(node.args[1], int)
 
 
 def _closure(
@@ -134,10 +141,13 @@ class CounterHebb(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, halves: Halves, names: Sequence[str], *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """names: of `values`, the graph's inputs and attributes. Returns the tensors of the model's output."""
-        outputs, saved = halves.forward(*values)
+        outputs, saved = halves.forward(None, *values)
         ctx.halves, ctx.names = halves, names
-        ctx.save_for_backward(*(value if keep else None for value, keep in zip(saved, halves.kept, strict=True)))
-        ctx.between = [None if keep else value for value, keep in zip(saved, halves.kept, strict=True)]
+        kept = halves.kept
+        if torch.compiler.is_compiling():  # torch.compile frees by itself what autograd saves, and knows no other way
+            kept = [isinstance(value, torch.Tensor) for value in saved]
+        ctx.save_for_backward(*(value if keep else None for value, keep in zip(saved, kept, strict=True)))
+        ctx.between = [None if keep else value for value, keep in zip(saved, kept, strict=True)]
         ctx.mark_non_differentiable(*(value for value in outputs if not value.is_floating_point()))
         ctx.set_materialize_grads(False)
         ctx.like = [(value.shape, value.dtype, value.device) for value in outputs if value.is_floating_point()]
@@ -148,13 +158,13 @@ class CounterHebb(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *errors: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         saved = [b if b is not None else a for a, b in zip(ctx.saved_tensors, ctx.between, strict=True)]
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
+        if not torch.compiler.is_compiling() and not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.between = [None] * len(saved)
         given = [error for error, floating in zip(errors, ctx.floating, strict=True) if floating]
         arrived = {i for i, error in enumerate(given) if error is not None}
         for (shape, dtype, device), error in zip(ctx.like, given, strict=True):
             saved.append(torch.zeros(shape, dtype=dtype, device=device) if error is None else error)
-        results = zip(ctx.halves.updates, ctx.halves.reached, ctx.halves.backward(saved), strict=True)
+        results = zip(ctx.halves.updates, ctx.halves.reached, ctx.halves.backward(None, saved), strict=True)
         # As autograd has it, what only unused outputs depend on gets nothing rather than zeros.
         updates = {name: update for name, reached, update in results if reached is None or reached & arrived}
         return None, None, *(updates.get(name) for name in ctx.names)

@@ -1,7 +1,8 @@
 """`to_butd`: an instructed BU-TD network around any traceable model."""
 
+import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import fx, nn
@@ -11,12 +12,12 @@ from fxfeedback.autograd_bridge import CounterHebb
 from fxfeedback.bottom_up import operand
 from fxfeedback.butd_graphs import Graphs
 from fxfeedback.errors import InputError
-from fxfeedback.instruction import read_instruction
+from fxfeedback.instruction import distinct, read_instruction
 from fxfeedback.options import Lateral, Options
 from fxfeedback.select_task import select_task
 from fxfeedback.task_heads import TaskHeads
 from fxfeedback.trace import building, example_for
-from fxfeedback.wrapper import Wrapper, eval_mode, stand_ins
+from fxfeedback.wrapper import Wrapper, eval_mode
 
 
 def to_butd(
@@ -144,10 +145,10 @@ class BUTD(Wrapper):
             raise InputError("there is one prediction head per task: give the call a task")
         graphs = self._graphs(inputs)
         if task is None:
-            return self._run(graphs, False, list(inputs))
+            return self._run(graphs, False, False, list(inputs))
         instruction, ids = self._instruction(task, graphs, len(inputs[0]))
-        gates = self._gates(graphs, instruction, ids)
-        return self._run(graphs, True, [*inputs, *([instruction] if per_task else []), *gates])
+        rows, gates = self._gates(graphs, instruction, ids, len(inputs[0]))
+        return self._run(graphs, True, bool(rows), [*inputs, *([instruction] if per_task else []), *rows, *gates])
 
     def counter_neurons(self, task: Any) -> dict[str, torch.Tensor]:
         """Site name -> counter neurons of the instruction pass, (B, ...) like the site's value; B is 1 for one id."""
@@ -199,45 +200,70 @@ class BUTD(Wrapper):
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _run(self, graphs: Graphs, instructed: bool, values: list[torch.Tensor]) -> Any:
-        attributes = {name: self._fetch(name) for name in graphs.attributes}
-        names = graphs.input_names(instructed)
-        tensors = dict(zip(names, values, strict=True)) | attributes
-        wanted = frozenset(name for name, tensor in tensors.items() if tensor.requires_grad)
+    def _run(self, graphs: Graphs, instructed: bool, by_row: bool, values: list[torch.Tensor]) -> Any:
+        call = graphs.call(instructed, by_row)
+        own = {name: self._fetch(name) for name in call.all_attributes}
+        tensors = dict(zip(call.inputs, values, strict=True)) | own
+        wanted = frozenset([name for name, tensor in tensors.items() if tensor.requires_grad])
         learns = self.options.learning == "counter_hebb" and 0 not in values[0].shape  # kernels refuse an empty batch
         if wanted and torch.is_grad_enabled() and learns:
-            halves = graphs.halves(instructed, wanted, torch.is_autocast_enabled(values[0].device.type))
-            values += [attributes[name] for name in halves.attributes]
-            return halves.structure(*CounterHebb.apply(halves, (*names, *halves.attributes), *values))
-        predict, needed = graphs.predict(instructed)
-        return predict(*values, *(attributes[name] for name in needed))
+            autocast = torch.is_autocast_enabled(values[0].device.type)
+            halves = graphs.halves(instructed, by_row, wanted, autocast)
+            values += [tensors[name] for name in halves.attributes]
+            return halves.structure(None, *CounterHebb.apply(halves, (*call.inputs, *halves.attributes), *values))
+        return call.run(None, *values, *[tensors[name] for name in call.attributes])
 
     @torch.no_grad()
-    def _gates(self, graphs: Graphs, instruction: torch.Tensor, ids: torch.Tensor | None) -> list[torch.Tensor]:
-        """The sites' gates, from one instruction pass over the batch, or over all tasks where these are fewer."""
-        one_by_one = graphs.sites_are_batch_first and not self._instructions_mix()
-        if ids is None or graphs.instruction_size > len(ids) or not one_by_one:
-            return graphs.gates(graphs.instruct(instruction))
-        return [gates.index_select(0, ids) for gates in graphs.gates_of_all_tasks(like=instruction)]
+    def _gates(
+        self, graphs: Graphs, instruction: torch.Tensor, ids: torch.Tensor | None, batch: int
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The gates of the distinct instructions, and before them, if there are several, which one each sample has."""
+        if self._instructions_mix() or not graphs.gating().batch_first:
+            return [], graphs.gates(instruction)
+        instructions, rows = distinct(instruction, ids, batch)
+        return [] if rows is None else [rows], self._kept_gates(graphs, instructions)
+
+    def _kept_gates(self, graphs: Graphs, instructions: torch.Tensor) -> list[torch.Tensor]:
+        """The gates of `instructions`; in evaluation mode the last call's, where these and all weights are the same."""
+        if self.training or torch.compiler.is_compiling():
+            return graphs.gates(instructions)
+        weights = [*self.parameters(), *self.buffers(), *(self._fetch(name) for name in graphs.gating().attributes)]
+        version = [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
+        state = graphs, torch.is_inference_mode_enabled(), version
+        kept = self._cache.get("gates")
+        if kept is None or kept[0] != state or not torch.equal(kept[1], instructions):
+            held = [w.detach() for w in weights]  # so that no other weight can come to lie where one of these did
+            kept = self._cache["gates"] = state, instructions, graphs.gates(instructions), held
+        return kept[2]
+
+    def train(self, mode: bool = True) -> Self:
+        """As nn.Module.train."""
+        self._cache.pop("gates", None)
+        return super().train(mode)
 
     def _instructions_mix(self) -> bool:
         """Whether the samples of a batch see each other in the instruction pass, as in a batch norm's statistics."""
         return self.training and (self.options.norm == "separate" or isinstance(self.options.embedding, nn.Module))
 
     def _instruction(self, task: Any, graphs: Graphs, batch: int | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        graphs.require_head()
         takes_ids = self.options.instruction_size is None
-        return read_instruction(task, graphs.instruction_size, batch, self._like(), takes_ids)
+        return read_instruction(task, graphs.gating().size, batch, self._like(), takes_ids)
 
     def _of(self, node: fx.Node) -> torch.Tensor:
         return self._fetch(str(node.target))
 
     def _graphs(self, inputs: Sequence[torch.Tensor]) -> Graphs:
         """The graphs for inputs of this size and dtype in the present mode of every module; built once."""
-        key = (self._modes(), tuple((x.shape[1:], x.dtype) for x in inputs))
+        sizes = [tuple([operator.index(size) for size in x.shape[1:]]) for x in inputs]  # under torch.compile, numbers
+        key = (self._modes(), tuple([(size, x.dtype) for size, x in zip(sizes, inputs, strict=True)]))
+        self._make(key)
         graphs = self._cache.get(key)
-        if graphs is None:
+        return self._graphs(inputs) if graphs is None else graphs  # another thread may have cleared the cache
+
+    @torch.compiler.assume_constant_result  # making a graph is nothing that torch.compile could trace
+    def _make(self, key: tuple[Any, ...]) -> None:
+        if key not in self._cache:
             with building(self._net):
-                graphs = self._cache.get(key) or Graphs(self, stand_ins(inputs))
-                self._cache[key] = graphs
-        return graphs
+                if key not in self._cache:
+                    examples = [torch.empty(1, *sizes, dtype=dtype, device="meta") for sizes, dtype in key[1]]
+                    self._cache[key] = Graphs(self, examples)

@@ -1,18 +1,18 @@
 """All graphs of a BU-TD network for one input size and mode; each is built when it is first used."""
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import fx
 
 from fxfeedback import td_state
 from fxfeedback.autograd_bridge import Halves, cut, lift
-from fxfeedback.bottom_up import BottomUp, channels_of, weight_of
+from fxfeedback.bottom_up import BottomUp, channels_of, positions_of, weight_of
 from fxfeedback.counter_hebb_pass import Learning, key_of, learner
 from fxfeedback.errors import Error, NodeNameError, OptionError
-from fxfeedback.gates import channel_mean, gate_sites
+from fxfeedback.gates import gate_sites
 from fxfeedback.open_modules import open_modules
 from fxfeedback.rules.gating import gate
 from fxfeedback.shaped import trace_for
@@ -38,8 +38,10 @@ class Graphs:
             examples = [*examples, examples[0].new_empty(1, task_heads.n_tasks)]
         annotate_shapes(self.bu, examples)
         self.bottom_up = BottomUp(self.bu.graph)
-        self._kept: dict[Any, Any] = {}
-        self._gates_of_all: tuple[Any, list[torch.Tensor]] | None = None
+        # By kind, as torch.compile sees no change of a dict that it has looked into.
+        self._kept: dict[str, dict[Any, Any]] = {
+            kind: {} for kind in ("predicting", "learner", "call", "gating", "halves")
+        }
         try:
             self.head, self.no_head = self.bottom_up.find_head(self.options.head), None
         except Error as error:
@@ -60,11 +62,6 @@ class Graphs:
         if missed:
             raise NodeNameError(f"sites: no instruction reaches {missed[0]!r} from {self.head.meta['name']!r}")
         return [site for site in self._candidates if site.meta["name"] in reached]
-
-    @functools.cached_property
-    def sites_are_batch_first(self) -> bool:
-        """Whether a sample's gates can be picked by their first dimension."""
-        return all(site.meta["spec"].per_sample[:1] == (1,) for site in self.sites)
 
     @property
     def can_instruct(self) -> bool:
@@ -120,9 +117,6 @@ class Graphs:
         with settled(self.butd._net), torch.enable_grad():  # of a parametrized one, as its own parameters do
             return frozenset(name for name in self.attributes if self.butd._fetch(name).requires_grad)
 
-    def input_names(self, instructed: bool) -> list[str]:
-        return [key_of(node) for node in self.predicting(instructed).graph.nodes if node.op == "placeholder"]
-
     # -- the graphs ---------------------------------------------------------------------------------------------------
 
     @functools.cached_property
@@ -139,36 +133,25 @@ class Graphs:
         )
         return instruct(self.bu, self.butd._root, how)
 
-    def predicting(self, instructed: bool) -> fx.GraphModule:
-        """The BU graph, gated at the sites where it is instructed."""
-        if not instructed:
-            return self.bu
-        lateral = gate if self.options.exact else self.options.lateral_function
-        return self._keep("predicting", lambda: gate_sites(self.bu, self.sites, lateral))
+    def predicting(self, instructed: bool, by_row: bool = False) -> fx.GraphModule:
+        """The BU graph, gated at the sites where it is instructed (see `gate_sites`)."""
+        return self._get("predicting", instructed, by_row)
 
-    def learner(self, instructed: bool, wanted: frozenset[str], autocast: bool = False, **how: Any) -> fx.GraphModule:
-        learning = Learning(
-            wanted=wanted,
-            twins=self.twins,
-            td_biases=self.td_biases,
-            noise=self.options.update_noise,
-            lateral=None if self.options.exact else self.options.lateral_function,
-            sites=frozenset(site.meta["name"] for site in self.sites),
-            autocast=autocast,
-            **how,
-        )
-        return self._keep(
-            ("learner", instructed, wanted, autocast, *how.items()),
-            lambda: learner(self.predicting(instructed), self.butd._root, learning),
-        )
+    def learner(self, instructed: bool, wanted: Iterable[str], **how: Any) -> fx.GraphModule:
+        """BU pass, error pass and updates of `wanted` (see `counter_hebb_pass.learner`)."""
+        return self._get("learner", instructed, False, frozenset(wanted), tuple(how.items()))
 
-    def halves(self, instructed: bool, wanted: frozenset[str], autocast: bool) -> Halves:
-        return self._keep(
-            ("halves", instructed, wanted, autocast), lambda: cut(self.learner(instructed, wanted, autocast))
-        )
+    def gating(self) -> "Gating":
+        """The instruction pass, as a call runs it."""
+        return self._get("gating")
 
-    def predict(self, instructed: bool) -> tuple[fx.GraphModule, list[str]]:
-        return self._keep(("predict", instructed), lambda: lift(self.predicting(instructed)))
+    def call(self, instructed: bool, by_row: bool) -> "Call":
+        """What a call without learning runs."""
+        return self._get("call", instructed, by_row)
+
+    def halves(self, instructed: bool, by_row: bool, wanted: frozenset[str], autocast: bool) -> Halves:
+        """What a call with learning runs."""
+        return self._get("halves", instructed, by_row, wanted, autocast)
 
     def check(self) -> None:
         """Build what every use needs, so that errors come early."""
@@ -176,33 +159,93 @@ class Graphs:
         if self.can_instruct:
             _ = self.td
 
-    def _keep(self, key: Any, make: Callable[[], Any]) -> Any:
-        if key not in self._kept:
+    def _get(self, kind: str, *how: Any) -> Any:
+        """What the method `_make_{kind}` returns; made once."""
+        self._make(kind, *how)
+        return self._kept[kind][how]
+
+    @torch.compiler.assume_constant_result  # making a graph is nothing that torch.compile could trace
+    def _make(self, kind: str, *how: Any) -> None:
+        if how not in self._kept[kind]:
             with building(self.butd._net):
-                if key not in self._kept:
-                    self._kept[key] = make()
-        return self._kept[key]
+                if how not in self._kept[kind]:
+                    self._kept[kind][how] = getattr(self, f"_make_{kind}")(*how)
+
+    def _make_predicting(self, instructed: bool, by_row: bool) -> fx.GraphModule:
+        if not instructed:
+            return self.bu
+        return gate_sites(self.bu, self.sites, gate if self.options.exact else self.options.lateral_function, by_row)
+
+    def _make_learner(
+        self, instructed: bool, by_row: bool, wanted: frozenset[str], how: tuple[tuple[str, Any], ...]
+    ) -> fx.GraphModule:
+        learning = Learning(
+            wanted=wanted,
+            twins=self.twins,
+            td_biases=self.td_biases,
+            noise=self.options.update_noise,
+            lateral=None if self.options.exact else self.options.lateral_function,
+            sites=frozenset(site.meta["name"] for site in self.sites),
+            **dict(how),
+        )
+        return learner(self.predicting(instructed, by_row), self.butd._root, learning)
+
+    def _make_halves(self, instructed: bool, by_row: bool, wanted: frozenset[str], autocast: bool) -> Halves:
+        return cut(self._get("learner", instructed, by_row, wanted, (("autocast", True),) if autocast else ()))
+
+    def _make_call(self, instructed: bool, by_row: bool) -> "Call":
+        module = self.predicting(instructed, by_row)
+        names = [key_of(node) for node in module.graph.nodes if node.op == "placeholder"]
+        lifted, attributes = lift(module)
+        return Call(tuple(names), type(lifted).forward, attributes, self.attributes)
+
+    def _make_gating(self) -> "Gating":
+        lifted, attributes = lift(self.td)
+        positions = [positions_of(site) if self.options.gating == "channel" else [] for site in self.sites]
+        batch_first = all(site.meta["spec"].per_sample[:1] == (1,) for site in self.sites)
+        return Gating(self.instruction_size, type(lifted).forward, attributes, positions, batch_first)
 
     # -- the instruction pass at run time -----------------------------------------------------------------------------
 
     def instruct(self, instruction: torch.Tensor) -> dict[str, torch.Tensor]:
-        run, names = self._keep("instruct", lambda: lift(self.td))
-        return run(instruction, *(self.butd._fetch(name) for name in names))
+        """Site name -> counter neurons."""
+        gating = self.gating()
+        return gating.run(self.butd._root, instruction, *[self.butd._fetch(name) for name in gating.attributes])
 
-    def gates(self, counters: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    def gates(self, instruction: torch.Tensor) -> list[torch.Tensor]:
         """What the lateral connections take: counter neurons, of each unit or channel; GaLU needs only their sign."""
-        by_channel = self.options.gating == "channel"
-        values = [
-            channel_mean(t, site) if by_channel else t for t, site in zip(counters.values(), self.sites, strict=True)
-        ]
+        counters = self.instruct(instruction).values()
+        positions = self.gating().positions
+        values = [t.mean(dims, keepdim=True) if dims else t for t, dims in zip(counters, positions, strict=True)]
         return [(value > 0).to(value.dtype) for value in values] if self.options.exact else values
 
-    def gates_of_all_tasks(self, like: torch.Tensor) -> list[torch.Tensor]:
-        """The gates of every task, (n_tasks, ...); computed anew only when a weight has changed."""
-        _, names = self._keep("instruct", lambda: lift(self.td))
-        tensors = [*(self.butd._fetch(name) for name in names), *self.butd.parameters()]
-        version = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
-        if self._gates_of_all is None or self._gates_of_all[0] != version:
-            instructions = torch.eye(self.instruction_size, dtype=like.dtype, device=like.device)
-            self._gates_of_all = version, self.gates(self.instruct(instructions))
-        return self._gates_of_all[1]
+
+class Call(NamedTuple):
+    """What a call without learning runs.
+
+    inputs: the names of its inputs (see `key_of`).
+    run: (None, *inputs, *attributes) -> what the model returns.
+    attributes: the names of the parameters and buffers that it takes.
+    all_attributes: of those that BU and TD have.
+    """
+
+    inputs: tuple[str, ...]
+    run: Callable[..., Any]
+    attributes: list[str]
+    all_attributes: list[str]
+
+
+class Gating(NamedTuple):
+    """The instruction pass.
+
+    size: length of an instruction.
+    run: (module with instruction head and TD norms, instruction, *attributes) -> site name -> counter neurons.
+    positions: of each site the dimensions over which a channel is one gate; none: every unit is.
+    batch_first: whether a sample's gates can be picked by their first dimension.
+    """
+
+    size: int
+    run: Callable[..., Any]
+    attributes: list[str]
+    positions: list[list[int]]
+    batch_first: bool

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from fxfeedback.bottom_up import BottomUp, channels_of, has_effect, operand, weight_of
@@ -80,8 +79,9 @@ def learner(module: fx.GraphModule, root: nn.Module, learning: Learning) -> fx.G
 
     def arrive(node: fx.Node, e: Any) -> tuple[Any, bool]:
         if _is_gated_step(node):
-            # One sign is both: v = relu(z) [t > 0] is positive where the gate is open and relu lets z pass.
-            return open_where_positive(e, values[node], learning.fused), True
+            # One look is both: v = relu(z) [t > 0] is positive where the gate is open and relu lets z pass.
+            activation = node.all_input_nodes[0]
+            return walk.apply(RULES[activation.target], activation, e, values[node], {"input"})["input"], True
         return e, any(_is_gated_step(user) for user in node.users)
 
     def arrive_laterally(node: fx.Node, e: Any) -> tuple[Any, bool]:
@@ -132,17 +132,12 @@ def _emit_bottom_up(bu: BottomUp, emitter: Emitter, wanted: set[fx.Node], fused:
 
 
 def _is_gated_step(node: fx.Node) -> bool:
-    """Whether the node is the gate behind an activation whose derivative is a step, and that nothing else reads."""
+    """Whether the node is the gate behind an activation that is a step (see `Rule`), and that nothing else reads."""
     if "gates" not in node.meta:
         return False
     activation = node.all_input_nodes[0]
     rule = RULES.get(activation.target)
     return rule is not None and rule.step and len(activation.users) == 1
-
-
-def open_where_positive(e: Any, v: Any, fused: bool) -> Any:
-    """GaLU in the error pass: e [v > 0]."""
-    return torch.ops.aten.threshold_backward(e, v, 0) if fused else e * (v > 0)
 
 
 def _updates(

@@ -36,8 +36,26 @@ def read_instruction(
             f"instructions are ({rows},) integer ids or ({rows}, {size}) floats, "
             f"not {task.dtype} of shape {tuple(task.shape)}"
         )
-    # Looking at ids on a GPU would wait for it; there, one_hot raises.
-    if task.device.type == "cpu" and task.numel() and not 0 <= int(task.min()) <= int(task.max()) < size:
+    # Looking at ids on a GPU would wait for it, and torch.compile cannot; there, one_hot or index_select raises.
+    looks = task.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looks and task.numel() and not 0 <= int(task.min()) <= int(task.max()) < size:
         raise InputError(f"instruction ids lie between 0 and {size - 1}; got {int(task.min())} to {int(task.max())}")
     ids = task.reshape(-1).long()
     return F.one_hot(ids, size).to(like.dtype), ids
+
+
+def distinct(
+    instruction: torch.Tensor, ids: torch.Tensor | None, batch: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The distinct instructions, and which of them each sample has; None: all the only one, or each its own.
+
+    Where there are no more tasks than samples these are all tasks, so that the next batch has the same.
+    """
+    if ids is not None and instruction.shape[1] <= batch:
+        return torch.eye(instruction.shape[1], dtype=instruction.dtype, device=instruction.device), ids
+    if len(instruction) == 1 or torch.compiler.is_compiling():  # there, no size may depend on values
+        return instruction, None
+    different, rows = torch.unique(instruction, dim=0, return_inverse=True)
+    if len(different) == len(instruction):
+        return instruction, None
+    return different, rows if len(different) > 1 else None

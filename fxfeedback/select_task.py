@@ -33,7 +33,7 @@ def select_task(graphs: "Graphs", instruction: torch.Tensor, examples: Sequence[
         instruction: (1, instruction size).
         examples: tensors without data like the inputs.
     """
-    gates = graphs.gates(graphs.instruct(instruction))
+    gates = graphs.gates(instruction)
     constants = {f"gate_{site.name}": value for site, value in zip(graphs.sites, gates, strict=True)}
     folded = _Folding(graphs, constants | {"instruction": instruction})
     module = fx.GraphModule(folded.tensors, folded.run(), "Gated")

@@ -81,15 +81,15 @@ class Walk:
         if self.role == "instruct" and rule.weight and operands[rule.weight] in self.bu.depending_on_inputs:
             return []  # a weight that the input makes does not exist yet
         wanted = {name for name, operand in operands.items() if self._wants(operand)}
-        results = self.apply(rule, node, t, wanted)
+        results = self.apply(rule, node, t, self.values(node), wanted)
         if rule.weight and "input" in results:
             results["input"] = self.depart(node, results["input"])
         pairs = [pair for name in operands if name in results for pair in _zip(operands[name], results[name])]
         return [(source, self._cast(c, node, source)) for source, c in pairs if source in self.wanted and c is not None]
 
-    def apply(self, rule: Rule, node: fx.Node, t: Any, wanted: set[str]) -> dict[str, Any]:
-        """Operand name -> counter neuron, by the rule or by its fused kernel."""
-        y, (args, kwargs) = self.values(node), fx.node.map_arg((node.args, node.kwargs), self._see(rule, node, t))
+    def apply(self, rule: Rule, node: fx.Node, t: Any, y: Any, wanted: set[str]) -> dict[str, Any]:
+        """Operand name -> counter neuron, by the rule or by its fused kernel, for the op's value `y`."""
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._see(rule, node, t))
         if self.fused and rule.fused and rule.fused.applies(y, *args, **kwargs):
             return rule.fused.error(t, y, self.saved.get(node, ()), wanted, *args, **kwargs)
         table = rule.table(y, *args, **kwargs)

@@ -44,3 +44,25 @@ def test_the_model_itself_in_every_way_of_calling_it(feedback):
     torch.testing.assert_close(fast(x), model(x))  # another mode, another graph
     fast(x)[1].sum().backward()
     assert all(p.grad is not None for p in model.modulations.parameters())
+
+
+@pytest.mark.parametrize("task", [None, torch.tensor([0, 2, 1, 0]), torch.rand(4, 3)], ids=["plain", "ids", "vectors"])
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+def test_an_instructed_network_and_its_learning(task, train):
+    """Inputs of another batch size compile once more at most."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    butd = fxfeedback.to_butd(torchvision.models.resnet18(num_classes=5), n_tasks=3, input_size=(3, 32, 32))
+    butd = butd.double().train(train)
+    given = () if task is None else (task if not task.is_floating_point() else task.double(),)
+    fast, state = compiled(butd), {name: value.clone() for name, value in butd.state_dict().items()}
+    for batch in (4, 3):
+        results = []
+        for call in (butd, fast):
+            butd.load_state_dict(state)
+            butd.zero_grad()
+            logits = call(torch.ones(batch, 3, 32, 32).double().cumsum(-1), *[t[:batch] for t in given])
+            logits.square().sum().backward()
+            updates = [p.grad for p in butd.parameters() if p.grad is not None]
+            results.append([logits, *updates, *butd.buffers()])
+        torch.testing.assert_close(*results, rtol=0, atol=0)

@@ -106,12 +106,12 @@ def learned(case: Case) -> Iterator[tuple[bool, list[torch.Tensor], Any, list[to
 def by_rules(butd: BUTD, inputs: list[torch.Tensor]) -> Any:
     """A call of `butd` that learns without fused kernels."""
     graphs = butd._graphs(inputs)
-    tensors = dict(zip(graphs.input_names(False), inputs, strict=True))
+    tensors = dict(zip(graphs.call(False, False).inputs, inputs, strict=True))
     tensors |= {name: butd._fetch(name) for name in graphs.attributes}
     wanted = frozenset(name for name, tensor in tensors.items() if tensor.requires_grad)
     halves = cut(learner(graphs.bu, butd._root, Learning(wanted=wanted, twins={}, td_biases={}, fused=False)))
-    names = [*graphs.input_names(False), *halves.attributes]
-    return halves.structure(*CounterHebb.apply(halves, names, *(tensors[name] for name in names)))
+    names = [*graphs.call(False, False).inputs, *halves.attributes]
+    return halves.structure(None, *CounterHebb.apply(halves, names, *(tensors[name] for name in names)))
 
 
 def difference(a: torch.Tensor | None, b: torch.Tensor | None) -> float:

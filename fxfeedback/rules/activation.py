@@ -38,15 +38,15 @@ def leaky_relu_backward(e, y, saved, wanted, input, negative_slope=0.01, inplace
     return {"input": aten.leaky_relu_backward(e, input, negative_slope, False)}
 
 
-@rule(F.relu6, rectifies=True)
+@rule(F.relu6, rectifies=True, step=True)
 def relu6(y, input, inplace=False):
-    """min(max(x, 0), 6)"""
-    return pointwise(lambda e: e * ((input > 0) & (input < 6)))
+    """min(max(x, 0), 6); its derivative is the gate [0 < y < 6]"""
+    return pointwise(lambda e: e * ((y > 0) & (y < 6)))
 
 
 @fused(relu6)
 def relu6_backward(e, y, saved, wanted, input, inplace=False):
-    return {"input": aten.hardtanh_backward(e, input, 0, 6)}
+    return {"input": aten.hardtanh_backward(e, y, 0, 6)}
 
 
 @rule(F.hardtanh)

@@ -85,7 +85,7 @@ class Rule:
     table: (y, *operands) -> {operand: Roles}; its signature after y is the op's own signature.
     weight: the operand that gets a TD twin when weights are separate, and that TD biases and norms follow; or None.
     rectifies: whether the op's output is a gating site.
-    step: whether the op's derivative is the gate [y > 0] itself, as ReLU's is.
+    step: whether its rule passes the error where y lies in some range without 0 and stops it elsewhere, as ReLU's does.
     channels: the dimension of the channels in its input and output, where the op fixes it.
     examples: calls that the law is tried on (rules/examples.py).
     """
