@@ -13,6 +13,7 @@ from fxfeedback.errors import InputError, NodeNameError, OptionError, TraceError
 from fxfeedback.layout import layout_of
 from fxfeedback.modulation import Modulation
 from fxfeedback.open_modules import open_modules
+from fxfeedback.recompute import lean, segmented
 from fxfeedback.rewrite import Link, Unrolling, unroll
 from fxfeedback.shaped import trace_for
 from fxfeedback.trace import Spec, annotate_shapes, building, example_for, find_node, put
@@ -72,6 +73,7 @@ def add_feedback(
     *,
     input_size: Sequence[int] | None = None,
     example_inputs: Sequence[torch.Tensor] | None = None,
+    checkpoint: bool = False,
 ) -> Any:
     """Add long-range modulatory connections to a model and run it in several passes.
 
@@ -86,6 +88,8 @@ def add_feedback(
         passes: how many passes a call makes unless it says otherwise.
         input_size: size of one input without its batch; default 224 by 224 with the first convolution's channels.
         example_inputs: instead of input_size, for several inputs: tensors with a batch dimension.
+        checkpoint: train in less memory and more time, as torch.utils.checkpoint does: the backward pass computes the
+            activations again. Also an attribute of what is returned. torch.compile decides for itself what it keeps.
 
     Returns:
         A `FeedbackModel`. Where torch.fx cannot trace the whole model, but a part that has all the connections: a copy
@@ -98,13 +102,19 @@ def add_feedback(
     """
     made = [_connection(connection) for connection in connections]
     try:
-        return FeedbackModel(model, made, passes, example_inputs or example_for(model, input_size))
+        examples = example_inputs or example_for(model, input_size)
+        return FeedbackModel(model, made, passes, examples, checkpoint=checkpoint)
     except TraceError as error:
-        return _add_feedback_inside(model, made, passes, input_size, error)
+        return _add_feedback_inside(model, made, passes, input_size, checkpoint, error)
 
 
 def _add_feedback_inside(
-    model: nn.Module, connections: Sequence[Connection], passes: int, input_size: Any, whole: TraceError
+    model: nn.Module,
+    connections: Sequence[Connection],
+    passes: int,
+    input_size: Any,
+    checkpoint: bool,
+    whole: TraceError,
 ) -> nn.Module:
     """A copy of a model that cannot be traced, with the largest traceable part that has all connections rewritten."""
     names = [name for c in connections for name in (c.source, c.destination)]
@@ -115,7 +125,7 @@ def _add_feedback_inside(
         try:
             module = model.get_submodule(part)
             moved = [replace(c, source=c.source[inside:], destination=c.destination[inside:]) for c in connections]
-            made = FeedbackModel(module, moved, passes, example_for(module, input_size), return_all=False)
+            made = FeedbackModel(module, moved, passes, example_for(module, input_size), False, checkpoint)
         except (AttributeError, TraceError):
             continue
         return put(model, part, made)
@@ -136,6 +146,7 @@ class FeedbackModel(Wrapper):
     connections: tuple[Connection, ...]
     passes: int
     return_all: bool
+    checkpoint: bool
     _by_size = False  # whether a graph serves inputs of one size only
 
     def __init__(
@@ -145,11 +156,12 @@ class FeedbackModel(Wrapper):
         passes: int,
         examples: Sequence[torch.Tensor],
         return_all: bool = True,
+        checkpoint: bool = False,
     ) -> None:
         super().__init__(model, examples)
         _check_passes(passes)
         vars(self).update(  # past nn.Module, for which a child of the model may have such a name
-            connections=tuple(connections), passes=passes, return_all=return_all
+            connections=tuple(connections), passes=passes, return_all=return_all, checkpoint=checkpoint
         )
         bu = self._bottom_up()
         _check_connections(bu, self.connections)
@@ -230,6 +242,10 @@ class FeedbackModel(Wrapper):
         known = ", ".join(f"{c.source} -> {c.destination}" for c in self.connections)
         raise NodeNameError(f"there is no connection {source} -> {destination}; there are: {known}")
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Set `checkpoint`, as timm's models do."""
+        vars(self)["checkpoint"] = enable
+
     def as_graph(self) -> fx.GraphModule:
         """A call as a graph with names, for whoever traces a model that has this one inside: inputs -> outputs.
 
@@ -263,7 +279,8 @@ class FeedbackModel(Wrapper):
         state, several = state or {}, _several(steering)
         steered = tuple([one.source for one in several])
         sizes = tuple([tuple(x.shape[1:]) for x in inputs]) if self._by_size else None
-        plan = self._plan(self._modes(), sizes, passes, return_all, tuple(state), steered, steer_first_pass, readout)
+        what = (passes, return_all, tuple(state), steered, steer_first_pass, readout)
+        plan = self._plan(self._modes(), self._steps(), sizes, *what)
         at_example_size = all(x.shape[1:] == y.shape[1:] for x, y in zip(inputs, self._examples, strict=True))
         signals, like = list(state.values()), self._like()
         for one, (shape, channels) in zip(several, plan.steered, strict=True):
@@ -301,9 +318,19 @@ class FeedbackModel(Wrapper):
         bu = self._bottom_up(sizes)
         return unroll(bu, self._root, [_link(bu, connection) for connection in self.connections], what)
 
-    def _plan(self, modes: tuple[bool, ...], sizes: Sizes | None, *what: Any) -> "_Plan":
+    def _steps(self) -> tuple[Callable[[fx.GraphModule], fx.GraphModule], ...]:
+        """What else is done to the unrolled graph: for calls with gradients, that less is kept.
+
+        Not while someone else rewrites the graph or its gradients: torch.compile, a tracer, torch.func.
+        """
+        others = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+        if others or not torch.is_grad_enabled():
+            return ()
+        return (lean, segmented) if self.checkpoint else (lean,)
+
+    def _plan(self, modes: tuple[bool, ...], steps: tuple[Any, ...], sizes: Sizes | None, *what: Any) -> "_Plan":
         """What a call runs; made once."""
-        key = ("plan", modes, sizes, what)
+        key = ("plan", modes, steps, sizes, what)
         self._make(key)
         return self._cache[key]
 
@@ -314,7 +341,7 @@ class FeedbackModel(Wrapper):
                 self._cache[key] = self._planned(key)
 
     def _planned(self, key: tuple[Any, ...]) -> "_Plan":
-        *_, sizes, (passes, return_all, state, steered, steer_first, readout) = key
+        *_, steps, sizes, (passes, return_all, state, steered, steer_first, readout) = key
         graph = self._bottom_up(sizes).graph
         nodes = [find_node(graph, c.source) for c in self.connections]
         sources = {node.meta["name"]: (node.meta["spec"].sizes, channel_dim(node)) for node in nodes}
@@ -325,7 +352,10 @@ class FeedbackModel(Wrapper):
         if len(set(names.values())) < len(steered):
             raise OptionError(f"a source is steered twice, in {', '.join(steered)}: give each one steering")
         what = Unrolling(passes, return_all, state, tuple(names.values()), steer_first, readout)
-        return _Plan(type(self._unrolled(what, sizes)).forward, [sources[name] for name in names.values()])
+        module = self._unrolled(what, sizes)
+        for step in steps:
+            module = step(module)
+        return _Plan(type(module).forward, [sources[name] for name in names.values()])
 
 
 class _Plan(NamedTuple):

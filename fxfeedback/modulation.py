@@ -12,12 +12,16 @@ A source is mostly smaller than its destination. Then P(z) = neg_scale z + (pos_
 first term is projected before it is resized, which is the same for linear maps, and z⁺ is one look at the large map.
 """
 
+import functools
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fxfeedback.errors import OptionError
 from fxfeedback.layout import Layout
@@ -27,6 +31,8 @@ NORMS = ("layer", "channel")
 RESIZES = ("bilinear", "bicubic", "area")
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
+SLICE = 2**23
+"""Bytes of a source's map, resized, that `modulate` works on at a time: they stay in a processor's cache."""
 
 
 def resize(x: torch.Tensor, size: Sequence[int], mode: str = "bilinear") -> torch.Tensor:
@@ -97,37 +103,43 @@ class Modulation(nn.Module):
         self.pos_scale = nn.Parameter(torch.ones(1))
         self.modulation = nn.Conv2d(source.channels, destination.channels, 1)
 
-    def forward(self, a: torch.Tensor, y: torch.Tensor, strength: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, a: Any, y: torch.Tensor, strength: torch.Tensor | None = None) -> torch.Tensor:
         """The connection's share m of the modulation of y.
 
         Args:
-            a: the source's activation.
+            a: the source's activation, or what `squash` makes of it.
             y: the destination, of which only the size matters.
             strength: factors on the two scales, (2,): negative, positive.
 
         Returns:
             m in y's layout, broadcasting to y.
         """
+        z, of_class = a if isinstance(a, tuple) else self.squash(a, y)
+        size = self._onto(self.destination.sizes_of(y))
+        if z.ndim == 2:
+            m = self._project(z, strength)[(...,) + (None,) * len(size)]  # broadcast
+        elif self.order == "resize-norm-squash":
+            m = self._project(torch.tanh(self.norm(resize(z, size, self.resize))), strength)
+        elif self.grows:
+            m = self._project_onto(z, size, strength)
+        else:
+            m = self._project(resize(z, size, self.resize), strength)
+        if z.ndim == 2 and self.destination.kind == "tokens":
+            return m.flatten(2).transpose(1, 2)  # one for all tokens
+        of_class = None if of_class is None else self._project(of_class, strength)
+        return self.destination.from_map(m, of_class, self.destination.class_tokens(y))
+
+    def squash(self, a: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What is done at the source's own size: tanh(N(a)), and that of what modulates y's class tokens, or None."""
         a, class_token = self.source.to_map(a)
-        size, class_tokens = self._onto(self.destination.sizes_of(y)), self.destination.class_tokens(y)
         if class_token is not None and self.destination.kind == "vector":
             a, class_token = class_token, None  # what a class token is for
-        of_class = None
-        if class_tokens and a.ndim > 2:
-            of_class = self._project(
-                self._squash_class(a.flatten(2).mean(2) if class_token is None else class_token), strength
-            )
         if a.ndim == 2:
-            m = self._project(self._squash_class(a), strength)[(...,) + (None,) * len(size)]  # broadcast
-        elif self.order == "resize-norm-squash":
-            m = self._project(torch.tanh(self.norm(resize(a, size, self.resize))), strength)
-        elif self.grows:
-            m = self._project_onto(torch.tanh(self.norm(a)), size, strength)
-        else:
-            m = self._project(resize(torch.tanh(self.norm(a)), size, self.resize), strength)
-        if a.ndim == 2 and self.destination.kind == "tokens":
-            return m.flatten(2).transpose(1, 2)  # one for all tokens
-        return self.destination.from_map(m, of_class, class_tokens)
+            return self._squash_class(a), None
+        of_class = None
+        if self.destination.class_tokens(y):
+            of_class = self._squash_class(a.flatten(2).mean(2) if class_token is None else class_token)
+        return a if self.order == "resize-norm-squash" else torch.tanh(self.norm(a)), of_class
 
     def _onto(self, size: Sequence[int]) -> Sequence[int]:
         """The size that the source's map is resized to: the destination's, or one position for a vector."""
@@ -158,3 +170,36 @@ class Modulation(nn.Module):
         if z.ndim == 4:
             return F.conv2d(z, self.modulation.weight, bias)
         return F.linear(z.movedim(1, -1), self.modulation.weight.flatten(1), bias).movedim(-1, 1)
+
+
+Share = tuple[Modulation, torch.Tensor, torch.Tensor | None]
+"""One connection's part in a modulation: its block, its source's activation, and the strength."""
+
+
+def modulate(y: torch.Tensor, shares: Sequence[Share], activation: str) -> torch.Tensor:
+    """relu(y + y Σ m), of which the backward pass keeps nothing that is larger than y.
+
+    What the blocks compute at y's size is computed again, in both directions slice by slice of the batch.
+    """
+
+    def modulated(y: torch.Tensor, *sources: tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
+        modulations = [block(a, y, strength) for (block, _, strength), a in zip(shares, sources, strict=True)]
+        value = torch.addcmul(y, y, functools.reduce(torch.add, modulations))
+        return value.relu_() if activation == "relu" else value
+
+    sources = [block.squash(a, y) for block, a, _ in shares]
+    if all(z.ndim == 2 for z, _ in sources):
+        return modulated(y, *sources)  # nothing in these blocks is large
+    positions = y.shape[1:].numel() // shares[0][0].destination.channels
+    widest = max(block.source.channels for block, _, _ in shares) * positions * y.element_size()
+    sliced = [_sliced(x, len(y), max(1, SLICE // widest)) for x in (y, *itertools.chain(*sources))]
+    parts = [
+        checkpoint(modulated, y, *zip(x[::2], x[1::2], strict=True), use_reentrant=False, preserve_rng_state=False)
+        for y, *x in zip(*sliced, strict=False)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _sliced(x: torch.Tensor | None, batch: int, samples: int) -> Iterable[torch.Tensor | None]:
+    """`samples` at a time; what is one for all samples, always."""
+    return itertools.repeat(x) if x is None or len(x) != batch else x.split(samples)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 from torchvision.ops import stochastic_depth
 
@@ -71,3 +72,46 @@ def advance_(input: torch.Tensor, running_mean: torch.Tensor, running_var: torch
     # Through .data, as the kernel of batch norm itself: no backward pass reads the statistics.
     running_mean.data.lerp_(mean, momentum)
     running_var.data.lerp_(var, momentum)
+
+
+class _LinearOfPasses(torch.autograd.Function):
+    """See `linear_of_passes`."""
+
+    @staticmethod
+    def forward(
+        input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return F.linear(input, weight, bias), weight.view_as(weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs[:2])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, error: torch.Tensor | None, later: torch.Tensor | None) -> Any:
+        """The errors of input, weight and bias; `later` is what the later passes have of the weight's."""
+        input, weight = ctx.saved_tensors
+        if error is None:
+            return None, later, None
+        rows, errors = input.flatten(0, -2).to(error.dtype), error.flatten(0, -2)
+        of_input = (error @ weight.to(error.dtype)).to(input.dtype) if ctx.needs_input_grad[0] else None
+        of_bias = errors.sum(0) if ctx.needs_input_grad[2] else None
+        if not ctx.needs_input_grad[1]:
+            return of_input, None, of_bias
+        if later is None:
+            return of_input, (errors.t() @ rows).to(weight.dtype), of_bias
+        if torch.is_grad_enabled() or later.dtype != error.dtype:
+            return of_input, later + errors.t() @ rows, of_bias
+        return of_input, later.addmm_(errors.t(), rows), of_bias
+
+
+def linear_of_passes(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """F.linear, and the weight for the next pass to use.
+
+    The passes' errors of the weight are then one sum that each pass adds to. With F.linear each is a matrix of its own,
+    for which autograd finds room and which it adds to the others: as slow as all else that a large linear layer does.
+    """
+    return _LinearOfPasses.apply(input, weight, bias)

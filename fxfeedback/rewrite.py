@@ -85,7 +85,7 @@ class Unroller:
             self.steer()
         state = {name: self.signals[source] for name, source in sources.items()}
         self.graph.output((outputs if self.what.all_outputs else outputs[-1], state, readouts))
-        self.graph.eliminate_dead_code(is_impure_node=lambda node: has_effect(node) or _counts_batches(node))
+        drop_unread(self.graph)
         return self.graph
 
     def one_pass(self, number: int, inputs: dict[fx.Node, fx.Node]) -> tuple[Any, dict[str, Any]]:
@@ -133,7 +133,8 @@ class Unroller:
         """A batch norm in training mode whose value two passes share has seen the batch once more all the same."""
         if _counts_batches(norm):
             x, mean, var = (operand(norm, name) for name in ("input", "running_mean", "running_var"))
-            self.graph.call_function(advance_, (x, mean, var, operand(norm, "momentum")))
+            with self.graph.inserting_after(norm):  # where x is at hand
+                self.graph.call_function(advance_, (x, mean, var, operand(norm, "momentum")))
 
     def modulation(self, y: fx.Node, signals: Sequence[tuple[Link, fx.Node]]) -> fx.Node | None:
         """Σ over the connections of m, or None where none has a signal."""
@@ -183,6 +184,11 @@ def unroll(module: fx.GraphModule, root: nn.Module, links: Sequence[Link], what:
         root: has its parameters and the connections' blocks.
     """
     return fx.GraphModule(root, Unroller(module.graph, links, what).run(), "Unrolled")
+
+
+def drop_unread(graph: fx.Graph) -> None:
+    """Erase what nobody reads and what has no effect."""
+    graph.eliminate_dead_code(is_impure_node=lambda node: has_effect(node) or _counts_batches(node))
 
 
 def _keeps_statistics(node: fx.Node) -> bool:

@@ -123,6 +123,7 @@ def _unwrap(model: nn.Module) -> tuple[nn.Module, list[tuple[str, str, dict[str,
         if isinstance(wrapper, FeedbackModel):
             connections = [asdict(connection) for connection in wrapper.connections]
             how |= {"connections": connections, "passes": wrapper.passes, "return_all": wrapper.return_all}
+            how |= {"checkpoint": wrapper.checkpoint}
         elif isinstance(wrapper, BUTD):
             how |= {field.name: getattr(wrapper.options, field.name) for field in fields(Options)}
         wrappers.append((path, type(wrapper).__name__, how))
@@ -135,7 +136,8 @@ def _wrap(model: nn.Module, wrappers: list[tuple[str, str, dict[str, Any]]]) -> 
         examples = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in how.pop("examples")]
         if kind == "FeedbackModel":
             connections = [Connection(**connection) for connection in how["connections"]]
-            made: Wrapper = FeedbackModel(part, connections, how["passes"], examples, how["return_all"])
+            checkpoint = how.get("checkpoint", False)  # which older files do not have
+            made: Wrapper = FeedbackModel(part, connections, how["passes"], examples, how["return_all"], checkpoint)
         else:
             made = BUTD(part, Options(**how), examples)
         model = put(model, path, made)

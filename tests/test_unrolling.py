@@ -224,7 +224,7 @@ def connected(draw):
         )
         for pair in pairs
     ]
-    model = fxfeedback.add_feedback(net, connections, example_inputs=(x,))
+    model = fxfeedback.add_feedback(net, connections, example_inputs=(x,), checkpoint=draw(st.booleans()))
     with torch.no_grad():
         for p in model.modulations.parameters():
             p.add_(0.3 * torch.randn_like(p))

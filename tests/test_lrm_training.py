@@ -1,0 +1,129 @@
+"""Training of LRM networks: what the backward pass does not keep changes no value, and how much memory that takes."""
+
+import copy
+import gc
+from unittest import mock
+
+import pytest
+import torch
+import torchvision
+from lrm_inference import NETWORKS
+from lrm_training import activations
+from torch import nn
+
+import fxfeedback
+from fxfeedback.feedback import FeedbackModel
+from fxfeedback.recompute import lean, segmented
+
+
+def convnet():
+    """Dropout, batch norms that average in both ways, linear layers used in every pass."""
+    return nn.Sequential(
+        *[nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.MaxPool2d(2)],
+        *[nn.Conv2d(4, 6, 3, padding=1), nn.BatchNorm2d(6, momentum=None), nn.ReLU(), nn.Dropout2d(0.5)],
+        *[nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 5)],
+    )
+
+
+MODELS = {
+    "convnet": (convnet, [("7", "0"), ("13", "4"), ("3", "4"), ("11", "11")], (2, 8, 8)),
+    "resnet18": (torchvision.models.resnet18, [("layer4", "layer1.1.relu_1"), ("fc", "layer2.0.conv1")], (3, 32, 32)),
+    "vit": (
+        lambda: torchvision.models.VisionTransformer(16, 4, 2, 2, 8, 16, dropout=0.1),
+        [("encoder.layers.encoder_layer_1", "encoder.layers.encoder_layer_0")],
+        (3, 16, 16),
+    ),
+}
+
+
+@pytest.mark.parametrize("slice_size", [1, 2**24])
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_nothing_changes_but_what_is_kept(name, train, slice_size):
+    make, connections, size = MODELS[name]
+    torch.manual_seed(0)
+    net, seen = make().double().train(train), []
+    blocks = fxfeedback.add_feedback(net, connections, input_size=size).modulations.state_dict()
+    blocks = {key: value + 0.3 * torch.randn_like(value) for key, value in blocks.items()}
+    for steps in ((), (lean,), (lean, segmented)):
+        model = fxfeedback.add_feedback(copy.deepcopy(net), connections, input_size=size, checkpoint=len(steps) == 2)
+        model.modulations.load_state_dict(blocks)
+        assert model._steps() == (steps or (lean,))
+        torch.manual_seed(1)
+        x = torch.randn(5, *size, dtype=torch.double, requires_grad=True)
+        with (
+            mock.patch.object(FeedbackModel, "_steps", lambda self, steps=steps: steps),
+            mock.patch("fxfeedback.modulation.SLICE", slice_size),
+        ):
+            outputs = model(x, passes=3)
+            sum((output * (i + 1)).cos().sum() for i, output in enumerate(outputs)).backward()
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        outputs = dict(enumerate(outputs))
+        seen.append({"x": x.grad, **gradients, **dict(model.named_buffers()), **outputs, "random": torch.rand(1)})
+    for other in seen[1:]:
+        for key, value in seen[0].items():
+            assert (value is None) == (other[key] is None), key
+            if value is not None:
+                torch.testing.assert_close(other[key], value, rtol=1e-9, atol=1e-9, msg=str(key))
+
+
+@pytest.mark.parametrize("checkpoint, most", [(False, 2.5), (True, 1.3)])
+def test_memory_of_activations(checkpoint, most):
+    plain = torchvision.models.alexnet().train()
+    model = fxfeedback.add_feedback(plain, NETWORKS["alexnet"], checkpoint=checkpoint)
+    gc.disable()  # what only the garbage collector frees counts
+    try:
+        assert activations(model) < most * activations(plain)
+    finally:
+        gc.enable()
+
+
+def test_a_model_that_is_checkpointed(tmp_path):
+    model = fxfeedback.add_feedback(convnet(), [("7", "0")], input_size=(2, 8, 8), checkpoint=True)
+    fxfeedback.save(model, tmp_path)
+    assert fxfeedback.load(tmp_path).checkpoint and copy.deepcopy(model).checkpoint
+    x = torch.randn(3, 2, 8, 8)
+    loss = model(x)[1].sum()
+    loss.backward(retain_graph=True)
+    first = [p.grad.clone() for p in model.parameters()]
+    loss.backward()  # computed again once more
+    assert all(torch.allclose(2 * a, p.grad) for a, p in zip(first, model.parameters(), strict=True))
+    assert model.get_buffer("1.num_batches_tracked") == 2
+    model.set_grad_checkpointing(False)
+    assert not model.checkpoint
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_others_who_rewrite_gradients_find_the_flat_graph(checkpoint):
+    model = fxfeedback.add_feedback(convnet().eval(), [("7", "0")], input_size=(2, 8, 8), checkpoint=checkpoint)
+    x, parameters = torch.randn(3, 2, 8, 8), dict(model.named_parameters())
+
+    def loss(parameters):
+        return torch.func.functional_call(model, parameters, (x,))[1].square().sum()
+
+    loss(parameters).backward()
+    functional = torch.func.grad(loss)(parameters)
+    compiled = torch.autograd.grad(compile_whole(model)(x)[1].square().sum(), list(parameters.values()))
+    for (name, p), gradient in zip(parameters.items(), compiled, strict=True):
+        torch.testing.assert_close(functional[name], p.grad)
+        torch.testing.assert_close(gradient, p.grad)
+
+
+def compile_whole(model):
+    torch._dynamo.reset()
+    return torch.compile(model, backend="aot_eager", fullgraph=True)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_autocast_and_second_derivatives(checkpoint):
+    model = fxfeedback.add_feedback(convnet().eval(), [("7", "0"), ("13", "4")], input_size=(2, 8, 8))
+    model.checkpoint = checkpoint
+    x = torch.randn(3, 2, 8, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)[1].float().square().sum().backward()
+    assert all(p.grad.dtype == p.dtype for p in model.parameters())
+    (slope,) = torch.autograd.grad(model(x)[1].square().sum(), x, create_graph=True)
+    ours = torch.autograd.grad(slope.square().sum(), x)
+    with mock.patch.object(FeedbackModel, "_steps", lambda self: ()):
+        (slope,) = torch.autograd.grad(model(x)[1].square().sum(), x, create_graph=True)
+        torch.testing.assert_close(ours, torch.autograd.grad(slope.square().sum(), x))
