@@ -7,12 +7,12 @@ nothing but the arithmetic costs time.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 import torchvision
-from timing import flops, interleaved, milliseconds, ratio
+from timing import Figure, flops, interleaved, milliseconds, ratio, show
 from torch import nn
 
 import fxfeedback
@@ -91,18 +91,10 @@ class Hooked(nn.Module):
         return outputs
 
 
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--compile", action="store_true", help="torch.compile all of them")
-    parser.add_argument("networks", nargs="*", default=list(NETWORKS), metavar="NETWORK", help=", ".join(NETWORKS))
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    ready = torch.compile if arguments.compile else lambda model: model
-    print(f"torch {torch.__version__}, {arguments.threads} threads, batch {BATCH}, 224 x 224, 2 passes, in ms")
-    print(f"{'network':<10}{'plain':>8}{'passes':>8}{'operations':>12}{'efficiency':>24}{'passes / hooks':>24}")
-    for name in arguments.networks:
+def figures(networks: Sequence[str] = tuple(NETWORKS), compiled: bool = False) -> Iterator[Figure]:
+    """Of each network the efficiency, and its passes over those by hooks; all of them compiled, if so wanted."""
+    ready, how = (torch.compile, ", compiled") if compiled else (lambda model: model, "")
+    for name in networks:
         x = torch.randn(BATCH, 3, 224, 224)
         plain = torchvision.models.get_model(name).eval()
         passes = fxfeedback.add_feedback(plain, NETWORKS[name]).eval()
@@ -112,9 +104,22 @@ def main() -> None:
             models.append(ready(Hooked(torchvision.models.get_model(name), NETWORKS[name], x).eval()))
         with torch.no_grad():
             times = interleaved([lambda model=model, x=x: model(x) for model in models], REPEATS)
-        row = f"{name:<10}" + "".join(f"{milliseconds(taken):>8.0f}" for taken in times[:2]) + f"{more:>12.2f}"
-        row += f"{ratio(times[0], times[1], more):>24}" + (f"{ratio(times[1], times[2]):>24}" if len(times) > 2 else "")
-        print(row, flush=True)
+        note = f"{milliseconds(times[1]):.0f} and {milliseconds(times[0]):.0f} ms, operations {more:.2f}"
+        yield Figure(name, f"efficiency of two passes{how}", ratio(times[0], times[1], more), note, more_is_better=True)
+        for hooked in times[2:]:
+            yield Figure(name, f"two passes / by hooks{how}", ratio(times[1], hooked), f"{milliseconds(hooked):.0f} ms")
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--compile", action="store_true", help="torch.compile all of them")
+    parser.add_argument("networks", nargs="*", default=list(NETWORKS), metavar="NETWORK", help=", ".join(NETWORKS))
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    print(f"torch {torch.__version__}, {arguments.threads} threads, batch {BATCH}, 224 x 224")
+    show(figures(arguments.networks, arguments.compile))
 
 
 if __name__ == "__main__":

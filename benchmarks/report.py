@@ -13,15 +13,33 @@ import platform
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from timing import Figure, Ratio, show
 
-BENCHMARKS = ("building", "selected_task", "onnx_runtime")
+BENCHMARKS = (
+    "lrm_inference",
+    "lrm_inference compiled",
+    "lrm_training",
+    "growth",
+    "counter_hebb_step",
+    "counter_hebb_step compiled",
+    "instructed_inference",
+    "selected_task",
+    "onnx_runtime",
+    "building",
+)
 RECORDED = Path(__file__).with_name("figures.json")
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 WORSE = 1.1
 COMMANDS = ("OMP_WAIT_POLICY", "python")
+
+
+def the(benchmark: str) -> tuple[ModuleType, bool]:
+    """Its module, and whether everything is compiled."""
+    name, _, compiled = benchmark.partition(" ")
+    return importlib.import_module(name), bool(compiled)
 
 
 def machine() -> dict[str, str]:
@@ -66,8 +84,10 @@ def page(path: Path = RECORDED) -> str:
     """docs/benchmarks.md."""
     known, lines = json.loads(path.read_text()), [INTRODUCTION]
     for name in (name for name in BENCHMARKS if name in known):
-        about = (importlib.import_module(name).__doc__ or "").split("\n\n")
-        lines += [f"## {' '.join(about[0].split())}", "", ", ".join(known[name]["machine"].values()), ""]
+        module, compiled = the(name)
+        about = (module.__doc__ or "").split("\n\n")
+        title = " ".join(about[0].split()).rstrip(".")
+        lines += [f"## {title}{' (compiled)' if compiled else ''}", "", ", ".join(known[name]["machine"].values()), ""]
         lines += [part.strip() + "\n" for part in about[1:] if not part.lstrip().startswith(COMMANDS)]
         lines += ["| network | what | ratio (quartiles) | |", "| --- | --- | --- | --- |"]
         for one in known[name]["figures"]:
@@ -87,7 +107,8 @@ def main() -> int:
     complaints = []
     for name in arguments.benchmarks:
         print(f"\n{name}", flush=True)
-        figures = show(importlib.import_module(name).figures())
+        module, compiled = the(name)
+        figures = show(module.figures(compiled=True) if compiled else module.figures())
         if arguments.check:
             complaints += worse(figures, recorded(name))
         else:
