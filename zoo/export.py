@@ -39,7 +39,7 @@ from fxfeedback.runtime import Learner, Session
 
 TASKS = 10
 BATCHES = (1, 3)
-TRIES = 3
+TRIES = 6
 TOLERANCE = 1e-4
 STEP_TOLERANCE = 1e-3
 ROUNDING = 3
