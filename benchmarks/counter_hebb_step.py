@@ -32,10 +32,12 @@ NETWORKS = {
     "MobileNetV2": (lambda: models.mobilenet_v2(num_classes=10), (16, 3, 96, 96), 15),
     "ViT-B/32": (lambda: models.vit_b_32(num_classes=10), (4, 3, 224, 224), 9),
 }
+COMPILED = ("Multi-MNIST, published", "ResNet-18", "ViT-B/32")
 
 
-def figures(networks: Sequence[str] = tuple(NETWORKS), compiled: bool = False) -> Iterator[Figure]:
-    """Counter-Hebb over backpropagation, for each network."""
+def figures(networks: Sequence[str] = (), compiled: bool = False) -> Iterator[Figure]:
+    """Counter-Hebb over backpropagation, for each network; without names all, or those that compile in minutes."""
+    networks = networks or (COMPILED if compiled else tuple(NETWORKS))
     what = "Counter-Hebb step / backprop" + (", both compiled" if compiled else "")
     for name in networks:
         make, shape, repeats = NETWORKS[name]
@@ -83,7 +85,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     print(f"torch {torch.__version__}, {given.threads} threads")
-    show(figures(given.networks or tuple(NETWORKS), given.compile))
+    show(figures(given.networks, given.compile))
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def ways(name: str) -> dict[str, nn.Module]:
     return {way: model.train() for way, model in models.items()}
 
 
-def figures(threads: int = 2, networks: Sequence[str] = tuple(TIMED)) -> Iterator[Figure]:
+def figures(networks: Sequence[str] = tuple(TIMED)) -> Iterator[Figure]:
     """Time and memory of each network, passes and hooks over plain."""
     for name in networks:
         batch = TIMED[name]
@@ -117,7 +117,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(f"torch {torch.__version__}, {arguments.threads} threads, 224 x 224, 2 passes")
-    show(figures(arguments.threads, arguments.networks))
+    show(figures(arguments.networks))
 
 
 if __name__ == "__main__":
