@@ -39,7 +39,7 @@ def show(figures: Iterable[Figure]) -> list[Figure]:
     """Print the figures as they come; returns them."""
     shown = []
     for figure in figures:
-        print(f"{figure.network:<30}{figure.what:<52}{figure.ratio:>22}  {figure.note}", flush=True)
+        print(f"{figure.network:<40}{figure.what:<52}{figure.ratio:>22}  {figure.note}", flush=True)
         shown.append(figure)
     return shown
 
