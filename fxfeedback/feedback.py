@@ -13,7 +13,7 @@ from fxfeedback.errors import InputError, NodeNameError, OptionError, TraceError
 from fxfeedback.layout import layout_of
 from fxfeedback.modulation import Modulation
 from fxfeedback.open_modules import open_modules
-from fxfeedback.recompute import lean, segmented
+from fxfeedback.recompute import brief, lean, segmented
 from fxfeedback.rewrite import Link, Unrolling, unroll
 from fxfeedback.shaped import trace_for
 from fxfeedback.trace import Spec, annotate_shapes, building, example_for, find_node, put
@@ -319,13 +319,15 @@ class FeedbackModel(Wrapper):
         return unroll(bu, self._root, [_link(bu, connection) for connection in self.connections], what)
 
     def _steps(self) -> tuple[Callable[[fx.GraphModule], fx.GraphModule], ...]:
-        """What else is done to the unrolled graph: for calls with gradients, that less is kept.
+        """What else is done to the unrolled graph: that less is computed, and with gradients that less is kept.
 
         Not while someone else rewrites the graph or its gradients: torch.compile, a tracer, torch.func.
         """
         others = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
-        if others or not torch.is_grad_enabled():
+        if others:
             return ()
+        if not torch.is_grad_enabled():
+            return (brief,)
         return (lean, segmented) if self.checkpoint else (lean,)
 
     def _plan(self, modes: tuple[bool, ...], steps: tuple[Any, ...], sizes: Sizes | None, *what: Any) -> "_Plan":

@@ -6,14 +6,16 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from lrm_inference import NETWORKS
 from lrm_training import activations
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import fxfeedback
 from fxfeedback.feedback import FeedbackModel
-from fxfeedback.recompute import lean, segmented
+from fxfeedback.recompute import brief, lean, segmented
 
 
 def convnet():
@@ -127,3 +129,17 @@ def test_autocast_and_second_derivatives(checkpoint):
     with mock.patch.object(FeedbackModel, "_steps", lambda self: ()):
         (slope,) = torch.autograd.grad(model(x)[1].square().sum(), x, create_graph=True)
         torch.testing.assert_close(ours, torch.autograd.grad(slope.square().sum(), x))
+
+
+def test_nothing_changes_without_gradients():
+    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 3))
+    model = fxfeedback.add_feedback(net, [("3", "0"), ("4", "2")], passes=3, input_size=(2, 9, 9)).double()
+    x, found = torch.randn(5, 2, 9, 9, dtype=torch.double), []
+    with torch.no_grad():
+        for steps in ((brief,), ()):
+            with mock.patch.object(FeedbackModel, "_steps", lambda self, steps=steps: steps):
+                found.append((model(x), model.readout(x, ["0", "1", "2", "3"])))
+    for a, b in zip(*map(tree_leaves, found), strict=True):
+        assert a is b or torch.equal(a, b)
+    ops = [node.target for node in brief(model.unrolled()).graph.nodes if node.op == "call_function"]
+    assert ops.count(torch.relu_) == 4 and ops.count(F.relu) == 2  # those of the first pass
