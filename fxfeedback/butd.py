@@ -148,7 +148,7 @@ class BUTD(Wrapper):
             return self._run(graphs, False, False, list(inputs))
         instruction, ids = self._instruction(task, graphs, len(inputs[0]))
         rows, gates = self._gates(graphs, instruction, ids, len(inputs[0]))
-        return self._run(graphs, True, bool(rows), [*inputs, *([instruction] if per_task else []), *rows, *gates])
+        return self._run(graphs, True, len(rows) > 0, [*inputs, *([instruction] if per_task else []), *rows, *gates])
 
     def counter_neurons(self, task: Any) -> dict[str, torch.Tensor]:
         """Site name -> counter neurons of the instruction pass, (B, ...) like the site's value; B is 1 for one id."""
