@@ -28,13 +28,13 @@ bench: $(VENV)/.installed  ## speed against plain networks, hooks, autograd and 
 bench-check: $(VENV)/.installed  ## the same against the recorded figures: what got worse by more than 10 %
 	$(BIN)/python benchmarks/report.py --check
 
-zoo: $(VENV)/.installed  ## updates against autograd in every model of torchvision and in some of timm's, as a table (hours)
+zoo: $(VENV)/.installed  ## updates against autograd in every model of torchvision and in some of timm's, as a table: docs/zoo (hours)
 	$(BIN)/python zoo/learning.py
 
-zoo-lrm: $(VENV)/.installed  ## a feedback connection in every model of torchvision, as a table (half an hour)
+zoo-lrm: $(VENV)/.installed  ## a feedback connection in every model of torchvision, as a table: docs/zoo (half an hour)
 	$(BIN)/python zoo/feedback.py
 
-zoo-onnx: $(VENV)/.installed  ## ONNX files of every model of torchvision and of some of timm's, in ONNX Runtime, as a table (hours)
+zoo-onnx: $(VENV)/.installed  ## ONNX files of every model of torchvision and of some of timm's, in ONNX Runtime, as a table: docs/zoo (hours)
 	$(BIN)/python zoo/export.py
 
 fuzz: $(VENV)/.installed  ## random graphs against autograd: make fuzz N=10000

@@ -60,7 +60,7 @@ def test_the_table(capsys, monkeypatch):
     assert alexnet.split()[0] == "alexnet" and alexnet.endswith("3/9       4/10  ok     a -> b")
     assert vgg11.split()[0] == "vgg11" and vgg11.endswith("NOT OK the second pass equals the first")
     assert summary.startswith("1 of 2 models ok, 1 not, in ")
-    with pytest.raises(SystemExit, match="torchvision has no model alexnot"):
+    with pytest.raises(SystemExit, match="the zoo has no model alexnot"):
         zoo.main(["alexnot"])
 
 

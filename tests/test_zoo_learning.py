@@ -70,7 +70,7 @@ def test_the_zoo_has_every_model_but_the_quantized():
     assert not any(name.startswith("quantized_") for name in KINDS)
 
 
-def test_the_table(capsys, monkeypatch):
+def test_the_table(capsys, monkeypatch, tmp_path):
     shares = zoo.Shares(7, (0.25, "a"), (0.75, "b"))
 
     def check(name, kind):
@@ -79,13 +79,18 @@ def test_the_table(capsys, monkeypatch):
         raise zoo.Problem("evaluation: the update of x is off by 1.0e-03 (1 of 9 are)")
 
     monkeypatch.setattr(zoo, "check", check)
-    assert zoo.main(["vgg11", "alexnet"]) == 1
-    *_, vgg11, alexnet, _, summary = capsys.readouterr().out.splitlines()
+    file = tmp_path / "learning.csv"
+    file.write_text("model,seconds,eval,train,sites,remarks,torch\nvgg11,1,,,,ok,2.0\nvgg13,2,,,,ok,2.0\n")
+    assert zoo.main(["vgg11", "alexnet"], file) == 1
+    *_, vgg11, alexnet, _, summary, largest = capsys.readouterr().out.splitlines()
     assert alexnet.split()[0] == "alexnet"
     assert alexnet.endswith("1.0e-15   2.0e-15      7  ok     25 % a, 75 % b | 25 % a, 75 % b")
     assert vgg11.split()[0] == "vgg11"
     assert vgg11.endswith("NOT OK evaluation: the update of x is off by 1.0e-03 (1 of 9 are)")
-    assert summary.startswith("1 of 2 models ok, 1 not, in ") and summary.endswith("largest error 2.0e-15")
+    assert summary.startswith("1 of 2 models ok, 1 not, in ") and largest == "the largest error 2.0e-15"
+    kept = [line.split(",") for line in file.read_text().splitlines()[1:]]
+    assert [line[0] for line in kept] == ["alexnet", "vgg11", "vgg13"], "the zoo's order"
+    assert kept[0][2:5] == ["1.0e-15", "2.0e-15", "7"] and kept[1][5].startswith("NOT OK") and kept[2][1] == "2"
     with pytest.raises(SystemExit, match="the zoo has no model alexnot"):
         zoo.main(["alexnot"])
 

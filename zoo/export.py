@@ -18,10 +18,7 @@ torch.fx cannot trace the detection and optical flow models whole: of them, the 
 """
 
 import copy
-import sys
 import tempfile
-import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +28,7 @@ import torch
 from feedback import connection_in
 from learning import HEADS
 from models import PARTS, Problem, build, input_of, leaves, models, more_models, warm_up
+from table import Line, Table, command, in_words
 from torch import nn
 
 import fxfeedback
@@ -50,6 +48,13 @@ before a norm is nothing, and what is left of it is the rounding of terms that a
 
 LARGEST = (1.1, 2e6)
 """A file: so many times the weights, and so many bytes for the graph."""
+
+
+TABLE = Table(
+    "for each product: the file's size over the weights', and the largest difference from torch",
+    {"passes": 14, "instructed": 14, "learner": 14},
+    "what is wrong",
+)
 
 
 class File(NamedTuple):
@@ -93,8 +98,7 @@ def attempt(product: Callable[[], File]) -> File | str:
     try:
         return product()
     except Exception as error:
-        origin = "" if isinstance(error, Problem) else f"{type(error).__name__}: "
-        return origin + " ".join(str(error).split())
+        return in_words(error)
 
 
 def butd_of(part: nn.Module, head: str | None, size: tuple[int, ...]) -> tuple[fxfeedback.BUTD, bool]:
@@ -249,36 +253,17 @@ def length(arrays: object) -> float:
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
-def main(names: Sequence[str]) -> int:
+def main(names: Sequence[str], file: Path | None = None) -> int:
     """Print the table; returns how many models are not well."""
-    warnings.filterwarnings("ignore")
-    known = dict([*models(), *(one for one in more_models() if one[1] != "odd")])
-    unknown = set(names) - set(known)
-    if unknown:
-        raise SystemExit(f"the zoo has no model {', '.join(sorted(unknown))}")
-    chosen = {name: known[name] for name in names} if names else known
-    print("for each product: the file's size over the weights', and the largest difference from torch\n")
-    print(f"{'model':<38}{'time':>8}" + "".join(f"{product:>14}" for product in Row._fields), flush=True)
-    bad, start = 0, time.perf_counter()
-    for name, kind in chosen.items():
-        began = time.perf_counter()
-        try:
-            row = check(name, kind)
-        except Exception as error:
-            row = Row(*3 * [f"{type(error).__name__}: {' '.join(str(error).split())}"])
-        wrong = {product: cell for product, cell in row._asdict().items() if isinstance(cell, str)}
-        bad += bool(wrong)
-        cells = "".join(f"{str(cell) if isinstance(cell, File) else '-':>14}" for cell in row)
-        verdict = "; ".join(f"{product}: {error}" for product, error in wrong.items())
-        verdict = f"NOT OK {verdict}" if wrong else "ok"
-        print(f"{name:<38}{time.perf_counter() - began:>6.1f} s{cells}  {verdict}", flush=True)
-    minutes = (time.perf_counter() - start) / 60
-    print(f"\n{len(chosen) - bad} of {len(chosen)} models ok, {bad} not, in {minutes:.0f} min", flush=True)
-    return bad
+
+    def row(name: str, kind: str) -> Line:
+        products = check(name, kind)
+        wrong = [f"{product}: {cell}" for product, cell in products._asdict().items() if isinstance(cell, str)]
+        return Line([str(cell) if isinstance(cell, File) else "-" for cell in products], not wrong, "; ".join(wrong))
+
+    known = [*models(), *(one for one in more_models() if one[1] != "odd")]
+    return TABLE.fill(dict(known), names, row, file)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(min(main(sys.argv[1:]), 99))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    command(main, "export.csv")

@@ -18,21 +18,27 @@ rewritten, and the whole model must run with its own call: with one pass as the 
 passes differently, in training mode with finite losses whose gradients reach every new parameter.
 """
 
-import sys
-import time
-import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import networkx as nx
 import torch
 from models import PARTS, Problem, build, call_whole, input_of, leaves, models, restore, statistics_of, warm_up
+from table import Line, Table, command
 from torch import fx, nn
 
 import fxfeedback
 
 RANDOM = ("native_dropout", "survival", "surviving_channels")
 """The names of the functions that draw random numbers in an opened graph."""
+
+
+TABLE = Table(
+    "eval, train: how many nodes the second pass computes again, of all nodes, in evaluation and training mode",
+    {"eval": 11, "train": 11},
+    "connection, or what is wrong",
+)
 
 
 class Sharing(NamedTuple):
@@ -232,35 +238,15 @@ def difference(a: Any, b: Any) -> str:
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
-def main(names: Sequence[str]) -> int:
+def main(names: Sequence[str], file: Path | None = None) -> int:
     """Print the table; returns how many models are not well."""
-    warnings.filterwarnings("ignore")
-    chosen = [(name, kind) for name, kind in models() if not names or name in names]
-    unknown = set(names) - {name for name, _ in chosen}
-    if unknown:
-        raise SystemExit(f"torchvision has no model {', '.join(sorted(unknown))}")
-    print("eval, train: how many nodes the second pass computes again, of all nodes, in evaluation and training mode\n")
-    print(f"{'model':<38}{'time':>7}{'eval':>11}{'train':>11}  {'':<7}connection, or what is wrong")
-    bad, start = 0, time.perf_counter()
-    for name, kind in chosen:
-        began = time.perf_counter()
-        try:
-            row = check(name, kind)
-            nodes = f"{row.evaluation!s:>11}{row.training!s:>11}"
-            verdict = f"ok     {row.connection}"
-        except Exception as error:
-            bad += 1
-            nodes = f"{'-':>11}" * 2
-            origin = "" if isinstance(error, Problem) else f"{type(error).__name__}: "
-            verdict = f"NOT OK {origin}{' '.join(str(error).split())}"
-        print(f"{name:<38}{time.perf_counter() - began:>5.1f} s{nodes}  {verdict}", flush=True)
-    minutes = (time.perf_counter() - start) / 60
-    print(f"\n{len(chosen) - bad} of {len(chosen)} models ok, {bad} not, in {minutes:.0f} min", flush=True)
-    return bad
+
+    def row(name: str, kind: str) -> Line:
+        connection, evaluation, training = check(name, kind)
+        return Line([str(evaluation), str(training)], True, connection)
+
+    return TABLE.fill(dict(models()), names, row, file)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(min(main(sys.argv[1:]), 99))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    command(main, "feedback.csv")

@@ -17,17 +17,16 @@ its counter neurons are sums of theirs, of which none is negative. A unit is on 
 """
 
 import copy
-import sys
-import time
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import models as zoo
 import torch
 from models import PARTS, Problem, call_whole, leaves, restore, statistics_of, warm_up
+from table import Line, Table, command
 from torch import fx, nn
 
 import fxfeedback
@@ -47,6 +46,13 @@ HEADS = {"timm/deit_tiny_distilled_patch16_224": "head"}
 
 SHORTENED = {"vit_h_14": ("encoder.layers", 16), "regnet_y_128gf": ("trunk_output.block3", 6)}
 """The models that would take more than ten gigabytes: their longest row of blocks, and how many of these are tried."""
+
+TABLE = Table(
+    "eval, train: the largest error of an update, relative to its gradient\n"
+    "sites: how many; behind it the lowest and the highest active share, for a task | for a class",
+    {"eval": 10, "train": 10, "sites": 7},
+    "active shares, or what is wrong",
+)
 
 KEEPS_SIGNS = ("cat", "batch_norm", "max_pool", "avg_pool", "identity")
 """The rules that bring down no negative counter neuron where none comes from above."""
@@ -272,35 +278,20 @@ def used_positions(bu: fx.GraphModule, sites: Sequence[str], x: torch.Tensor) ->
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
-def main(names: Sequence[str]) -> int:
+def main(names: Sequence[str], file: Path | None = None) -> int:
     """Print the table; returns how many models are not well."""
-    warnings.filterwarnings("ignore")
-    known = dict(every_model())
-    unknown = set(names) - set(known)
-    if unknown:
-        raise SystemExit(f"the zoo has no model {', '.join(sorted(unknown))}")
-    chosen = {name: known[name] for name in names} if names else known
-    print("eval, train: the largest error of an update, relative to its gradient")
-    print("sites: how many; behind it the lowest and the highest active share, for a task | for a class\n")
-    print(f"{'model':<38}{'time':>8}{'eval':>10}{'train':>10}{'sites':>7}  {'':<7}active shares, or what is wrong")
-    bad, worst, start = 0, 0.0, time.perf_counter()
-    for name, kind in chosen.items():
-        began = time.perf_counter()
-        try:
-            with in_double():
-                row = check(name, kind)
-            worst = max(worst, *row.errors)
-            numbers = f"{row.errors[0]:>10.1e}{row.errors[1]:>10.1e}{row.classes.sites if row.classes else '-':>7}"
-            verdict = f"ok     {row.part}{f'{row.tasks} | {row.classes}' if row.classes else ''}".rstrip()
-        except Exception as error:
-            bad += 1
-            numbers = f"{'-':>10}{'-':>10}{'-':>7}"
-            origin = "" if isinstance(error, Problem) else f"{type(error).__name__}: "
-            verdict = f"NOT OK {origin}{' '.join(str(error).split())}"
-        print(f"{name:<38}{time.perf_counter() - began:>6.1f} s{numbers}  {verdict}", flush=True)
-    minutes = (time.perf_counter() - start) / 60
-    print(f"\n{len(chosen) - bad} of {len(chosen)} models ok, {bad} not, in {minutes:.0f} min", end="")
-    print(f"; the largest error {worst:.1e}", flush=True)
+    worst = 0.0
+
+    def row(name: str, kind: str) -> Line:
+        nonlocal worst
+        with in_double():
+            errors, tasks, classes, part = check(name, kind)
+        worst = max(worst, *errors)
+        cells = [*(f"{error:.1e}" for error in errors), f"{classes.sites if classes else '-'}"]
+        return Line(cells, True, f"{part}{f'{tasks} | {classes}' if classes else ''}")
+
+    bad = TABLE.fill(dict(every_model()), names, row, file)
+    print(f"the largest error {worst:.1e}", flush=True)
     return bad
 
 
@@ -311,7 +302,4 @@ def every_model() -> Iterator[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(min(main(sys.argv[1:]), 99))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    command(main, "learning.csv")
