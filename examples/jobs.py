@@ -1,6 +1,7 @@
 """What the example scripts have in common: reading the command line, writing files whole, and how they end."""
 
 import argparse
+import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -20,6 +21,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     part = path.with_name(f".{path.name}.part")
     try:
         write(part)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

@@ -10,6 +10,8 @@ from torch import Tensor
 from torchvision.datasets import MNIST
 from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
 
+from jobs import UserError
+
 TASKS = ("left", "right")  # a task's id is its place here, and its column in `Composites.labels`
 SIDE = 28  # pixels, of a digit and of a composite
 CANVAS = 36  # pixels, before a composite is resized
@@ -20,7 +22,7 @@ SPLIT_SEED = 0  # of the embedded digits and of the test composites: never the u
 EMBEDDED_TRAIN = 4000  # of the 5,000 embedded digits; the others are for testing
 
 
-class DataError(Exception):
+class DataError(UserError):
     """The digits are missing, damaged or not what they should be; the message says which and where."""
 
 

@@ -14,7 +14,7 @@ def figures(metrics: dict[str, Any]) -> dict[str, Figure]:
     drawn = {"active_share.png": active_share(metrics), "overlap.png": overlap(metrics)}
     if metrics["epochs"]:
         drawn["learning_curves.png"] = learning_curves(metrics["epochs"])
-        if "angles" in metrics["epochs"][0]:
+        if "angle" in metrics["epochs"][0]:
             drawn["angles.png"] = angles(metrics["epochs"])
     return drawn
 
@@ -29,7 +29,7 @@ def learning_curves(epochs: list[dict[str, Any]]) -> Figure:
     loss.plot(numbers, [epoch["loss"] for epoch in epochs], marker=".", color="black")
     loss.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
     for task in TASKS:
-        accuracy.plot(numbers, [100 * epoch["accuracy"][task] for epoch in epochs], marker=".", label=task)
+        accuracy.plot(numbers, [100 * epoch[f"accuracy_{task}"] for epoch in epochs], marker=".", label=task)
     accuracy.set(xlabel="epoch", ylabel="test accuracy (%)")
     accuracy.legend()
     return figure
@@ -61,11 +61,12 @@ def angles(epochs: list[dict[str, Any]]) -> Figure:
     axes = figure.subplots()
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     numbers = [epoch["epoch"] for epoch in epochs]
-    for name in epochs[0]["angles"]:
-        axes.plot(numbers, [epoch["angles"][name] for epoch in epochs], label=name)
+    names = [name for name in epochs[0] if name.startswith("angle_")]
+    for name in names:
+        axes.plot(numbers, [epoch[name] for epoch in epochs], label=name.removeprefix("angle_"))
     axes.plot(numbers, [epoch["angle"] for epoch in epochs], color="black", marker=".", label="mean")
     axes.set(xlabel="epoch", ylabel="angle between W and its TD twin (degrees)", ylim=(0, 95))
-    if len(epochs[0]["angles"]) <= 12:  # a deep network has more lines than a legend can tell apart
+    if len(names) <= 12:  # a deep network has more lines than a legend can tell apart
         axes.legend(fontsize="small")
     return figure
 

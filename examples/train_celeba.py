@@ -1,0 +1,146 @@
+"""Train an instructed network to tell the attributes of faces: forty attributes are forty instructions.
+
+python examples/train_celeba.py --data-root data              # torchvision's files in data/celeba
+python examples/train_celeba.py --data-root data --config celeba --learning counter-hebb
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchmetrics import Metric
+from torchmetrics.classification import BinaryAccuracy
+from torchvision import models
+from torchvision import transforms as T
+from torchvision.datasets import CelebA
+
+import fxfeedback
+from jobs import UserError, number
+from training.data import Items
+from training.flags import parse, training_flags
+from training.instructed import Instructed
+from training.job import job
+from training.loop import Run
+from training.measures import sub_networks
+from training.processes import with_synced_norms
+
+ATTRIBUTES = 40
+
+
+class Faces(Dataset[Any]):
+    """Index -> image (3, H, W), labels (40,) of 0 and 1, and one random attribute to ask for."""
+
+    def __init__(self, root: Path, split: str, side: int | None, download: bool) -> None:
+        resize = [] if side is None else [T.Resize(side), T.CenterCrop(side)]
+        transform = T.Compose([*resize, T.ToTensor(), T.Normalize((0.5,) * 3, (0.5,) * 3)])
+        try:
+            self.faces = CelebA(str(root), split, "attr", transform, download=download)
+        except (ImportError, OSError, RuntimeError) as error:
+            raise UserError(
+                f"cannot read CelebA from {root / 'celeba'}: {error}\n--download fetches it (pip install gdown); or "
+                "put there what its own page offers: the folder img_align_celeba and the files identity_CelebA.txt and "
+                "list_{attr,bbox,landmarks_align}_celeba.txt, list_eval_partition.txt"
+            ) from error
+
+    def __len__(self) -> int:
+        return len(self.faces)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        image, labels = self.faces[index]
+        return image, labels, torch.randint(ATTRIBUTES, ())
+
+    def name(self, index: int) -> str:
+        """What to call a face that cannot be read."""
+        return f"the picture {self.faces.filename[index]}"
+
+
+class TellAttributes(Instructed):
+    """Telling the attribute that the instruction asks for."""
+
+    evaluation_batch = 64
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        if args.data_root is None:
+            raise UserError("--data-root is missing: the folder that holds, or with --download will hold, CelebA")
+        train, test = (
+            Faces(args.data_root, split, args.image_size, args.download) for split in ("train", args.test_split)
+        )
+        self.train, self.test = Items(train, args.seed, train.name), Items(test, args.seed, test.name)
+        net = classifier(args.model)
+        butd = fxfeedback.to_butd(
+            with_synced_norms(net) if args.sync_norms else net,
+            n_tasks=ATTRIBUTES,
+            embedding=args.embedding,
+            input_size=tuple(train[0][0].shape),
+            norm=args.td_norms,
+            weights=args.weights,
+            heads=args.heads.replace("-", "_"),
+            learning=args.learning.replace("-", "_"),
+        )
+        super().__init__(butd, train.faces.attr_names[:ATTRIBUTES], args.all_tasks)
+
+    def accuracy(self) -> Metric:
+        return BinaryAccuracy()
+
+
+def classifier(name: str) -> nn.Module:
+    """A torchvision classifier with a single logit; "published" is ResNet-18 for small pictures.
+
+    Its stem is one convolution of 3 by 3 without a stride; unlike the published one it averages its last maps.
+    """
+    known = models.list_models(module=models)
+    if name not in ("published", *known):
+        raise UserError(f"unknown model {name!r}: published, or a torchvision classifier")
+    net = models.get_model("resnet18" if name == "published" else name, weights=None, num_classes=1)
+    if name == "published":
+        net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    return net
+
+
+def report(run: Run) -> None:
+    """Save the network, and print what was reached and what part of the network the tasks use."""
+    butd, last, tasks = run.experiment.model, run.rows[-1], run.experiment.tasks
+    fxfeedback.save(butd, run.folder / "model")
+    scores = {task: last[f"accuracy_{task}"] for task in tasks}
+    shares = sub_networks(butd, tasks)["active_share_total"]
+    for task in sorted(scores, key=scores.__getitem__):
+        print(f"{task:22}{100 * scores[task]:6.1f} %, with {100 * shares[task]:3.0f} % of the units")
+    print(f"\nmean accuracy: {100 * fmean(scores.values()):.2f} %")
+    print(f"results: {run.folder} (model, log.csv, tensorboard)")
+
+
+def flags() -> argparse.ArgumentParser:
+    """The command line; the defaults are the published settings, but for the stem of the network."""
+    parser = argparse.ArgumentParser(description="Train an instructed network to tell the attributes of faces.")
+    add = parser.add_argument
+    add("--data-root", type=Path, help="folder in which torchvision's folder celeba is, or is to be")
+    add("--download", action="store_true", help="fetch the files into --data-root where they are missing")
+    add("--image-size", type=number(int, 8, 10_000), help="height and width (default: the pictures' own, 218 by 178)")
+    add("--test-split", choices=["valid", "test"], default="test", help="(default %(default)s)")
+    add("--model", default="resnet18", help="published, or a torchvision classifier (default %(default)s)")
+    add("--embedding", type=number(int, 1, 1_000_000), default=200, help="of the instruction (default %(default)s)")
+    add(
+        "--td-norms", choices=["shared", "separate"], default="separate", help="batch norms of TD (default %(default)s)"
+    )
+    add("--weights", choices=["shared", "separate"], default="shared", help="of BU and TD (default %(default)s)")
+    add("--heads", choices=["shared", "per-task"], default="shared", help="for the answers (default %(default)s)")
+    add("--learning", choices=["counter-hebb", "backprop"], default="counter-hebb", help="(default %(default)s)")
+    add("--all-tasks", action=argparse.BooleanOptionalAction, default=False, help="every step asks for all attributes")
+    training_flags(parser, "celeba")
+    parser.set_defaults(epochs=50, batch_size=64, optimizer="adam", lr=5e-4, schedule="decay", workers=2)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the job; returns the exit code."""
+    return job(parse(flags(), argv), TellAttributes, report)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""Instructed networks: the instruction says which of an image's labels to tell."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassAccuracy
+
+import fxfeedback
+from training.loop import Experiment
+
+
+class Instructed(Experiment):
+    """A network that is told by a task's number which label to tell.
+
+    A batch is images (B, ...), labels (B, tasks), and one task per image, (B,), which is not looked at in tests: there
+    every image is asked for all of its labels.
+
+    Args:
+        butd: the network, with one logit per class, or a single one where labels are 0 or 1.
+        tasks: the tasks' names.
+        all_tasks: whether a training step asks for all labels of its images too, and not for one each.
+    """
+
+    def __init__(self, butd: fxfeedback.BUTD, tasks: Sequence[str], all_tasks: bool = False) -> None:
+        self.model, self.tasks, self.all_tasks = butd, tasks, all_tasks
+
+    def losses(self, model: nn.Module, batch: Any) -> Tensor:
+        images, labels, task = batch
+        if not self.all_tasks:
+            return misfit(model(images, task), labels.gather(1, task[:, None])[:, 0])
+        each = [misfit(model(images, self.same(t, images)), labels[:, t]) for t in range(len(self.tasks))]
+        return torch.stack(each).mean(0)
+
+    def same(self, task: int, images: Tensor) -> Tensor:
+        """The same task for every image."""
+        return torch.full((len(images),), task, device=images.device)
+
+    def metrics(self) -> Mapping[str, Metric]:
+        return {"test_loss": MeanMetric()} | {f"accuracy_{task}": self.accuracy() for task in self.tasks}
+
+    def accuracy(self) -> Metric:
+        """Of one task."""
+        return MulticlassAccuracy(10, average="micro")
+
+    def judge(self, batch: Any, metrics: Mapping[str, Metric]) -> None:
+        images, labels, _ = batch
+        for t, task in enumerate(self.tasks):
+            logits = self.model(images, self.same(t, images))
+            metrics["test_loss"].update(misfit(logits, labels[:, t]))
+            metrics[f"accuracy_{task}"].update(logits if logits.shape[1] > 1 else logits[:, 0], labels[:, t])
+
+
+def misfit(logits: Tensor, labels: Tensor) -> Tensor:
+    """The loss of every sample, (B,): cross entropy, or of a single logit the binary one."""
+    if logits.shape[1] == 1:
+        return F.binary_cross_entropy_with_logits(logits[:, 0], labels.to(logits), reduction="none")
+    return F.cross_entropy(logits, labels, reduction="none")
