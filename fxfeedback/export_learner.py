@@ -24,7 +24,7 @@ from fxfeedback.export import about, about_butd, eval_mode, gate_of, is_own_inpu
 from fxfeedback.losses import LOSSES
 from fxfeedback.onnx_file import Input, Program, check_target, write
 from fxfeedback.open_modules import open_modules
-from fxfeedback.ops import advance_, cumulative_momentum
+from fxfeedback.ops import ADVANCES, cumulative_momentum
 from fxfeedback.optimizers import OPTIMIZERS
 from fxfeedback.rules.core import channelwise, spatial
 from fxfeedback.rules.normalization import standardized
@@ -296,14 +296,14 @@ class _Step:
     def _out_of_place(self, node: fx.Node, see: Callable[[fx.Node], fx.Node], label: str) -> fx.Node | None:
         """For a node that changes tensors in place: the same out of place, and `tensors` brought up to date."""
         args, kwargs = fx.map_arg((node.args, node.kwargs), see)
-        if node.target is F.batch_norm:
+        if node.target in ADVANCES:
             operands = inspect.signature(F.batch_norm).bind(*node.args, **node.kwargs).arguments
             if not operands.get("training"):
                 return None
             y, *new = self._several(label, batch_norm_in_training, *args, number=3, **kwargs)
             self._advance([operands["running_mean"], operands["running_var"]], new)
             return y
-        if node.target is advance_:
+        if node.target in ADVANCES.values():
             new = self._several(label, advanced, *args, number=2, **kwargs)
             self._advance(node.args[1:3], new)
             return new[0]

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torchvision.ops import stochastic_depth
 
+from fxfeedback.errors import TraceError
 from fxfeedback.open_attention import dot_product, multi_head
-from fxfeedback.ops import advance_, cumulative_momentum, survival, surviving_channels
+from fxfeedback.ops import ADVANCES, cumulative_momentum, survival, surviving_channels, synced_batch_norm
 from fxfeedback.rules.core import as_tuple
 
 
@@ -25,15 +26,20 @@ def _batch_norm(module: Any, input: fx.Proxy) -> fx.Proxy:
     """y = (x - mean) / sqrt(var + eps) * gamma + beta; forward itself looks at the input's dimensions."""
     tracks = module.track_running_stats and module.running_mean is not None
     training = module.training or not tracks
-    momentum = module.momentum
+    momentum, norm = module.momentum, F.batch_norm
+    if isinstance(module, nn.SyncBatchNorm) and training:
+        if module.process_group is not None:
+            raise TraceError("SyncBatchNorm over a group of its own does not open: leave out process_group")
+        norm = synced_batch_norm
     if module.training and tracks:
         count = input.tracer.parameter(module.num_batches_tracked)
         call(torch.Tensor.add_, count, 1)
         momentum = call(cumulative_momentum, count) if momentum is None else momentum
         if not input.tracer.present.users:  # nothing reads the value, but the statistics advance
-            call(advance_, input, module.running_mean, module.running_var, momentum)
+            call(ADVANCES[norm], input, module.running_mean, module.running_var, momentum)
             return input
-    return F.batch_norm(
+    return call(
+        norm,
         input,
         module.running_mean if tracks else None,
         module.running_var if tracks else None,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import distributed, fx
 from torchvision.ops import stochastic_depth
 
 
@@ -72,6 +72,86 @@ def advance_(input: torch.Tensor, running_mean: torch.Tensor, running_var: torch
     # Through .data, as the kernel of batch norm itself: no backward pass reads the statistics.
     running_mean.data.lerp_(mean, momentum)
     running_var.data.lerp_(var, momentum)
+
+
+# -- statistics over the batches of all processes ---------------------------------------------------------------------
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """See `sum_over_processes`. It is its own transpose: each process's loss depends on every process's value."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+        total = value.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, error: torch.Tensor) -> torch.Tensor:
+        return _SumOverProcesses.apply(error)
+
+
+def sum_over_processes(value: torch.Tensor) -> torch.Tensor:
+    """The sum of what all processes of torch's default group have; the value itself where there is no group."""
+    shared = distributed.is_available() and distributed.is_initialized() and not value.is_meta
+    return _SumOverProcesses.apply(value) if shared else value
+
+
+@one_node
+def mean_over_processes(x: Any, dims: Any) -> Any:
+    """The mean over `dims`, which are kept, of what all processes have; their batches may differ in size."""
+    total = x.sum(dims, keepdim=True)
+    count = total.new_tensor([x.numel() / max(total.numel(), 1)])
+    *sums, count = sum_over_processes(torch.cat([total.flatten(), count]))
+    return torch.stack(sums).view_as(total) / count
+
+
+@one_node
+def synced_batch_norm(
+    input: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    """F.batch_norm over the batches of all processes, which nn.SyncBatchNorm does on GPUs only."""
+    if not training or input.is_meta or not (distributed.is_available() and distributed.is_initialized()):
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    dims, shape = [0, *range(2, input.ndim)], (1, -1, *(1,) * (input.ndim - 2))
+    mean = mean_over_processes(input, dims)
+    centred = input - mean
+    var = mean_over_processes(centred * centred, dims)
+    if running_mean is not None and running_var is not None:
+        advance_by_(running_mean, running_var, mean, var, input, momentum)
+    y = centred * (var + eps).rsqrt()
+    y = y if weight is None else y * weight.view(shape)
+    return y if bias is None else y + bias.view(shape)
+
+
+@torch.no_grad()
+def advance_by_(running_mean: Any, running_var: Any, mean: Any, var: Any, input: Any, momentum: float) -> None:
+    """Advance running statistics, in place, by those of all processes' batches; the variance is unbiased."""
+    n = sum_over_processes(input.new_tensor(input.numel() / max(input.shape[1], 1)))
+    running_mean.data.lerp_(mean.flatten(), momentum)
+    running_var.data.lerp_(var.flatten() * n / (n - 1), momentum)
+
+
+@torch.no_grad()
+def advance_synced_(
+    input: torch.Tensor, running_mean: torch.Tensor, running_var: torch.Tensor, momentum: float
+) -> None:
+    """`advance_` by the batches of all processes."""
+    synced_batch_norm(input, running_mean, running_var, training=True, momentum=momentum)
+
+
+ADVANCES = {F.batch_norm: advance_, synced_batch_norm: advance_synced_}
+"""A batch norm -> what advances its running statistics and no more."""
+
+
+# -- the weights of several passes ------------------------------------------------------------------------------------
 
 
 class _LinearOfPasses(torch.autograd.Function):

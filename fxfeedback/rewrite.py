@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxfeedback.bottom_up import has_effect, operand
-from fxfeedback.ops import advance_, cumulative_momentum, survival, surviving_channels
+from fxfeedback.ops import ADVANCES, cumulative_momentum, survival, surviving_channels
 from fxfeedback.trace import identifier
 
 ANEW = (torch.native_dropout, survival, surviving_channels, cumulative_momentum)
@@ -119,7 +119,7 @@ class Unroller:
         """The node in this pass: an earlier pass's where the inputs are the same and nothing is drawn at random."""
         key = (node, *(values[source] for source in node.all_input_nodes))
         if key in self.emitted and node.target not in ANEW and not has_effect(node) and not _keeps_statistics(node):
-            if node.target is F.batch_norm:
+            if node.target in ADVANCES:
                 self.advance_statistics(self.emitted[key])
             return self.emitted[key]
         copy = self.graph.node_copy(node, values.__getitem__)
@@ -134,7 +134,7 @@ class Unroller:
         if _counts_batches(norm):
             x, mean, var = (operand(norm, name) for name in ("input", "running_mean", "running_var"))
             with self.graph.inserting_after(norm):  # where x is at hand
-                self.graph.call_function(advance_, (x, mean, var, operand(norm, "momentum")))
+                self.graph.call_function(ADVANCES[norm.target], (x, mean, var, operand(norm, "momentum")))
 
     def modulation(self, y: fx.Node, signals: Sequence[tuple[Link, fx.Node]]) -> fx.Node | None:
         """Σ over the connections of m, or None where none has a signal."""
@@ -199,5 +199,5 @@ def _keeps_statistics(node: fx.Node) -> bool:
 
 def _counts_batches(node: fx.Node) -> bool:
     """Whether the node is a batch norm in training mode that keeps running statistics."""
-    keeps = node.target is F.batch_norm and operand(node, "running_mean") is not None
+    keeps = node.target in ADVANCES and operand(node, "running_mean") is not None
     return keeps and operand(node, "training") is True

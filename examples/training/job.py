@@ -31,7 +31,8 @@ def job(
         The exit code: 0; 1 after an error, whose message is printed; 130 after an interruption.
     """
     try:
-        return run_all(args, launch(args.device, args.amp), build, report)
+        may_be_unused = getattr(args, "heads", "shared") == "per-task"
+        return run_all(args, launch(args.device, args.amp, may_be_unused), build, report)
     except (UserError, OSError, fxfeedback.Error, torch.cuda.OutOfMemoryError) as error:
         message = str(error).rpartition("UserError: ")[2].rstrip()  # from a worker it comes with its traceback
     except RuntimeError as error:

@@ -4,18 +4,30 @@ import os
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.strategies import DDPStrategy
 from torch import nn
 
-from jobs import usable_device
+from jobs import UserError, usable_device
 
 
-def launch(device: str, amp: bool) -> Fabric:
-    """The processes that torchrun started, or this one alone. Raises `UserError` where the device cannot be used."""
+def launch(device: str, amp: bool, may_be_unused: bool = False) -> Fabric:
+    """The processes that torchrun started, or this one alone.
+
+    Args:
+        device: where to compute; of several processes, each has one of its own of this kind.
+        amp: whether to compute in bfloat16 where that is safe.
+        may_be_unused: whether a process may see samples that do not use all parameters, such as a task's own head.
+
+    Raises:
+        UserError: the device cannot be used.
+    """
     precision = "bf16-mixed" if amp else "32-true"
     if "LOCAL_WORLD_SIZE" in os.environ:
         local, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
         kind = torch.device(device).type
-        fabric = Fabric(accelerator=kind, devices=local, num_nodes=world // local, strategy="ddp", precision=precision)
+        strategy = DDPStrategy(find_unused_parameters=may_be_unused)
+        nodes = world // local
+        fabric = Fabric(accelerator=kind, devices=local, num_nodes=nodes, strategy=strategy, precision=precision)
     else:
         chosen = usable_device(device)
         devices = 1 if chosen.index is None else [chosen.index]
@@ -25,5 +37,7 @@ def launch(device: str, amp: bool) -> Fabric:
 
 
 def with_synced_norms(net: nn.Module) -> nn.Module:
-    """The network with batch norms whose statistics are those of all processes."""
+    """The network with batch norms whose statistics are those of all processes; torch has them on GPUs only."""
+    if not torch.cuda.is_available():
+        raise UserError("--sync-norms needs GPUs: torch's DistributedDataParallel takes synced norms nowhere else")
     return nn.SyncBatchNorm.convert_sync_batchnorm(net)

@@ -9,35 +9,51 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from fxfeedback.ops import laid_out_as
+from fxfeedback.ops import laid_out_as, mean_over_processes, synced_batch_norm
 from fxfeedback.rules.core import along, as_is, channelwise, dtype_of, eye_like, fused, roles, rule, spatial, update
 from fxfeedback.rules.examples import C, T, call
 from fxfeedback.rules.reduction import slope_of_norm
 
 
-def standardized(input, dims, eps):
+def mean_over(x, dims):
+    """The mean over `dims`, which are kept."""
+    return x.mean(dims, keepdim=True)
+
+
+def standardized(input, dims, eps, mean=mean_over):
     """(x - μ) / √(σ² + ε) and 1 / √(σ² + ε), statistics over `dims`."""
-    centred = input - input.mean(dims, keepdim=True)
-    rstd = ((centred * centred).mean(dims, keepdim=True) + eps).rsqrt()
+    centred = input - mean(input, dims)
+    rstd = (mean(centred * centred, dims) + eps).rsqrt()
     return centred * rstd, rstd
 
 
-def through_statistics(e, statistics, dims):
+def through_statistics(e, statistics, dims, mean=mean_over):
     """The error through x̂ = (x - μ) / σ, where μ and σ depend on x: e less its mean and its part along x̂, over σ."""
     normal, rstd = statistics
-    return (e - e.mean(dims, keepdim=True) - normal * (e * normal).mean(dims, keepdim=True)) * rstd
+    return (e - mean(e, dims) - normal * mean(e * normal, dims)) * rstd
 
 
 @rule(F.batch_norm, torch.batch_norm, channels=1)
 def batch_norm(y, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
     """Statistics over the batch and positions in training, the running ones otherwise"""
+    return batch_norm_over(mean_over, input, running_mean, running_var, weight, training, eps)
+
+
+@rule(synced_batch_norm, channels=1)
+def synced(y, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    """Batch norm with the statistics of all processes' batches in training: nn.SyncBatchNorm"""
+    return batch_norm_over(mean_over_processes, input, running_mean, running_var, weight, training, eps)
+
+
+def batch_norm_over(mean, input, running_mean, running_var, weight, training, eps):
+    """Batch norm's table; `mean` says over whose batches."""
     dims = [0, *spatial(input)]
     channels = functools.partial(channelwise, ndim=input.ndim)
 
     @functools.cache
     def normal():
         if training:
-            return standardized(input, dims, eps)
+            return standardized(input, dims, eps, mean)
         rstd = channels((running_var + eps).rsqrt())
         return (input - channels(running_mean)) * rstd, rstd
 
@@ -49,7 +65,7 @@ def batch_norm(y, input, running_mean, running_var, weight=None, bias=None, trai
 
     def error(e):
         if training:
-            return through_statistics(scaled(e), normal(), dims)
+            return through_statistics(scaled(e), normal(), dims, mean)
         return instruct(e)
 
     return {
@@ -221,6 +237,10 @@ batch_norm.examples = [
     call(F.batch_norm, T(5, 3, 4, 2), C(3), C(3), T(3), T(3), training=True),
     call(F.batch_norm, T(5, 3), C(3), C(3)),
     call(F.batch_norm, T(5, 3, 4), None, None, T(3), T(3), training=True, eps=1e-2),
+]
+synced.examples = [
+    call(synced_batch_norm, T(5, 3, 4, 2), C(3), C(3), T(3), T(3), training=True),
+    call(synced_batch_norm, T(5, 3), None, None, training=True),
 ]
 layer_norm.examples = [
     call(F.layer_norm, T(4, 5, 6), (6,), T(6), T(6)),
