@@ -14,6 +14,7 @@ from jobs import UserError
 
 TASKS = ("left", "right")  # a task's id is its place here, and its column in `Composites.labels`
 SIDE = 28  # pixels, of a digit and of a composite
+HALF = 14  # pixels, by which a digit in a row lies to the right of the one before
 CANVAS = 36  # pixels, before a composite is resized
 SHIFT = 6  # pixels, down and to the right, of the right digit against the left one
 MEAN, DEVIATION = 0.1307, 0.3081  # of MNIST's pixels in 0..1
@@ -119,6 +120,23 @@ def draw_composites(digits: Digits, size: int, generator: torch.Generator, jitte
     if jitter:
         left, right = jittered(left, generator), jittered(right, generator)
     return Composites(compose(left, right), digits.labels[pairs].T.contiguous())
+
+
+def draw_rows(digits: Digits, size: int, length: int, generator: torch.Generator, jitter: bool = False) -> Composites:
+    """`size` rows of different digits, each half over its left neighbour: images (N, 1, 28, 14 length + 14)."""
+    classes = torch.rand(size, 10, generator=generator).argsort(1)[:, :length]
+    members = [(digits.labels == label).nonzero()[:, 0] for label in range(10)]
+    choices = torch.rand(size, length, generator=generator)
+    canvas = torch.zeros(size, SIDE, HALF * (length + 1))
+    for place in range(length):
+        chosen = [
+            members[c][int(r * len(members[c]))] for c, r in zip(classes[:, place], choices[:, place], strict=True)
+        ]
+        images = digits.images[torch.stack(chosen)]
+        images = jittered(images, generator) if jitter else images
+        part = canvas[:, :, HALF * place : HALF * place + SIDE]
+        torch.maximum(part, images, out=part)
+    return Composites(((canvas / 255 - MEAN) / DEVIATION).unsqueeze(1), classes)
 
 
 def jittered(

@@ -6,8 +6,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from multi_mnist import TASKS
-
 
 def figures(metrics: dict[str, Any]) -> dict[str, Figure]:
     """File name -> figure; no curves before the first epoch, no angles when BU and TD share their weights."""
@@ -28,8 +26,10 @@ def learning_curves(epochs: list[dict[str, Any]]) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     loss.plot(numbers, [epoch["loss"] for epoch in epochs], marker=".", color="black")
     loss.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
-    for task in TASKS:
-        accuracy.plot(numbers, [100 * epoch[f"accuracy_{task}"] for epoch in epochs], marker=".", label=task)
+    for name in epochs[0]:
+        if name.startswith("accuracy_"):
+            shares = [100 * epoch[name] for epoch in epochs]
+            accuracy.plot(numbers, shares, marker=".", label=name.removeprefix("accuracy_"))
     accuracy.set(xlabel="epoch", ylabel="test accuracy (%)")
     accuracy.legend()
     return figure
@@ -38,8 +38,8 @@ def learning_curves(epochs: list[dict[str, Any]]) -> Figure:
 def active_share(metrics: dict[str, Any]) -> Figure:
     """Bars: the share in % of each layer's units that each task's sub-network uses."""
     figure, axes = layer_axes(list(metrics["overlap"]))
-    width = 0.8 / len(TASKS)
-    for i, task in enumerate(TASKS):
+    width = 0.8 / len(metrics["active_share"])
+    for i, task in enumerate(metrics["active_share"]):
         shares = [100 * share for share in metrics["active_share"][task].values()]
         axes.bar([site + (i - 0.5) * width for site in range(len(shares))], shares, width, label=task)
     axes.set(ylabel="active units (%)", ylim=(0, 100))

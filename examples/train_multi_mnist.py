@@ -6,6 +6,7 @@ the error into weight updates.
 
     python examples/train_multi_mnist.py                                # the best small network we know, 5 minutes
     python examples/train_multi_mnist.py --config multi_mnist           # the published network and settings
+    python examples/train_multi_mnist.py --task neighbour               # which digit is to the left of the 3?
     python examples/train_multi_mnist.py --model resnet18 --epochs 2    # any torchvision classifier
 """
 
@@ -13,35 +14,50 @@ import argparse
 import json
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import safetensors.torch
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
 
 import fxfeedback
 from jobs import UserError, number, write_whole
-from multi_mnist import SIDE, SPLIT_SEED, TASKS, Composites, Digits, draw_composites, embedded_digits, mnist_digits
+from multi_mnist import (
+    HALF,
+    SIDE,
+    SPLIT_SEED,
+    TASKS,
+    Composites,
+    Digits,
+    draw_composites,
+    draw_rows,
+    embedded_digits,
+    mnist_digits,
+)
 from multi_mnist_plots import figures
 from training.data import generator
 from training.flags import parse, settings, training_flags
 from training.instructed import Instructed
 from training.job import job
-from training.loop import Run
+from training.loop import Experiment, Run
 from training.measures import sub_networks, twin_angles
 from training.processes import with_synced_norms
 
 EMBEDDING = 50  # size of the instruction's embedding, as published
 EVALUATION_BATCH = 500
+SIDES = ("left_of", "right_of")  # what may be asked about a digit in a row
 
 
-def convnet() -> nn.Module:
-    """The default network, for images (B, 1, 28, 28).
+def convnet(width: int = SIDE) -> nn.Module:
+    """The default network, for images (B, 1, 28, width).
 
     Every rectifier is a layer of gates, and a gate that learning closes rarely opens again. So there are few of them:
     the first convolution, whose features both tasks want, gets its nonlinearity from max-pooling, which has no gates.
@@ -55,15 +71,15 @@ def convnet() -> nn.Module:
         ("relu2", nn.ReLU()),
         ("pool2", nn.AvgPool2d(2)),
         ("flatten", nn.Flatten()),
-        ("fc", nn.Linear(48 * 4 * 4, 256)),
+        ("fc", nn.Linear(48 * 4 * (((width - 4) // 2 - 4) // 2), 256)),
         ("relu3", nn.ReLU()),
         ("head", nn.Linear(256, 10)),
     ]
     return nn.Sequential(OrderedDict(layers))
 
 
-def published() -> nn.Module:
-    """The published network, for images (B, 1, 28, 28); its pooling layers are learned depthwise convolutions."""
+def published(width: int = SIDE) -> nn.Module:
+    """The published network, for images (B, 1, 28, width); its pooling layers are learned depthwise convolutions."""
     layers: list[tuple[str, nn.Module]] = [
         ("conv1", nn.Conv2d(1, 32, 5)),
         ("relu1", nn.ReLU()),
@@ -74,23 +90,25 @@ def published() -> nn.Module:
         ("pool2", nn.Conv2d(32, 32, 3, stride=2, groups=32)),
         ("relu4", nn.ReLU()),
         ("flatten", nn.Flatten()),
-        ("fc", nn.Linear(32 * 3 * 3, 50)),
+        ("fc", nn.Linear(32 * 3 * (((width - 4) // 2 - 7) // 2 + 1), 50)),
         ("relu5", nn.ReLU()),
         ("head", nn.Linear(50, 10)),
     ]
     return nn.Sequential(OrderedDict(layers))
 
 
-OWN_MODELS: dict[str, Callable[[], nn.Module]] = {"convnet": convnet, "published": published}
+OWN_MODELS: dict[str, Callable[..., nn.Module]] = {"convnet": convnet, "published": published}
 
 
-def build_model(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
+def build_model(name: str, width: int = SIDE) -> tuple[nn.Module, tuple[int, int, int]]:
     """The network called `name` with ten classes, and the image shape (channels, height, width) that it takes.
+
+    `width` is that of the images, for our own networks; torchvision's take squares.
 
     Raises `UserError`, naming the nearest names, when there is no such network.
     """
     if name in OWN_MODELS:
-        return OWN_MODELS[name](), (1, SIDE, SIDE)
+        return OWN_MODELS[name](width), (1, SIDE, width)
     known = [*OWN_MODELS, *torchvision.models.list_models(module=torchvision.models)]
     if name not in known:
         nearest = get_close_matches(name, known, n=3, cutoff=0.4)
@@ -181,29 +199,109 @@ class ReadADigit(Instructed):
         digits, test_digits = mnist_digits(args.data_root, args.download) if args.data_root else embedded_digits()
         self.train = MultiMNIST(digits, args.train_size, shape, args.seed, args.augment)
         self.test = MultiMNIST(test_digits, args.test_size, shape, SPLIT_SEED, augment=False)
-        butd = fxfeedback.to_butd(
-            with_synced_norms(net) if args.sync_norms else net,
-            n_tasks=len(TASKS),
-            embedding=EMBEDDING,
-            input_size=shape,
-            weights=args.weights,
-            heads=args.heads.replace("-", "_"),
-            learning=args.learning.replace("-", "_"),
-        )
-        super().__init__(butd, TASKS, args.all_tasks)
+        super().__init__(instructed(net, shape, args, n_tasks=len(TASKS)), TASKS, args.all_tasks)
+
+    def notes(self) -> dict[str, float]:
+        used = sub_networks(self.model, TASKS)
+        shares = {f"active_{task}": share for task, share in used["active_share_total"].items()}
+        return {**shares, "overlap": fmean(used["overlap"].values()), **twin_angles(self.model)}
+
+
+class Rows:
+    """Rows of digits with a question each: which digit is to the left, or to the right, of this one?
+
+    Args:
+        digits: what they are made of.
+        size: rows per epoch.
+        length: digits in a row.
+        shape: (channels, height, width) of the images.
+        seed: of the draws.
+        augment: whether every epoch has rows of its own, of slightly distorted digits.
+    """
+
+    def __init__(
+        self, digits: Digits, size: int, length: int, shape: tuple[int, int, int], seed: int, augment: bool
+    ) -> None:
+        self.digits, self.size, self.length, self.shape, self.seed = digits, size, length, shape, seed
+        self.augment, self.drawn = augment, None
+
+    def __len__(self) -> int:
+        return self.size
+
+    def batch(self, indices: Sequence[int], epoch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (B, *shape), instructions (B, 12): the side and the digit asked about, one-hot; answers (B,)."""
+        if self.drawn != epoch:
+            if self.augment or self.drawn is None:
+                random = generator(self.seed, "rows", epoch if self.augment else 0)
+                self.rows = draw_rows(self.digits, self.size, self.length, random, jitter=self.augment)
+            random = generator(self.seed, "questions", epoch)
+            self.side = torch.randint(len(SIDES), (self.size,), generator=random)
+            self.left = torch.randint(self.length - 1, (self.size,), generator=random)  # place of the pair's left one
+            self.drawn = epoch
+        chosen = torch.as_tensor(indices)
+        side, left, labels = self.side[chosen], self.left[chosen], self.rows.labels[chosen]
+        pair = torch.stack([left + 1 - side, left + side], 1)  # places of the digit asked about, and of the answer
+        asked, answer = labels.gather(1, pair).T
+        instruction = torch.cat([F.one_hot(side, len(SIDES)), F.one_hot(asked, 10)], 1).float()
+        return fitted(self.rows.images[chosen], self.shape), instruction, answer
+
+
+class FindANeighbour(Experiment):
+    """Telling which digit stands to the left or to the right of a given one."""
+
+    evaluation_batch = EVALUATION_BATCH
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        net, shape = build_model(args.model, width=HALF * (args.digits + 1))
+        train, test = mnist_digits(args.data_root, args.download) if args.data_root else embedded_digits()
+        self.train = Rows(train, args.train_size, args.digits, shape, args.seed, args.augment)
+        self.test = Rows(test, args.test_size, args.digits, shape, SPLIT_SEED, augment=False)
+        self.model = instructed(net, shape, args, n_tasks=len(SIDES), instruction_size=len(SIDES) + 10)
+
+    def losses(self, model: nn.Module, batch: Any) -> Tensor:
+        images, instruction, answer = batch
+        return F.cross_entropy(model(images, instruction), answer, reduction="none")
+
+    def metrics(self) -> Mapping[str, Metric]:
+        return {"test_loss": MeanMetric()} | {f"accuracy_{side}": MeanMetric() for side in SIDES}
+
+    def judge(self, batch: Any, metrics: Mapping[str, Metric]) -> None:
+        images, instruction, answer = batch
+        logits = self.model(images, instruction)
+        metrics["test_loss"].update(F.cross_entropy(logits, answer, reduction="none"))
+        right = (logits.argmax(1) == answer).float()
+        for column, side in enumerate(SIDES):
+            metrics[f"accuracy_{side}"].update(right, weight=instruction[:, column])
 
     def notes(self) -> dict[str, float]:
         return twin_angles(self.model)
 
 
+def instructed(
+    net: nn.Module, shape: tuple[int, int, int], args: argparse.Namespace, **instruction: int
+) -> fxfeedback.BUTD:
+    """The BU-TD network of the flags; `instruction` says what it is told."""
+    return fxfeedback.to_butd(
+        with_synced_norms(net) if args.sync_norms else net,
+        embedding=EMBEDDING,
+        input_size=shape,
+        weights=args.weights,
+        heads=args.heads.replace("-", "_"),
+        learning=args.learning.replace("-", "_"),
+        **instruction,
+    )
+
+
 def report(run: Run) -> None:
     """Write metrics.json and the plots, and print what was reached and where it lies."""
     butd, last, folder = run.experiment.model, run.rows[-1], run.folder
+    sides = {name.removeprefix("accuracy_"): share for name, share in last.items() if name.startswith("accuracy_")}
+    questions = None if tuple(sides) == TASKS else torch.eye(len(SIDES), len(SIDES) + 10)  # a side, and no digit
     metrics = {
-        "accuracy": {task: last[f"accuracy_{task}"] for task in TASKS},
+        "accuracy": sides,
         "epochs": run.rows,
         "config": settings(run.args),
-        **sub_networks(butd, TASKS),
+        **sub_networks(butd, list(sides), questions),
     }
     text = json.dumps(metrics, indent=2) + "\n"
     write_whole(folder / "metrics.json", lambda path: path.write_text(text))
@@ -225,6 +323,13 @@ def flags() -> argparse.ArgumentParser:
     """The command line; the defaults are the best small network we know."""
     parser = argparse.ArgumentParser(description="Train an instructed network on Multi-MNIST by Counter-Hebb learning.")
     add, size = parser.add_argument, number(int, 1, 10_000_000)
+    add(
+        "--task",
+        choices=["read", "neighbour"],
+        default="read",
+        help="read the left or the right digit, or name the left or right neighbour of a digit (default %(default)s)",
+    )
+    add("--digits", type=number(int, 2, 10), default=3, help="in a row, for neighbours (default %(default)s)")
     add("--model", default="convnet", help="convnet, published or a torchvision classifier (default %(default)s)")
     add("--learning", choices=["counter-hebb", "backprop"], default="counter-hebb", help="(default %(default)s)")
     add("--weights", choices=["shared", "separate"], default="shared", help="of BU and TD (default %(default)s)")
@@ -247,11 +352,13 @@ def flags() -> argparse.ArgumentParser:
     return parser
 
 
-def build(args: argparse.Namespace) -> ReadADigit:
+def build(args: argparse.Namespace) -> Experiment:
     """The experiment that the flags ask for."""
     if args.download and args.data_root is None:
         raise UserError("--download needs --data-root, the folder to fetch into")
-    return ReadADigit(args)
+    if args.task == "neighbour" and (args.heads == "per-task" or args.all_tasks):
+        raise UserError("--heads per-task and --all-tasks belong to --task read")
+    return ReadADigit(args) if args.task == "read" else FindANeighbour(args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
