@@ -1,4 +1,4 @@
-"""Train the networks of the page, and write all that it loads into examples/web/data: five minutes on a CPU.
+"""Train the networks of the page, and write all that it loads into examples/web/data: three CPU minutes.
 
     python examples/web/make_models.py
 
