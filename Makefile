@@ -5,10 +5,13 @@ BIN := $(VENV)/bin
 # Two OpenMP threads that spin at a barrier stall each other on a busy machine.
 export OMP_WAIT_POLICY = passive
 
-.PHONY: demo test lint types tests bench bench-check zoo zoo-lrm zoo-onnx fuzz operators clean
+.PHONY: demo page test lint types tests bench bench-check zoo zoo-lrm zoo-onnx fuzz operators clean
 
 demo: $(VENV)/.installed  ## set up, train the instructed network on real digits, say where the results are
 	$(BIN)/python examples/train_multi_mnist.py
+
+page:  ## serve the page in the browser: networks are steered, instructed and taught there
+	$(PYTHON) examples/web/serve.py
 
 test: lint types tests  ## set up, check style and types, run all tests
 
