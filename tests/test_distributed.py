@@ -8,6 +8,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fxfeedback
@@ -123,3 +125,26 @@ def test_synced_norms_alone_are_batch_norms():
         assert torch.allclose(
             synced.state_dict()["features.1.running_var"], plain.state_dict()["features.1.running_var"]
         )
+
+
+def sharded_one_of_two(rank, kind, path):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}.rendezvous", rank=rank, world_size=2)
+    model = made(kind)
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    learn(model, kind, slice(rank * BATCH // 2, (rank + 1) * BATCH // 2), processes=2)
+    whole = {name: parameter.full_tensor().detach() for name, parameter in model.named_parameters()}
+    if rank == 0:
+        torch.save(whole, path)
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="this PyTorch was built without torch.distributed")
+@pytest.mark.parametrize("kind", ["shared", "feedback"])
+def test_sharded_parameters_learn_the_same(kind, tmp_path):
+    """torch's fully_shard: every process keeps half of each parameter, of its gradient and of the optimizer's state."""
+    mp.spawn(sharded_one_of_two, (kind, str(tmp_path / "state.pt")), nprocs=2)
+    sharded, alone = torch.load(tmp_path / "state.pt", weights_only=True), made(kind)
+    learn(alone, kind, slice(None))
+    for name, value in alone.named_parameters():
+        assert torch.allclose(sharded[name], value, rtol=0, atol=1e-10), name
