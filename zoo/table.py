@@ -71,7 +71,9 @@ class Table(NamedTuple):
             verdict = f"{'ok' if line.ok else 'NOT OK':<7}{line.remark}".rstrip()
             print(f"{name:<38}{seconds:>6.1f} s{shown}  {verdict}", flush=True)
             if file is not None:
-                self.keep(file, list(known), [name, f"{seconds:.0f}", *cells, verdict, torch.__version__])
+                self.keep(
+                    file, list(known), [name, f"{seconds:.0f}", *cells, " ".join(verdict.split()), torch.__version__]
+                )
         minutes = (time.perf_counter() - start) / 60
         print(f"\n{len(chosen) - bad} of {len(chosen)} models ok, {bad} not, in {minutes:.0f} min", flush=True)
         return bad
