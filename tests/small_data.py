@@ -57,7 +57,7 @@ def write_cifar10(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": md5})
 
 
-def write_celeba(root: Path, monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, int, int] = (24, 4, 12)) -> Path:
+def write_celeba(root: Path, monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, int, int] = (60, 4, 6)) -> Path:
     """A small CelebA, whose first attribute is whether the picture is bright; returns the folder of pictures."""
     folder, random, total = root / "celeba", np.random.default_rng(0), sum(sizes)
     (folder / "img_align_celeba").mkdir(parents=True)

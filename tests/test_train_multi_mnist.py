@@ -68,6 +68,21 @@ def test_labels_say_left_then_right() -> None:
     assert composites.labels.shape == (50, 2) and (left != right).any()
 
 
+def test_a_question_about_a_row_has_the_neighbour_as_its_answer() -> None:
+    images = torch.arange(10.0).view(10, 1, 1).expand(10, 28, 28)  # the digit k is an image full of k
+    rows = train_multi_mnist.Rows(Digits(images, torch.arange(10)), 300, 4, (1, 28, 70), seed=0, augment=False)
+    pictures, instructions, answers = rows.batch(range(300), epoch=0)
+    labels = rows.rows.labels.tolist()
+    pixels = ((pictures * 0.3081 + 0.1307) * 255).round()[:, 0, 0].long()
+    for row, line, instruction, answer in zip(labels, pixels, instructions, answers.tolist(), strict=True):
+        seen = [
+            max(row[max(0, i - 1) : i + 1]) for i in range(5)
+        ]  # each lies half over the one before; the larger wins
+        assert line[7::14].tolist() == seen and len(set(row)) == 4
+        to_the_right, asked = bool(instruction[1]), instruction[2:].argmax().item()
+        assert answer == row[row.index(asked) + (1 if to_the_right else -1)] and row.index(answer) >= 0
+
+
 def test_the_embedded_digits_are_split_once_and_for_all() -> None:
     train, test = multi_mnist.embedded_digits()
     assert train.images.shape == (4000, 28, 28) and test.images.shape == (1000, 28, 28)

@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 
 import multi_mnist
+import studies
 import train_celeba
 import train_lrm
 import train_multi_mnist
@@ -34,6 +35,7 @@ CASES = {
     "multi_mnist": (train_multi_mnist, ["--model", "published", *DIGITS]),
     "multi_mnist separate": (train_multi_mnist, ["--model", "published", "--weights", "separate", *DIGITS]),
     "multi_mnist per task": (train_multi_mnist, ["--heads", "per-task", "--all-tasks", "--accumulate", "2", *DIGITS]),
+    "neighbours": (train_multi_mnist, ["--task", "neighbour", *DIGITS]),
     "mnist": (train_uninstructed, ["--config", "mnist", "--data-root", "DATA", "--batch-size", "8"]),
     "fashion-mnist": (train_uninstructed, ["--config", "fashion_mnist", "--data-root", "DATA", "--batch-size", "8"]),
     "cifar10": (train_uninstructed, ["--config", "cifar10", "--data-root", "DATA", "--hidden", "50"]),
@@ -88,6 +90,17 @@ def log(out: Path) -> list[dict[str, str]]:
 def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert a.keys() == b.keys()
     assert not [name for name in a if not torch.equal(a[name], b[name])]
+
+
+# -- learning
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_200_steps_lower_the_loss(case: str, data: Path, tmp_path: Path) -> None:
+    flags = ["--batch-size", "4", "--epochs", "200", "--stop-after", "200", "--lr", "2e-3", "--schedule", "constant"]
+    assert job(case, data, tmp_path, *flags) == 130
+    losses = [float(row["loss"]) for row in log(tmp_path)]
+    assert min(losses[len(losses) // 2 :]) < losses[0]
 
 
 # -- going on
@@ -305,6 +318,18 @@ def test_an_unknown_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(SystemExit):
         train_uninstructed.main(["--config", str(tmp_path / "mine.toml")])
     assert "unknown key 'epochz'; did you mean 'epochs'?" in capsys.readouterr().err
+
+
+def test_a_study(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["alignment", "--seeds", "2", "--out", str(tmp_path), "--", "--data", "mnist", "--data-root", str(data)]
+    flags += ["--epochs", "2", "--device", "cpu"]
+    assert studies.main(flags) == 0
+    table = capsys.readouterr().out.split("confidence interval\n\n")[1].splitlines()
+    assert table[0].split() == ["angle", "accuracy"] and len(table[1].split(" ± ")) == 3
+    with (tmp_path / "alignment/curves.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4 * 2 * 2 and all(45 < float(row["angle"]) < 135 for row in rows)
+    assert (tmp_path / "alignment/curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_several_seeds_give_a_table(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
