@@ -27,6 +27,7 @@ from training.flags import parse, training_flags
 from training.instructed import Instructed
 from training.job import job
 from training.loop import Run
+from training.losses import bce
 from training.measures import sub_networks
 from training.processes import with_synced_norms
 
@@ -83,7 +84,7 @@ class TellAttributes(Instructed):
             heads=args.heads.replace("-", "_"),
             learning=args.learning.replace("-", "_"),
         )
-        super().__init__(butd, train.faces.attr_names[:ATTRIBUTES], args.all_tasks)
+        super().__init__(butd, train.faces.attr_names[:ATTRIBUTES], bce, args.all_tasks)
 
     def accuracy(self) -> Metric:
         return BinaryAccuracy()

@@ -48,6 +48,7 @@ from training.flags import parse, settings, training_flags
 from training.instructed import Instructed
 from training.job import job
 from training.loop import Experiment, Run
+from training.losses import LOSSES
 from training.measures import sub_networks, twin_angles
 from training.processes import with_synced_norms
 
@@ -199,7 +200,7 @@ class ReadADigit(Instructed):
         digits, test_digits = mnist_digits(args.data_root, args.download) if args.data_root else embedded_digits()
         self.train = MultiMNIST(digits, args.train_size, shape, args.seed, args.augment)
         self.test = MultiMNIST(test_digits, args.test_size, shape, SPLIT_SEED, augment=False)
-        super().__init__(instructed(net, shape, args, n_tasks=len(TASKS)), TASKS, args.all_tasks)
+        super().__init__(instructed(net, shape, args, n_tasks=len(TASKS)), TASKS, LOSSES[args.loss], args.all_tasks)
 
     def notes(self) -> dict[str, float]:
         used = sub_networks(self.model, TASKS)
@@ -256,11 +257,12 @@ class FindANeighbour(Experiment):
         train, test = mnist_digits(args.data_root, args.download) if args.data_root else embedded_digits()
         self.train = Rows(train, args.train_size, args.digits, shape, args.seed, args.augment)
         self.test = Rows(test, args.test_size, args.digits, shape, SPLIT_SEED, augment=False)
+        self.loss = LOSSES[args.loss]
         self.model = instructed(net, shape, args, n_tasks=len(SIDES), instruction_size=len(SIDES) + 10)
 
     def losses(self, model: nn.Module, batch: Any) -> Tensor:
         images, instruction, answer = batch
-        return F.cross_entropy(model(images, instruction), answer, reduction="none")
+        return self.loss(model(images, instruction), answer)
 
     def metrics(self) -> Mapping[str, Metric]:
         return {"test_loss": MeanMetric()} | {f"accuracy_{side}": MeanMetric() for side in SIDES}
@@ -268,7 +270,7 @@ class FindANeighbour(Experiment):
     def judge(self, batch: Any, metrics: Mapping[str, Metric]) -> None:
         images, instruction, answer = batch
         logits = self.model(images, instruction)
-        metrics["test_loss"].update(F.cross_entropy(logits, answer, reduction="none"))
+        metrics["test_loss"].update(self.loss(logits, answer))
         right = (logits.argmax(1) == answer).float()
         for column, side in enumerate(SIDES):
             metrics[f"accuracy_{side}"].update(right, weight=instruction[:, column])
@@ -331,6 +333,7 @@ def flags() -> argparse.ArgumentParser:
     )
     add("--digits", type=number(int, 2, 10), default=3, help="in a row, for neighbours (default %(default)s)")
     add("--model", default="convnet", help="convnet, published or a torchvision classifier (default %(default)s)")
+    add("--loss", choices=list(LOSSES), default="cross-entropy", help="(default %(default)s)")
     add("--learning", choices=["counter-hebb", "backprop"], default="counter-hebb", help="(default %(default)s)")
     add("--weights", choices=["shared", "separate"], default="shared", help="of BU and TD (default %(default)s)")
     add("--heads", choices=["shared", "per-task"], default="shared", help="for the answers (default %(default)s)")

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
@@ -27,6 +26,7 @@ from training.flags import parse, training_flags
 from training.images import SETS, pictures
 from training.job import job
 from training.loop import Experiment, Run
+from training.losses import LOSSES
 from training.measures import twin_angles
 from training.processes import with_synced_norms
 
@@ -43,6 +43,7 @@ class Classify(Experiment):
     """Telling a picture's class, with `feedback` as the network's TD weights."""
 
     def __init__(self, args: argparse.Namespace) -> None:
+        self.loss = LOSSES[args.loss]
         self.train, self.test = pictures(args.data, args.data_root, args.download)
         shape = tuple(self.train.images.shape[1:])
         if args.model == "published":
@@ -57,7 +58,7 @@ class Classify(Experiment):
 
     def losses(self, model: nn.Module, batch: Any) -> Tensor:
         images, labels = batch
-        return F.cross_entropy(model(fitted(images, self.shape)), labels, reduction="none")
+        return self.loss(model(fitted(images, self.shape)), labels)
 
     def metrics(self) -> Mapping[str, Metric]:
         return {"test_loss": MeanMetric(), "accuracy": MulticlassAccuracy(10, average="micro")}
@@ -65,7 +66,7 @@ class Classify(Experiment):
     def judge(self, batch: Any, metrics: Mapping[str, Metric]) -> None:
         images, labels = batch
         logits = self.model(fitted(images, self.shape))
-        metrics["test_loss"].update(F.cross_entropy(logits, labels, reduction="none"))
+        metrics["test_loss"].update(self.loss(logits, labels))
         metrics["accuracy"].update(logits, labels)
 
     def notes(self) -> dict[str, float]:
@@ -98,6 +99,7 @@ def flags() -> argparse.ArgumentParser:
     add("--feedback", choices=list(FEEDBACK), default="shared", help="TD weights, or backprop (default %(default)s)")
     add("--td-noise", type=number(float, 0, 100), default=0.1, help="of symmetric weights' start (default %(default)s)")
     add("--update-noise", type=number(float, 0, 100), default=0.0, help="on weights' updates (default %(default)s)")
+    add("--loss", choices=list(LOSSES), default="cross-entropy", help="(default %(default)s)")
     add("--data", choices=list(SETS), default="embedded", help="(default %(default)s)")
     add("--data-root", type=Path, help="folder with torchvision's files")
     add("--download", action="store_true", help="fetch the files into --data-root where they are missing")

@@ -34,10 +34,16 @@ LRM = ["--model", "squeezenet1_1", "--connect", "features.12:features.3.squeeze"
 CASES = {
     "multi_mnist": (train_multi_mnist, ["--model", "published", *DIGITS]),
     "multi_mnist separate": (train_multi_mnist, ["--model", "published", "--weights", "separate", *DIGITS]),
-    "multi_mnist per task": (train_multi_mnist, ["--heads", "per-task", "--all-tasks", "--accumulate", "2", *DIGITS]),
+    "multi_mnist per task": (
+        train_multi_mnist,
+        ["--heads", "per-task", "--all-tasks", "--accumulate", "2", "--loss", "mse", *DIGITS],
+    ),
     "neighbours": (train_multi_mnist, ["--task", "neighbour", *DIGITS]),
     "mnist": (train_uninstructed, ["--config", "mnist", "--data-root", "DATA", "--batch-size", "8"]),
-    "fashion-mnist": (train_uninstructed, ["--config", "fashion_mnist", "--data-root", "DATA", "--batch-size", "8"]),
+    "fashion-mnist": (
+        train_uninstructed,
+        ["--config", "fashion_mnist", "--data-root", "DATA", "--loss", "bce", "--batch-size", "8"],
+    ),
     "cifar10": (train_uninstructed, ["--config", "cifar10", "--data-root", "DATA", "--hidden", "50"]),
     "celeba": (
         train_celeba,

@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 import fxfeedback
 from training.loop import Experiment
+from training.losses import Loss
 
 
 class Instructed(Experiment):
@@ -22,17 +22,18 @@ class Instructed(Experiment):
     Args:
         butd: the network, with one logit per class, or a single one where labels are 0 or 1.
         tasks: the tasks' names.
+        loss: of every sample.
         all_tasks: whether a training step asks for all labels of its images too, and not for one each.
     """
 
-    def __init__(self, butd: fxfeedback.BUTD, tasks: Sequence[str], all_tasks: bool = False) -> None:
-        self.model, self.tasks, self.all_tasks = butd, tasks, all_tasks
+    def __init__(self, butd: fxfeedback.BUTD, tasks: Sequence[str], loss: Loss, all_tasks: bool = False) -> None:
+        self.model, self.tasks, self.loss, self.all_tasks = butd, tasks, loss, all_tasks
 
     def losses(self, model: nn.Module, batch: Any) -> Tensor:
         images, labels, task = batch
         if not self.all_tasks:
-            return misfit(model(images, task), labels.gather(1, task[:, None])[:, 0])
-        each = [misfit(model(images, self.same(t, images)), labels[:, t]) for t in range(len(self.tasks))]
+            return self.loss(model(images, task), labels.gather(1, task[:, None])[:, 0])
+        each = [self.loss(model(images, self.same(t, images)), labels[:, t]) for t in range(len(self.tasks))]
         return torch.stack(each).mean(0)
 
     def same(self, task: int, images: Tensor) -> Tensor:
@@ -50,12 +51,5 @@ class Instructed(Experiment):
         images, labels, _ = batch
         for t, task in enumerate(self.tasks):
             logits = self.model(images, self.same(t, images))
-            metrics["test_loss"].update(misfit(logits, labels[:, t]))
+            metrics["test_loss"].update(self.loss(logits, labels[:, t]))
             metrics[f"accuracy_{task}"].update(logits if logits.shape[1] > 1 else logits[:, 0], labels[:, t])
-
-
-def misfit(logits: Tensor, labels: Tensor) -> Tensor:
-    """The loss of every sample, (B,): cross entropy, or of a single logit the binary one."""
-    if logits.shape[1] == 1:
-        return F.binary_cross_entropy_with_logits(logits[:, 0], labels.to(logits), reduction="none")
-    return F.cross_entropy(logits, labels, reduction="none")
