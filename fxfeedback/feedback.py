@@ -417,16 +417,16 @@ def _check_connections(bu: fx.GraphModule, connections: Sequence[Connection]) ->
             raise OptionError(f"{arrow}: connections into one destination must agree on activation=")
 
 
-def legal_ends(graph: fx.Graph) -> tuple[list[fx.Node], list[fx.Node]]:
-    """The nodes of a BU graph with shapes that may be sources, and those that may be destinations."""
-    sources = [node for node in graph.nodes if _is_vector_or_map(node) and node.meta["spec"].per_sample[0]]
-    reaching = _reaching_output(graph)
-    return sources, [node for node in sources if node in reaching]
+def legal_ends(graph: fx.Graph) -> tuple[set[fx.Node], set[fx.Node]]:
+    """The nodes of a graph with shapes that may be sources, and those that may be destinations."""
+    sources = {node for node in graph.nodes if _is_vector_or_map(node) and node.meta["spec"].per_sample[0]}
+    return sources, sources & _reaching_output(graph)
 
 
 def _is_vector_or_map(node: fx.Node) -> bool:
+    """Whether the value has channels and at most three dimensions of positions: more cannot be resized."""
     spec = node.meta.get("spec")
-    return isinstance(spec, Spec) and len(spec.shape) >= 2 and spec.dtype.is_floating_point
+    return isinstance(spec, Spec) and 2 <= len(spec.shape) <= 5 and spec.dtype.is_floating_point
 
 
 def _reaching_output(graph: fx.Graph) -> set[fx.Node]:
