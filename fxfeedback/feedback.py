@@ -408,6 +408,12 @@ def _check_connections(bu: fx.GraphModule, connections: Sequence[Connection]) ->
             node = destination if samples[1] != 1 else source
             what = "is the same for all samples" if 0 in samples else "has several parts of an input in its batch"
             raise NodeNameError(f"{arrow}: {node.meta['name']!r} {what}, and cannot be matched sample by sample")
+        onto, positions = (len(layout_of(node).size) for node in (destination, source))
+        if not _can_be_resized(source) or (onto and positions and onto != positions):
+            raise NodeNameError(
+                f"{arrow}: a source with {positions} dimensions of positions cannot be resized to a destination with "
+                f"{onto}: both have the same number, at most three, or one of them is a vector"
+            )
         if destination not in reaching:
             raise NodeNameError(f"{arrow}: the model's output does not depend on {connection.destination!r}")
         if connection.activation not in ("auto", "relu", "none"):
@@ -419,14 +425,18 @@ def _check_connections(bu: fx.GraphModule, connections: Sequence[Connection]) ->
 
 def legal_ends(graph: fx.Graph) -> tuple[set[fx.Node], set[fx.Node]]:
     """The nodes of a graph with shapes that may be sources, and those that may be destinations."""
-    sources = {node for node in graph.nodes if _is_vector_or_map(node) and node.meta["spec"].per_sample[0]}
-    return sources, sources & _reaching_output(graph)
+    ends = {node for node in graph.nodes if _is_vector_or_map(node) and node.meta["spec"].per_sample[0]}
+    return {node for node in ends if _can_be_resized(node)}, ends & _reaching_output(graph)
 
 
 def _is_vector_or_map(node: fx.Node) -> bool:
-    """Whether the value has channels and at most three dimensions of positions: more cannot be resized."""
     spec = node.meta.get("spec")
-    return isinstance(spec, Spec) and 2 <= len(spec.shape) <= 5 and spec.dtype.is_floating_point
+    return isinstance(spec, Spec) and len(spec.shape) >= 2 and spec.dtype.is_floating_point
+
+
+def _can_be_resized(node: fx.Node) -> bool:
+    """Whether a vector or map has at most three dimensions of positions."""
+    return len(node.meta["spec"].shape) <= 5
 
 
 def _reaching_output(graph: fx.Graph) -> set[fx.Node]:

@@ -32,24 +32,19 @@ def node_names(
     Raises:
         TraceError: torch.fx cannot trace the model, or it does not run at this size.
     """
-    module = named_graph(model, example_inputs or example_for(model, input_size))
-    return {node.meta["name"]: info_of(node, module) for node in module.graph.nodes if node.op != "output"}
-
-
-def named_graph(model: nn.Module, examples: Sequence[torch.Tensor]) -> fx.GraphModule:
-    """The model's graph with names and shapes, torch.nn modules closed."""
+    examples = example_inputs or example_for(model, input_size)
     module, _ = trace_for(share(model), examples)
     annotate_shapes(module, examples)
-    return module
+    names = {}
+    for node in module.graph.nodes:
+        if node.op != "output":
+            spec = node.meta["spec"]
+            names[node.meta["name"]] = NodeInfo(op_name(node, module), spec.sizes if isinstance(spec, Spec) else None)
+    return names
 
 
-def info_of(node: fx.Node, module: fx.GraphModule) -> NodeInfo:
-    """What a node of such a graph computes."""
-    spec = node.meta["spec"]
-    return NodeInfo(_op_name(node, module), spec.sizes if isinstance(spec, Spec) else None)
-
-
-def _op_name(node: fx.Node, module: nn.Module) -> str:
+def op_name(node: fx.Node, module: nn.Module) -> str:
+    """The class of the module that a node calls, or the name of the function."""
     if node.op == "call_module":
         return type(module.get_submodule(str(node.target))).__name__
     return getattr(node.target, "__name__", str(node.target)) if node.op.startswith("call") else node.op

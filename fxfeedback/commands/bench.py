@@ -8,7 +8,7 @@ import argparse
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fxfeedback.commands.given import add_connections, add_model, add_tasks, positive, read_network
@@ -60,7 +60,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     network = read_network(arguments, fxfeedback.FeedbackModel, fxfeedback.BUTD)
     _, wrapper = part_with(network, Wrapper)
-    plain = _unwrap(wrapper)[0].eval()
+    plain, wrappers = _unwrap(wrapper)
+    plain.eval()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     inputs = [torch.randn(arguments.batch, *x.shape[1:], dtype=x.dtype) for x in wrapper._stand_ins()]
@@ -72,7 +73,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     low, _, high = _quartiles([a / b for a, b in zip(seconds, plain_seconds, strict=True)])
     return {
         "model": arguments.model,
-        "what": _what(wrapper),
+        "what": ", ".join(_what(kind, how) for _, kind, how in reversed(wrappers)),
         "torch": torch.__version__,
         "device": "cpu",
         "threads": torch.get_num_threads(),
@@ -98,13 +99,8 @@ def _instruction(wrapper: Any) -> list[Any]:
     return [torch.eye(wrapper._graphs(wrapper._stand_ins()).instruction_size)[:1]]
 
 
-def _what(wrapper: Any) -> str:
-    import fxfeedback
-
-    parts = wrapper.modules() if isinstance(wrapper, fxfeedback.FeedbackModel) else [*wrapper.modules(), wrapper._net]
-    passes = next((part.passes for part in parts if isinstance(part, fxfeedback.FeedbackModel)), None)
-    words = [several(passes, "pass").replace("passs", "passes")] if passes else []
-    return ", ".join(words + ["one instruction"] * isinstance(wrapper, fxfeedback.BUTD))
+def _what(kind: str, how: Mapping[str, Any]) -> str:
+    return several(how["passes"], "pass", "passes") if kind == "FeedbackModel" else "one instruction"
 
 
 def _in_turns(runs: Sequence[Callable[[], object]], repeats: int) -> list[list[float]]:

@@ -22,6 +22,10 @@ PACKAGES = {
     "onnx": "onnx",
     "onnxscript": "onnx",
     "onnxruntime": "runtime",
+    "numpy": "runtime",
+    "igraph": "draw",
+    "matplotlib": "draw",
+    "resvg_py": "draw",
     "argcomplete": "completion",
 }
 """Package -> the extra of fxfeedback that brings it; nothing: every use needs it."""
@@ -29,6 +33,7 @@ USES = {
     "": "everything",
     "onnx": "exporting, and looking into exported files",
     "runtime": "running exported files",
+    "draw": "drawing",
     "completion": "completion in the shell",
 }
 CUDA = "CUDAExecutionProvider"

@@ -1,4 +1,5 @@
-"""Draw a network: its graph, its connections and what passes share, or its sites and what tasks switch on.
+"""Draw a network: its graph, with --connect its connections and what passes share, with --tasks its sites and what
+tasks switch on.
 
 The file's name says how: .svg, .png or .html, one page to look around in.
 """
@@ -15,6 +16,7 @@ EXAMPLES = [
     "fxfeedback draw resnet18 resnet18.svg --connect layer4:layer1",
     "fxfeedback draw resnet18 tasks.html --tasks 2 --gating channel",
     "fxfeedback draw steered steered.png",
+    "fxfeedback draw vit_b_16 vit_b_16.html",
 ]
 KEYS = {"model": "MODEL, as given", "file": "what was drawn", "bytes": "its size"}
 
@@ -30,9 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """As `fxfeedback.draw`."""
     import fxfeedback
+    from fxfeedback.wrapper import Wrapper
 
-    network = read_network(arguments, fxfeedback.FeedbackModel, fxfeedback.BUTD)
-    fxfeedback.draw(network, arguments.file)
+    network = read_network(arguments)
+    size = {"input_size": arguments.input_size} if arguments.input_size and not isinstance(network, Wrapper) else {}
+    fxfeedback.draw(network, arguments.file, **size)
     return {"model": arguments.model, "file": arguments.file, "bytes": Path(arguments.file).stat().st_size}
 
 

@@ -55,9 +55,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             raise OptionError("--steerable, --dynamic-size and --task do not belong to --learner")
         fxfeedback.export_learner(network, arguments.file, dynamic_batch=dynamic_batch, **of_learner)
     else:
-        passes = None if arguments.connect and arguments.tasks else arguments.passes  # then the network has them
-        steerable, size = arguments.steerable, arguments.dynamic_size
-        fxfeedback.export(network, arguments.file, steerable, arguments.task, passes, dynamic_batch, size)
+        fxfeedback.export(
+            network,
+            arguments.file,
+            steerable=arguments.steerable,
+            task=arguments.task,
+            dynamic_batch=dynamic_batch,
+            dynamic_size=arguments.dynamic_size,
+        )
     return {"model": arguments.model, **info.about(arguments.file)}
 
 

@@ -55,9 +55,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.save:
         fxfeedback.save(model, arguments.save)
     added = parameters(network.modulations)
-    n_passes = arguments.passes or network.passes
-    unrolled = network.unrolled(n_passes)
-    passes = zip(_computed(unrolled.graph, n_passes), operations_of_passes(network, n_passes), strict=True)
+    unrolled = network.unrolled()
+    passes = zip(_computed(unrolled.graph, network.passes), operations_of_passes(network), strict=True)
     everything = _computed(unrolled.graph, 1)[0]
     return {
         "model": arguments.model,

@@ -71,7 +71,7 @@ def add_tasks(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--embedding", type=positive, nargs="+", metavar="N", help="instruction head: hidden sizes")
     parser.add_argument("--head", metavar="NODE", help="prediction head (default: the last layer all paths cross)")
-    parser.add_argument("--gating", choices=["unit", "channel"], default="unit", help="what a gate opens")
+    parser.add_argument("--gating", choices=["unit", "channel"], help="what a gate opens (default unit)")
 
 
 def positive(text: str) -> int:
@@ -107,29 +107,32 @@ def read_network(arguments: argparse.Namespace, *kinds: type[Any]) -> Any:
 
     Args:
         arguments: parsed.
-        kinds: FeedbackModel or BUTD, what it or a part of it must be.
+        kinds: FeedbackModel or BUTD, what it or a part of it must be; none: a plain model will do.
 
     Raises:
         OptionError: it is none of these kinds.
         Error: as `read_model`, `add_feedback` and `to_butd`.
     """
     import fxfeedback
+    from fxfeedback.wrapper import Wrapper
 
-    asked = vars(arguments)
+    asked = {name: value for name, value in vars(arguments).items() if value is not None}
     model: Any = read_model(arguments.model, arguments.weights)
-    if asked.get("connect"):
+    if "connect" in asked:
         passes = arguments.passes or 2
         model = fxfeedback.add_feedback(model, arguments.connect, passes, input_size=arguments.input_size)
-    if asked.get("tasks"):
-        model = fxfeedback.to_butd(
-            model,
-            None if arguments.tasks == "classes" else arguments.tasks,
-            embedding=arguments.embedding,
-            head=arguments.head,
-            gating=arguments.gating,
-            input_size=arguments.input_size,
-        )
-    if not any(isinstance(part, kinds) for part in model.modules()):
+    elif "passes" in asked:
+        if not isinstance(model, fxfeedback.FeedbackModel):
+            raise OptionError("--passes belongs to a model with connections: give --connect, too")
+        vars(model)["passes"] = arguments.passes
+    how: dict[str, Any] = {name: asked[name] for name in ("embedding", "head", "gating") if name in asked}
+    if "tasks" in asked:
+        saved = isinstance(model, Wrapper) and "input_size" not in asked
+        how |= {"example_inputs": model._stand_ins()} if saved else {"input_size": arguments.input_size}
+        model = fxfeedback.to_butd(model, None if arguments.tasks == "classes" else arguments.tasks, **how)
+    elif how:
+        raise OptionError(f"--{next(iter(how))} belongs to --tasks")
+    if kinds and not any(isinstance(part, kinds) for part in model.modules()):
         flags = {fxfeedback.FeedbackModel: "--connect SOURCE:DESTINATION", fxfeedback.BUTD: "--tasks N"}
         raise OptionError(f"{arguments.model} is a plain model: give {' or '.join(flags[kind] for kind in kinds)}")
     return model.eval()
@@ -228,10 +231,14 @@ def _said(error: Exception) -> str:
 
 def _load(model: "nn.Module", where: str) -> None:
     """Load a state_dict from a file."""
+    from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
+
     from fxfeedback.checkpoints import named_tensors, read_checkpoint
 
+    state = dict(named_tensors(read_checkpoint(where), where))
+    consume_prefix_in_state_dict_if_present(state, "module.")  # of a model that DistributedDataParallel trained
     try:
-        model.load_state_dict(named_tensors(read_checkpoint(where), where))
+        model.load_state_dict(state)
     except RuntimeError as error:
         misfits = " ".join(str(error).split("\n", 1)[-1].split())
         raise CheckpointError(f"{where} does not fit the model: {textwrap.shorten(misfits, 400)}") from None

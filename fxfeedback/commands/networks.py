@@ -28,12 +28,12 @@ def parameters(module: nn.Module, own: Sequence[str] = ()) -> int:
     return sum(parameter.numel() for child in children for parameter in child.parameters())
 
 
-def operations_of_passes(model: FeedbackModel, passes: int) -> list[int]:
+def operations_of_passes(model: FeedbackModel) -> list[int]:
     """The floating-point operations of each pass for one image, a multiplication and an addition as two; no data."""
     empty = copy.deepcopy(model).to("meta")
     inputs = empty._stand_ins()
     totals = [0]
-    for number in range(1, passes + 1):
+    for number in range(1, model.passes + 1):
         empty(*inputs, passes=number)  # makes its graph, which is not to be counted
         with FlopCounterMode(display=False) as counter:
             empty(*inputs, passes=number)

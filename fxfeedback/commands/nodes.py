@@ -1,7 +1,8 @@
 """The nodes of a model in execution order: their names, ops and shapes, and which a connection may use.
 
-A connection leads from a source to a destination. Where a shape begins with 4B, each image has 4 parts in its batch, as
-windows are; such a node can only be connected with one of as many parts. A module's own name stands for its last node.
+A connection leads from a source to a destination; between two maps only if both have as many dimensions. Where a shape
+begins with 4B, each image has 4 parts in its batch, as windows are: such a node is only connected with one of as many.
+A module's own name stands for its last node.
 """
 
 import argparse
@@ -45,44 +46,51 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     given: Any = read_model(arguments.model, arguments.weights)
     size = arguments.input_size
     model, _ = _unwrap(given)
-    parts: list[str] = []
+    examples = given._stand_ins() if isinstance(given, Wrapper) and not size else example_for(model, size)
     try:
-        saved = isinstance(given, Wrapper) and not size
-        inputs, nodes = _nodes("", model, given._stand_ins() if saved else example_for(model, size))
+        graphs = {"": _traced(model, examples)}
     except TraceError:
-        inputs, nodes = [], []
+        graphs = {}
         for name, part in model.named_children():
             with contextlib.suppress(InputError, TraceError):
-                shapes, inside = _nodes(f"{name}.", part, example_for(part, size))
-                parts, inputs, nodes = [*parts, name], inputs + shapes, nodes + inside
-        if not parts:
+                graphs[name] = _traced(part, example_for(part, size))
+        if not graphs:
             raise
-    return {"model": arguments.model, "parts": parts, "inputs": inputs, "nodes": nodes}
+    return {
+        "model": arguments.model,
+        "parts": [name for name in graphs if name],
+        "inputs": [[None, *x.shape[1:]] for _, inputs in graphs.values() for x in inputs],
+        "nodes": [row for name, (module, inputs) in graphs.items() for row in _nodes(name, module, inputs)],
+    }
 
 
-def _nodes(prefix: str, model: Any, examples: Sequence[Any]) -> tuple[list[Any], list[dict[str, Any]]]:
-    """The shapes of a model's inputs, and its nodes."""
+def _traced(model: Any, examples: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
+    from fxfeedback.shaped import trace_for
+    from fxfeedback.trace import share
+
+    module, _ = trace_for(share(model), examples)
+    return module, examples
+
+
+def _nodes(part: str, module: Any, examples: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    """What is said of each node of a model's or a part's graph."""
     from fxfeedback.feedback import legal_ends
-    from fxfeedback.names import info_of, named_graph
-    from fxfeedback.trace import Spec
+    from fxfeedback.names import op_name
+    from fxfeedback.trace import Spec, annotate_shapes
 
-    module = named_graph(model, examples)
+    annotate_shapes(module, examples)
     sources, destinations = legal_ends(module.graph)
-    rows = []
     for node in module.graph.nodes:
         if node.op != "output":
-            info, spec = info_of(node, module), node.meta["spec"]
-            rows.append(
-                {
-                    "name": prefix + node.meta["name"],
-                    "op": info.op,
-                    "shape": info.shape,
-                    "per_image": spec.per_sample[0] if isinstance(spec, Spec) and spec.shape else 0,
-                    "source": node in sources,
-                    "destination": node in destinations,
-                }
-            )
-    return [[None, *x.shape[1:]] for x in examples], rows
+            spec = node.meta["spec"] if isinstance(node.meta["spec"], Spec) else None
+            yield {
+                "name": f"{part}.{node.meta['name']}" if part else node.meta["name"],
+                "op": op_name(node, module),
+                "shape": spec and spec.sizes,
+                "per_image": spec.per_sample[0] if spec and spec.shape else 0,
+                "source": node in sources,
+                "destination": node in destinations,
+            }
 
 
 def lines(result: dict[str, Any]) -> Iterator[str]:

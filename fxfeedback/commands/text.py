@@ -36,9 +36,9 @@ def sizes(shape: Sequence[Any] | None) -> str:
     return "" if shape is None else f"({', '.join('B' if size is None else str(size) for size in shape)})"
 
 
-def several(number: int, what: str) -> str:
+def several(number: int, what: str, plural: str = "") -> str:
     """1 site, 2 sites."""
-    return f"{number:,} {what}" + ("" if number == 1 else "s")
+    return f"{number:,} {what if number == 1 else plural or what + 's'}"
 
 
 def operations(flops: int) -> str:
