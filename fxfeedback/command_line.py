@@ -69,7 +69,9 @@ def _ended(arguments: Sequence[str] | None) -> int:
         return _say(error, WRONG_USAGE)
     except BrokenPipeError:
         raise
-    except (Error, ImportError, OSError) as error:
+    except ImportError as error:
+        return _say(f"{error}; `fxfeedback doctor` says what else is missing", FAILED)
+    except (Error, OSError) as error:
         return _say(error, FAILED)
 
 
@@ -83,7 +85,7 @@ def _run(arguments: argparse.Namespace) -> int:
     return OK if result.get("ok", True) else FAILED
 
 
-def _say(error: Exception, code: int) -> int:
+def _say(error: Exception | str, code: int) -> int:
     print(f"fxfeedback: error: {error}", file=sys.stderr)
     return code
 

@@ -51,4 +51,4 @@ def operations(flops: int) -> str:
 
 def megabytes(size: int) -> str:
     """A file's size."""
-    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
