@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import pytest
@@ -56,47 +57,76 @@ def test_the_python_runs(tmp_path, monkeypatch):
 # -- commands ---------------------------------------------------------------------------------------------------------
 
 
-def commands():
-    """Every command of README; flags in a code span of their own belong to the command before them."""
-    text = BLOCK.sub(lambda block: "" if block[1] == "python" else re.sub("^", "    ", block[2], flags=re.M), README)
-    found = []
-    for in_line, alone in re.findall(r"`([^`\n]+)`|^    (\S.*)$", text, re.MULTILINE):
-        line = re.split(r"\s+# ", in_line or alone)[0]
-        if re.match(r"(fxfeedback|make|python) \S", line):
-            found.append(line)
-        elif line.startswith("--") and found:
-            found.append(f"{' '.join(found[-1].split()[:2])} {line}")
-    return list(dict.fromkeys(found))
+class Section(NamedTuple):
+    """commands: lines that can be typed; scripts: what it names of ours; flags: given without a command."""
+
+    commands: list[str]
+    scripts: list[str]
+    flags: list[str]
+
+
+def read(section):
+    """What a section of README tells its readers to type, in code spans or in lines of their own."""
+    text = BLOCK.sub(lambda block: "" if block[1] == "python" else re.sub("^", "    ", block[2], flags=re.M), section)
+    lines = re.findall(r"^    (\S.*)$", text, re.MULTILINE)
+    spans = [span for paragraph in re.split(r"\n\s*\n", text) for span in re.findall(r"`([^`]+)`", paragraph)]
+    said = [" ".join(re.split(r"\s+# ", line)[0].split()) for line in (*lines, *spans)]
+    commands = [line for line in said if re.match(r"(fxfeedback|make|python|torchrun) \S", line)]
+    words = [word for line in said for word in line.split()]
+    scripts = [found for word in words if word.endswith(".py") and (found := script(word))]
+    scripts += [f"fxfeedback {line.split()[1]}" for line in commands if line.startswith("fxfeedback ")]
+    flags = [word for line in said if line.startswith("--") for word in line.split() if word.startswith("--")]
+    return Section(commands, sorted(set(scripts)), flags)
+
+
+def script(word):
+    """The path of a script, which README may name without its folder."""
+    return next((str(path) for path in (Path(word), Path("examples", word)) if (ROOT / path).is_file()), None)
+
+
+SECTIONS = [read(section) for section in re.split(r"^#+ ", README, flags=re.MULTILINE)]
+COMMANDS = list(dict.fromkeys(command for section in SECTIONS for command in section.commands))
 
 
 @functools.cache
-def help_of(program, name):
+def help_of(name):
     """What a script, or a command of fxfeedback, says to --help."""
     said = io.StringIO()
     with redirect_stdout(said):
-        if program == "fxfeedback":
-            main([name, "--help"])
+        if name.startswith("fxfeedback "):
+            main([*name.split()[1:], "--help"])
         else:
-            with mock.patch.object(sys, "argv", [name, "--help"]), suppress(SystemExit):
+            folder = str(ROOT / Path(name).parent)
+            argv = mock.patch.object(sys, "argv", [name, "--help"])
+            with argv, mock.patch.object(sys, "path", [folder, *sys.path]), suppress(SystemExit):
                 runpy.run_path(str(ROOT / name), run_name="__main__")
     return said.getvalue()
 
 
-@pytest.mark.parametrize("command", commands())
-def test_a_command_exists_and_knows_its_flags(command, monkeypatch):
-    program, name, *rest = shlex.split(command)
-    if program == "make":
-        assert subprocess.run(["make", "-n", name], cwd=ROOT, capture_output=True).returncode == 0
+def knows(name, flag):
+    return re.search(rf"{flag}\b", help_of(name))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_can_be_typed(command):
+    words = shlex.split(command)
+    if words[0] == "make":
+        assert subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True).returncode == 0
+    elif words[0] == "fxfeedback":
+        assert parser().parse_args(words[1:])
     else:
-        monkeypatch.syspath_prepend(ROOT / Path(name).parent)
-        for flag in ["--help", *(word for word in rest if word.startswith("--"))]:
-            assert re.search(rf"{flag}\b", help_of(program, name)), f"{name} --help does not know {flag}"
+        at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        assert script(words[at])
+        assert all(knows(words[at], flag) for flag in ["--help", *words[at + 1 :]] if flag.startswith("--"))
 
 
-@pytest.mark.parametrize("command", [line for line in commands() if re.match("fxfeedback [a-z]+ [^-]", line)])
-def test_a_command_line_is_understood(command):
-    assert parser().parse_args(shlex.split(command)[1:])
+@pytest.mark.parametrize(
+    "section", [section for section in SECTIONS if section.flags], ids=lambda section: section.flags[0]
+)
+def test_flags_belong_to_a_script_that_their_section_names(section):
+    for flag in section.flags:
+        assert any(knows(name, flag) for name in section.scripts), flag
 
 
 def test_readme_has_commands_of_each_kind():
-    assert {command.split()[0] for command in commands()} == {"fxfeedback", "make", "python"}
+    assert {command.split()[0] for command in COMMANDS} >= {"fxfeedback", "make", "python"}
