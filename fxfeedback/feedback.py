@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from fxfeedback.bottom_up import BottomUp, channel_dim, has_effect
+from fxfeedback.bottom_up import channel_dim, has_effect
 from fxfeedback.errors import InputError, NodeNameError, OptionError, TraceError
 from fxfeedback.layout import layout_of
 from fxfeedback.modulation import Modulation
@@ -393,11 +393,7 @@ def _check_connections(bu: fx.GraphModule, connections: Sequence[Connection]) ->
     graph = bu.graph
     seen: set[tuple[fx.Node, fx.Node]] = set()
     activations: dict[fx.Node, str] = {}
-    needed = BottomUp(graph)
-    reaches_output = set(needed.nodes[-1].all_input_nodes)
-    for node in reversed(needed.nodes):
-        if node in reaches_output:
-            reaches_output.update(node.all_input_nodes)
+    reaching = _reaching_output(graph)
     for connection in connections:
         source, destination = find_node(graph, connection.source), find_node(graph, connection.destination)
         arrow = f"{connection.source} -> {connection.destination}"
@@ -405,21 +401,51 @@ def _check_connections(bu: fx.GraphModule, connections: Sequence[Connection]) ->
             raise OptionError(f"the connection {arrow} is given twice")
         seen.add((source, destination))
         for node, role in ((source, "source"), (destination, "destination")):
-            spec = node.meta["spec"]
-            if not isinstance(spec, Spec) or len(spec.shape) < 2 or not spec.dtype.is_floating_point:
+            if not _is_vector_or_map(node):
                 raise NodeNameError(f"{arrow}: the {role} {node.meta['name']!r} is no vector and no map")
         samples = [node.meta["spec"].per_sample[0] for node in (source, destination)]
         if 0 in samples or samples[0] != samples[1]:
             node = destination if samples[1] != 1 else source
             what = "is the same for all samples" if 0 in samples else "has several parts of an input in its batch"
             raise NodeNameError(f"{arrow}: {node.meta['name']!r} {what}, and cannot be matched sample by sample")
-        if destination not in reaches_output:
+        onto, positions = (len(layout_of(node).size) for node in (destination, source))
+        if not _can_be_resized(source) or (onto and positions and onto != positions):
+            raise NodeNameError(
+                f"{arrow}: a source with {positions} dimensions of positions cannot be resized to a destination with "
+                f"{onto}: both have the same number, at most three, or one of them is a vector"
+            )
+        if destination not in reaching:
             raise NodeNameError(f"{arrow}: the model's output does not depend on {connection.destination!r}")
         if connection.activation not in ("auto", "relu", "none"):
             raise OptionError(f"activation={connection.activation!r}: choose one of 'auto', 'relu', 'none'")
         activation = _activation(connection, destination)
         if activations.setdefault(destination, activation) != activation:
             raise OptionError(f"{arrow}: connections into one destination must agree on activation=")
+
+
+def legal_ends(graph: fx.Graph) -> tuple[set[fx.Node], set[fx.Node]]:
+    """The nodes of a graph with shapes that may be sources, and those that may be destinations."""
+    ends = {node for node in graph.nodes if _is_vector_or_map(node) and node.meta["spec"].per_sample[0]}
+    return {node for node in ends if _can_be_resized(node)}, ends & _reaching_output(graph)
+
+
+def _is_vector_or_map(node: fx.Node) -> bool:
+    spec = node.meta.get("spec")
+    return isinstance(spec, Spec) and len(spec.shape) >= 2 and spec.dtype.is_floating_point
+
+
+def _can_be_resized(node: fx.Node) -> bool:
+    """Whether a vector or map has at most three dimensions of positions."""
+    return len(node.meta["spec"].shape) <= 5
+
+
+def _reaching_output(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that the output depends on."""
+    reaching = set(graph.output_node().all_input_nodes)
+    for node in reversed(graph.nodes):
+        if node in reaching:
+            reaching.update(node.all_input_nodes)
+    return reaching
 
 
 def _block_name(connection: Connection) -> str:

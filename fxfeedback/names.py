@@ -39,11 +39,12 @@ def node_names(
     for node in module.graph.nodes:
         if node.op != "output":
             spec = node.meta["spec"]
-            names[node.meta["name"]] = NodeInfo(_op_name(node, module), spec.sizes if isinstance(spec, Spec) else None)
+            names[node.meta["name"]] = NodeInfo(op_name(node, module), spec.sizes if isinstance(spec, Spec) else None)
     return names
 
 
-def _op_name(node: fx.Node, module: nn.Module) -> str:
+def op_name(node: fx.Node, module: nn.Module) -> str:
+    """The class of the module that a node calls, or the name of the function."""
     if node.op == "call_module":
         return type(module.get_submodule(str(node.target))).__name__
     return getattr(node.target, "__name__", str(node.target)) if node.op.startswith("call") else node.op

@@ -1,15 +1,13 @@
-"""Checkpoints of the published LRM models: their tensors' names, older and newer, and what is checked of a file."""
+"""Checkpoints of the published LRM models: their tensors' names, older and newer."""
 
 import os
-import pickle
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import torch
 
+from fxfeedback.checkpoints import named_tensors, read_checkpoint
 from fxfeedback.errors import CheckpointError, OptionError
 from fxfeedback.feedback import FeedbackModel
 
@@ -39,47 +37,10 @@ def load_lrm_steering(model: FeedbackModel, path_or_state_dict: str | os.PathLik
         where, content = "the state dict", path_or_state_dict
     elif isinstance(path_or_state_dict, (str, os.PathLike)):
         where = os.fspath(path_or_state_dict)
-        content = _read(where)
+        content = read_checkpoint(where)
     else:
         raise OptionError(f"give a path, a URL or a state dict, not a {type(path_or_state_dict).__name__}")
-    model.load_state_dict(_match(model, _tensors(content, where), where))
-
-
-def _read(where: str) -> Any:
-    """What the file or URL holds; CheckpointError where that is not plain data."""
-    try:
-        if "://" in where:
-            return torch.hub.load_state_dict_from_url(where, map_location="cpu", check_hash=True, weights_only=True)
-        return torch.load(where, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"there is no file {where}: give a path, or a URL of fxfeedback.models.WEIGHTS") from None
-    except OSError as error:
-        raise CheckpointError(f"{where} cannot be read: {error}") from error
-    except pickle.UnpicklingError as error:  # its message advises to load without weights_only: not passed on
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        reason = (
-            f"refers to {code[1]}: save a model's state_dict() only" if code else "holds other things or is damaged"
-        )
-        raise CheckpointError(f"{_file(where)} was not loaded: it is no plain file of tensors, it {reason}") from None
-    except Exception as error:  # a damaged file can raise nearly anything
-        reason = (str(error).splitlines() or ["it ends too early"])[0]
-        raise CheckpointError(f"{_file(where)} is damaged or no checkpoint: {reason}; get it again") from error
-
-
-def _file(where: str) -> str:
-    """The path or URL; of a URL also the file in torch.hub's cache, which has to go before it is read anew."""
-    cached = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(where).path).name)
-    return f"{where} (remove {cached} to download it again)" if "://" in where and cached.exists() else where
-
-
-def _tensors(content: Any, where: str) -> Mapping[str, Any]:
-    """Name -> tensor, from a checkpoint's content."""
-    for key in ("model", "state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
-        raise CheckpointError(f"{where} holds no state dict: it must map names to tensors")
-    return content
+    model.load_state_dict(_match(model, named_tensors(content, where), where))
 
 
 def _match(model: FeedbackModel, tensors: Mapping[str, Any], where: str) -> dict[str, torch.Tensor]:

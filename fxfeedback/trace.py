@@ -172,6 +172,11 @@ def trace_with(tracer: PathTracer, model: nn.Module, n_inputs: int) -> fx.GraphM
     as_graph = getattr(type(model), "as_graph", None)
     if as_graph is not None:  # a model of ours
         return as_graph(model)
+    wanted = len([a for a in _arguments(model) if a.default is a.empty and a.kind is a.POSITIONAL_OR_KEYWORD])
+    if wanted > n_inputs:
+        raise TraceError(
+            f"{type(model).__name__} takes {wanted} inputs, not {n_inputs}: pass example_inputs= with a tensor for each"
+        )
     versions = {name: buffer._version for name, buffer in model.named_buffers()}
     try:
         with _as_they_were(model):
@@ -418,10 +423,14 @@ def _line_of(error: BaseException) -> str:
 # -- small parts of trace ---------------------------------------------------------------------------------------------
 
 
+def _arguments(model: nn.Module) -> list[inspect.Parameter]:
+    """What forward takes."""
+    return list(inspect.signature(model.forward).parameters.values())
+
+
 def _defaults(model: nn.Module, n_inputs: int) -> dict[str, Any]:
     """forward's arguments beyond the inputs stay at their defaults and are no inputs of the graph."""
-    arguments = list(inspect.signature(model.forward).parameters.values())[n_inputs:]
-    return {a.name: a.default for a in arguments if a.default is not a.empty}
+    return {a.name: a.default for a in _arguments(model)[n_inputs:] if a.default is not a.empty}
 
 
 @contextmanager

@@ -14,6 +14,15 @@ class BranchesOnValues(nn.Module):
         return x if x.sum() > 0 else -x
 
 
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x, y):
+        return self.fc(x) + y
+
+
 class Exotic(nn.Module):
     def __init__(self):
         super().__init__()
@@ -77,6 +86,12 @@ BUILDING = {
         {"input_size": (5,)},
         TraceError,
         r"does not run on an input of size \(1, 5\).*at node '0'.*input_size=",
+    ),
+    "too few inputs": (
+        TwoInputs,
+        {"input_size": (4,)},
+        TraceError,
+        r"TwoInputs takes 2 inputs, not 1: pass example_inputs= with a tensor for each",
     ),
     "no size": (lambda: BranchesOnValues(), {}, InputError, r"cannot be guessed: pass input_size="),
     "size of nothing": (mlp, {"input_size": (0,)}, InputError, r"without its batch"),

@@ -714,6 +714,22 @@ def test_a_destination_that_the_output_does_not_depend_on():
         fxfeedback.add_feedback(net, [("conv", "side")], input_size=(2, 6, 6))
 
 
+@pytest.mark.parametrize("pair", [("last", "conv"), ("conv", "last"), ("reshape", "conv")])
+def test_maps_are_not_resized_to_another_number_of_dimensions(pair):
+    class Rows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.last = nn.Conv2d(2, 4, 3, padding=1), nn.Conv1d(4, 3, 1)
+
+        def forward(self, x):
+            y = self.conv(x)
+            y = y.reshape(y.shape[0], 4, 2, 3, 2, 3).mean((4, 5))
+            return self.last(y.flatten(2)).mean(2)
+
+    with raises(NodeNameError, f"{pair[0]} -> {pair[1]}: a source with .* cannot be resized to a destination with"):
+        fxfeedback.add_feedback(Rows(), [pair], input_size=(2, 6, 6))
+
+
 WRONG_CALLS = {
     "channels": (
         lambda m, x: m(x, steering=Steering("8", torch.zeros(1, 6))),

@@ -1,0 +1,45 @@
+"""Draw a network: its graph, with --connect its connections and what passes share, with --tasks its sites and what
+tasks switch on.
+
+The file's name says how: .svg, .png or .html, one page to look around in.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fxfeedback.commands.given import add_connections, add_model, add_tasks, read_network
+from fxfeedback.commands.text import megabytes
+
+EXAMPLES = [
+    "fxfeedback draw resnet18 resnet18.svg --connect layer4:layer1",
+    "fxfeedback draw resnet18 tasks.html --tasks 2 --gating channel",
+    "fxfeedback draw steered steered.png",
+    "fxfeedback draw vit_b_16 vit_b_16.html",
+]
+KEYS = {"model": "MODEL, as given", "file": "what was drawn", "bytes": "its size"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """MODEL, FILE, connections or tasks."""
+    add_model(parser)
+    parser.add_argument("file", metavar="FILE", help="FILE.svg, FILE.png or FILE.html")
+    add_connections(parser)
+    add_tasks(parser)
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """As `fxfeedback.draw`."""
+    import fxfeedback
+    from fxfeedback.wrapper import Wrapper
+
+    network = read_network(arguments)
+    size = {"input_size": arguments.input_size} if arguments.input_size and not isinstance(network, Wrapper) else {}
+    fxfeedback.draw(network, arguments.file, **size)
+    return {"model": arguments.model, "file": arguments.file, "bytes": Path(arguments.file).stat().st_size}
+
+
+def lines(result: dict[str, Any]) -> Iterator[str]:
+    """One line."""
+    yield f"{result['file']} ({megabytes(result['bytes'])})"

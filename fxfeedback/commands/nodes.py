@@ -1,0 +1,111 @@
+"""The nodes of a model in execution order: their names, ops and shapes, and which a connection may use.
+
+A connection leads from a source to a destination; between two maps only if both have as many dimensions. Where a shape
+begins with 4B, each image has 4 parts in its batch, as windows are: such a node is only connected with one of as many.
+A module's own name stands for its last node.
+"""
+
+import argparse
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from fxfeedback.commands.given import add_model, read_model
+from fxfeedback.commands.text import several, sizes, table
+
+EXAMPLES = [
+    "fxfeedback nodes resnet18",
+    "fxfeedback nodes alexnet --json",
+    "fxfeedback nodes mnist:net --input-size 1x28x28",
+]
+KEYS = {
+    "model": "MODEL, as given",
+    "parts": "where torch.fx cannot trace the whole model: the parts that it can; connections lie inside one",
+    "inputs": "the shape of each input; in shapes null stands for the batch",
+    "nodes[].name": "as connections name it",
+    "nodes[].op": "what it computes, or what it is",
+    "nodes[].shape": "of its value; null where this is no tensor",
+    "nodes[].per_image": "how many parts of one image lie in its batch: 1, as a rule; 0: the batch has no say",
+    "nodes[].source": "whether it may be a connection's source",
+    "nodes[].destination": "whether it may be a connection's destination",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """MODEL and what belongs to it."""
+    add_model(parser)
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Name the nodes of the model or, where torch.fx cannot trace it whole, of the parts that it can."""
+    from fxfeedback.errors import InputError, TraceError
+    from fxfeedback.storage import _unwrap
+    from fxfeedback.trace import example_for
+    from fxfeedback.wrapper import Wrapper
+
+    given: Any = read_model(arguments.model, arguments.weights)
+    size = arguments.input_size
+    model, _ = _unwrap(given)
+    examples = given._stand_ins() if isinstance(given, Wrapper) and not size else example_for(model, size)
+    try:
+        graphs = {"": _traced(model, examples)}
+    except TraceError:
+        graphs = {}
+        for name, part in model.named_children():
+            with contextlib.suppress(InputError, TraceError):
+                graphs[name] = _traced(part, example_for(part, size))
+        if not graphs:
+            raise
+    return {
+        "model": arguments.model,
+        "parts": [name for name in graphs if name],
+        "inputs": [[None, *x.shape[1:]] for _, inputs in graphs.values() for x in inputs],
+        "nodes": [row for name, (module, inputs) in graphs.items() for row in _nodes(name, module, inputs)],
+    }
+
+
+def _traced(model: Any, examples: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
+    from fxfeedback.shaped import trace_for
+    from fxfeedback.trace import share
+
+    module, _ = trace_for(share(model), examples)
+    return module, examples
+
+
+def _nodes(part: str, module: Any, examples: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    """What is said of each node of a model's or a part's graph."""
+    from fxfeedback.feedback import legal_ends
+    from fxfeedback.names import op_name
+    from fxfeedback.trace import Spec, annotate_shapes
+
+    annotate_shapes(module, examples)
+    sources, destinations = legal_ends(module.graph)
+    for node in module.graph.nodes:
+        if node.op != "output":
+            spec = node.meta["spec"] if isinstance(node.meta["spec"], Spec) else None
+            yield {
+                "name": f"{part}.{node.meta['name']}" if part else node.meta["name"],
+                "op": op_name(node, module),
+                "shape": spec and spec.sizes,
+                "per_image": spec.per_sample[0] if spec and spec.shape else 0,
+                "source": node in sources,
+                "destination": node in destinations,
+            }
+
+
+def lines(result: dict[str, Any]) -> Iterator[str]:
+    """A table."""
+    yield f"{result['model']}: {several(len(result['nodes']), 'node')}, input {', '.join(map(sizes, result['inputs']))}"
+    if result["parts"]:
+        parts = ", ".join(result["parts"])
+        yield f"torch.fx cannot trace the whole, but {parts}: all connections must lie inside one such part"
+    yield ""
+    rows = [
+        (node["name"], node["op"], _shape(node), *("yes" if node[end] else "" for end in ("source", "destination")))
+        for node in result["nodes"]
+    ]
+    yield from table(("node", "op", "shape", "source", "destination"), rows)
+
+
+def _shape(node: dict[str, Any]) -> str:
+    return sizes(node["shape"]).replace("B", f"{node['per_image']}B" if node["per_image"] > 1 else "B")
