@@ -11,7 +11,7 @@ from lightning_fabric import Fabric
 import fxfeedback
 from jobs import UserError, make_folder
 from training.loop import Experiment, Run
-from training.processes import launch
+from training.processes import launch, leave
 from training.results import summary, write_summary
 
 
@@ -32,7 +32,10 @@ def job(
     """
     try:
         may_be_unused = getattr(args, "heads", "shared") == "per-task"
-        return run_all(args, launch(args.device, args.amp, may_be_unused), build, report)
+        fabric = launch(args.device, args.amp, may_be_unused)
+        code = run_all(args, fabric, build, report)
+        leave(fabric)
+        return code
     except (UserError, OSError, fxfeedback.Error, torch.cuda.OutOfMemoryError) as error:
         message = str(error).rpartition("UserError: ")[2].rstrip()  # from a worker it comes with its traceback
     except RuntimeError as error:

@@ -36,6 +36,13 @@ def launch(device: str, amp: bool, may_be_unused: bool = False) -> Fabric:
     return fabric
 
 
+def leave(fabric: Fabric) -> None:
+    """End the group, when all are done: a process that just ended could take the others' last exchange with it."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        fabric.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def with_synced_norms(net: nn.Module) -> nn.Module:
     """The network with batch norms whose statistics are those of all processes; torch has them on GPUs only."""
     if not torch.cuda.is_available():
