@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fxfeedback import models, rules, runtime
     from fxfeedback.butd import BUTD, to_butd
     from fxfeedback.check_rule import check_rule
+    from fxfeedback.draw import draw
     from fxfeedback.export import export
     from fxfeedback.export_learner import export_learner
     from fxfeedback.feedback import Connection, FeedbackModel, Readout, Steering, add_feedback
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "butd": ["BUTD", "to_butd"],
     "check_rule": ["check_rule"],
+    "draw": ["draw"],
     "export": ["export"],
     "export_learner": ["export_learner"],
     "feedback": ["Connection", "FeedbackModel", "Readout", "Steering", "add_feedback"],
@@ -43,6 +45,7 @@ __all__ = [
     "__version__",
     "add_feedback",
     "check_rule",
+    "draw",
     "errors",
     "export",
     "export_learner",
@@ -77,7 +80,7 @@ class _Package(types.ModuleType):
     """Importing a submodule sets it as an attribute; those that are called like their function remain the functions."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, types.ModuleType) and name in ("check_rule", "export", "export_learner"):
+        if isinstance(value, types.ModuleType) and name in ("check_rule", "draw", "export", "export_learner"):
             value = getattr(value, name)
         super().__setattr__(name, value)
 

@@ -1,0 +1,272 @@
+"""What is drawn: a model's nodes, its connections, and what passes and instructions do at each node."""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx, nn
+
+from fxfeedback.bottom_up import BottomUp
+from fxfeedback.butd import BUTD
+from fxfeedback.butd_graphs import Graphs
+from fxfeedback.errors import OptionError
+from fxfeedback.feedback import FeedbackModel
+from fxfeedback.names import op_name
+from fxfeedback.shaped import trace_for
+from fxfeedback.trace import Spec, annotate_shapes, example_for, find_node, share
+from fxfeedback.wrapper import Wrapper
+
+
+@dataclass
+class Node:
+    """One node of the BU graph that makes a tensor.
+
+    name: as `node_names` gives it. module: the one whose code made it, of a parameter the first that reads it.
+    op: what it is called; call: with its settings. shape: without the batch, None for another size that depends on it.
+    parameters: name -> shape. reads: the nodes whose tensors it takes.
+    computed: the passes that compute it; the others share an earlier pass's value.
+    roles: "instruction", "error": the TD passes that cross it. site: whether it is a gating site.
+    """
+
+    name: str
+    module: str
+    op: str
+    call: str
+    shape: tuple[int | None, ...] | None
+    parameters: dict[str, tuple[int, ...]]
+    reads: tuple[str, ...]
+    computed: frozenset[int] = frozenset({1})
+    roles: frozenset[str] = frozenset()
+    site: bool = False
+
+
+@dataclass(frozen=True)
+class Arc:
+    """A connection between two nodes; `given` is how the user wrote it, `parameters` how many its block has."""
+
+    number: int
+    source: str
+    destination: str
+    given: tuple[str, str]
+    feedback: bool
+    parameters: int
+
+    @property
+    def kind(self) -> str:
+        """feedback or skip"""
+        return "feedback" if self.feedback else "skip"
+
+    @property
+    def arrow(self) -> str:
+        """fc → conv1"""
+        return " → ".join(self.given)
+
+
+@dataclass
+class Network:
+    """A model as it is drawn.
+
+    nodes: by name, in execution order. classes: module path -> name of its class. passes: 1 without connections.
+    instruction: sizes from the instruction to what it arrives at, and the node whose counter neurons it sets.
+    separate: whether TD has weights of its own.
+    """
+
+    title: str
+    nodes: dict[str, Node]
+    classes: dict[str, str]
+    arcs: list[Arc] = field(default_factory=list)
+    passes: int = 1
+    instruction: tuple[list[int], str] | None = None
+    separate: bool = False
+
+    @property
+    def has_td(self) -> bool:
+        """Whether there is a TD graph."""
+        return any(node.roles for node in self.nodes.values())
+
+    def readers(self) -> dict[str, list[str]]:
+        """Node name -> the nodes that read it."""
+        readers: dict[str, list[str]] = {name: [] for name in self.nodes}
+        for node in self.nodes.values():
+            for source in node.reads:
+                readers[source].append(node.name)
+        return readers
+
+
+def converted(model: nn.Module) -> nn.Module:
+    """The part of a model that fxfeedback returned, where it could rewrite only a part; else the model."""
+    return next((part for part in model.modules() if isinstance(part, Wrapper)), model)
+
+
+def read_network(
+    model: nn.Module, input_size: Sequence[int] | None = None, example_inputs: Sequence[torch.Tensor] | None = None
+) -> Network:
+    """What is drawn of a model in evaluation mode; sizes are for a plain model, as the others have theirs.
+
+    Raises:
+        OptionError: a size for a model that has one.
+        TraceError: torch.fx cannot trace the model, or it does not run at this size.
+    """
+    if isinstance(model, Wrapper):
+        if input_size is not None or example_inputs is not None:
+            raise OptionError("input_size= and example_inputs= are for a plain model: this one was made with its size")
+        examples: Sequence[torch.Tensor] = model._stand_ins()
+    else:
+        examples = example_inputs or example_for(model, input_size)
+    within = model._net if isinstance(model, BUTD) else model
+    plain = within._net if isinstance(within, FeedbackModel) else within
+    traced, _ = trace_for(share(plain), examples)
+    annotate_shapes(traced, examples)
+    classes = {path: type(module).__name__ for path, module in plain.named_modules()}
+    network = Network(type(plain).__name__, _nodes(traced), classes)
+    if isinstance(within, FeedbackModel):
+        _add_passes(network, within)
+    if isinstance(model, BUTD):
+        _add_top_down(network, model)
+    return network
+
+
+# -- the BU graph -----------------------------------------------------------------------------------------------------
+
+
+def _nodes(traced: fx.GraphModule) -> dict[str, Node]:
+    """The parameters, and the nodes that make tensors of them or of the inputs: no sizes, no tables that stay as is."""
+    own = dict(traced.named_parameters())
+    nodes: dict[str, Node] = {}
+    unread: set[fx.Node] = set()  # parameters
+    for node in traced.graph.nodes:
+        name = node.meta.get("name", "")
+        if node.op == "get_attr" and str(node.target) in own:
+            unread.add(node)
+        elif _tensor(node) is not None:
+            module = name.rpartition(".")[0]
+            for parameter in [source for source in node.all_input_nodes if source in unread]:
+                unread.remove(parameter)
+                nodes[parameter.meta["name"]] = _parameter(parameter, module)
+            sources = [source.meta["name"] for source in node.all_input_nodes if source.meta["name"] in nodes]
+            if sources or node.op == "placeholder":
+                nodes[name] = _node(node, name, module, traced, sources)
+    return nodes
+
+
+def _parameter(node: fx.Node, module: str) -> Node:
+    spec = _tensor(node)
+    assert spec is not None
+    return Node(node.meta["name"], module, "parameter", "parameter", spec.shape, {str(node.target): spec.shape}, ())
+
+
+def _node(node: fx.Node, name: str, module: str, traced: fx.GraphModule, reads: Iterable[str]) -> Node:
+    op = call = "input" if node.op == "placeholder" else op_name(node, traced)
+    parameters: dict[str, tuple[int, ...]] = {}
+    if node.op == "call_module":
+        called = traced.get_submodule(str(node.target))
+        call = f"{op}({called.extra_repr()})"
+        parameters = {f"{node.target}.{own}": tuple(p.shape) for own, p in called.named_parameters()}
+    return Node(name, module, op, call, _shape(node), parameters, tuple(reads))
+
+
+def _tensor(node: fx.Node) -> Spec | None:
+    """The spec of the tensor that a node makes, or of the first of several."""
+    spec = node.meta.get("spec")
+    specs = spec.values() if isinstance(spec, dict) else spec if isinstance(spec, tuple) else [spec]
+    return next((one for one in specs if isinstance(one, Spec)), None)
+
+
+def _shape(node: fx.Node) -> tuple[int | None, ...] | None:
+    spec = _tensor(node)
+    assert spec is not None
+    return spec.sizes[1:] if spec.sizes[:1] == (None,) else spec.sizes
+
+
+# -- passes -----------------------------------------------------------------------------------------------------------
+
+
+def _add_passes(network: Network, model: FeedbackModel) -> None:
+    """The connections, and which passes compute each node."""
+    graph = model._bottom_up().graph
+    network.passes = model.passes
+    order = {name: i for i, name in enumerate(network.nodes)}
+    for number, connection in enumerate(model.connections, 1):
+        given = connection.source, connection.destination
+        source, destination = (home(network, find_node(graph, name).meta["name"]) for name in given)
+        block = model.modulation(*given)
+        size = sum(p.numel() for p in block.parameters())
+        feedback = order[source] >= order[destination]
+        network.arcs.append(Arc(number, source, destination, given, feedback, size))
+    passes: dict[str, set[int]] = {}
+    for node in model.unrolled().graph.nodes:
+        if node.op.startswith("call") and "name" in node.meta:
+            passes.setdefault(node.meta["name"], set()).add(node.meta.get("pass", 1))
+    for name, node in network.nodes.items():
+        # What evaluation mode leaves out, such as dropout, is as new as what it hands on.
+        inherited = frozenset({1}).union(*(network.nodes[source].computed for source in node.reads))
+        node.computed = frozenset(passes[name]) if name in passes else inherited
+
+
+# -- the TD graph -----------------------------------------------------------------------------------------------------
+
+
+def _add_top_down(network: Network, model: BUTD) -> None:
+    """What the TD passes cross, and where the instruction comes in."""
+    graphs = model._graphs(model._stand_ins())
+    bu, options = graphs.bottom_up, graphs.options
+    network.separate = options.weights == "separate"
+    if graphs.can_instruct:
+        instructed = bu.below(graphs.sites) & bu.above(graphs.head)
+        _mark(network, instructed - (set() if options.n_tasks is None else {graphs.head}), "instruction")
+        for site in graphs.sites:
+            network.nodes[drawn_as(network, site)].site = True
+        network.instruction = _instruction(network, model, graphs)
+    if options.learning == "counter_hebb":
+        learning = graphs.learning_parameters()
+        starts = [node for node in bu.parameters if str(node.target) in learning]
+        _mark(network, bu.below(starts) & _above_outputs(bu), "error")
+
+
+def _above_outputs(bu: BottomUp) -> set[fx.Node]:
+    return set[fx.Node]().union(*(bu.above(leaf) for leaf in bu.output_leaves()))
+
+
+def _mark(network: Network, crossed: Iterable[fx.Node], role: str) -> None:
+    for node in crossed:
+        name = drawn_as(network, node) if node.op == "call_function" else ""
+        if name:
+            network.nodes[name].roles |= {role}
+
+
+def _instruction(network: Network, model: BUTD, graphs: Graphs) -> tuple[list[int], str]:
+    """The sizes of the instruction head, and the node at which TD starts."""
+    sizes = [graphs.instruction_size]
+    if model.options.n_tasks is None:
+        return sizes, drawn_as(network, graphs.head)
+    linear = [layer for layer in model.instruction_head.modules() if isinstance(layer, nn.Linear)]
+    top = graphs.head.all_input_nodes[0]
+    return sizes + [layer.out_features for layer in linear], drawn_as(network, top)
+
+
+def drawn_as(network: Network, node: fx.Node) -> str:
+    """The drawn node that a node of an opened graph, in whichever pass, is a part of.
+
+    What a connection adds has a name of its own: it is a part of the destination, or before that of the source. '' for
+    what depends on neither.
+    """
+    name = home(network, node.meta.get("name", ""))
+    return name or next(filter(None, (drawn_as(network, source) for source in node.all_input_nodes)), "")
+
+
+def home(network: Network, name: str) -> str:
+    """The drawn node that a node of this name is a part of; '' where there is none."""
+    name = re.sub(r"\.pass\d+$", "", name)
+    while name and name not in network.nodes:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def count(parameters: Iterable[dict[str, tuple[int, ...]]]) -> int:
+    """How many numbers there are in parameters, each counted once whoever has it."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for some in parameters:
+        shapes |= some
+    return sum(math.prod(shape) for shape in shapes.values())

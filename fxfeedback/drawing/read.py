@@ -1,0 +1,67 @@
+"""Everything that a picture of a model shows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxfeedback.butd import BUTD
+from fxfeedback.drawing.boxes import Box, in_boxes, opened
+from fxfeedback.drawing.effects import Effect, Map, read_effects
+from fxfeedback.drawing.network import Network, converted, read_network
+from fxfeedback.drawing.places import Plan, make_plan
+from fxfeedback.drawing.tasks import Active, active_units
+from fxfeedback.errors import OptionError
+from fxfeedback.feedback import FeedbackModel
+from fxfeedback.wrapper import eval_mode
+
+
+@dataclass
+class Drawing:
+    """All that is drawn.
+
+    tasks, active: their names, and what they open, by node. image, effects: an input, and what connections do to it.
+    """
+
+    plan: Plan
+    tasks: list[str] = field(default_factory=list)
+    active: dict[str, Active] = field(default_factory=dict)
+    image: Map | None = None
+    effects: list[Effect] = field(default_factory=list)
+
+    @property
+    def network(self) -> Network:
+        """The network."""
+        return self.plan.network
+
+    def active_in(self, box: Box) -> Active | None:
+        """The counts of all sites in a box."""
+        found = [self.active[node.name] for node in box.nodes if node.name in self.active]
+        return sum(found[1:], found[0]) if found else None
+
+
+def read_drawing(
+    model: nn.Module,
+    x: Any = None,
+    tasks: Any = None,
+    depth: int | None = None,
+    input_size: Sequence[int] | None = None,
+    example_inputs: Sequence[torch.Tensor] | None = None,
+) -> tuple[Drawing, set[Box]]:
+    """What is drawn of a model, and which boxes are open; the arguments are those of `draw`."""
+    model = converted(model)
+    if x is not None and not isinstance(model, FeedbackModel):
+        raise OptionError("x= belongs to a model that add_feedback returned: it shows what connections do to an image")
+    if tasks is not None and not isinstance(model, BUTD):
+        raise OptionError("tasks= belongs to a network that to_butd returned")
+    with torch.no_grad(), eval_mode(model):
+        network = read_network(model, input_size, example_inputs)
+        root = in_boxes(network)
+        drawing = Drawing(make_plan(network, root))
+        if isinstance(model, BUTD):
+            drawing.tasks, drawing.active = active_units(model, network, tasks)
+        if isinstance(model, FeedbackModel) and x is not None:
+            drawing.image, drawing.effects = read_effects(model, network, x)
+    return drawing, opened(root, network, depth)
