@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two OpenMP threads that spin at a barrier stall each other on a busy machine.
 export OMP_WAIT_POLICY = passive
 
-.PHONY: demo page test lint types tests bench bench-check zoo zoo-lrm zoo-onnx fuzz operators clean
+.PHONY: demo page test lint types tests bench bench-check zoo zoo-lrm zoo-onnx fuzz operators pictures clean
 
 demo: $(VENV)/.installed  ## set up, train the instructed network on real digits, say where the results are
 	$(BIN)/python examples/train_multi_mnist.py
@@ -45,6 +45,9 @@ fuzz: $(VENV)/.installed  ## random graphs against autograd: make fuzz N=10000
 
 operators: $(VENV)/.installed  ## the page of all operators, docs/operators.md
 	$(BIN)/python docs/generate_operators.py
+
+pictures: $(VENV)/.installed  ## the pictures of README, docs/pictures (a minute)
+	$(BIN)/python docs/draw_pictures.py
 
 $(VENV)/.installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
