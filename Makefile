@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 # Two OpenMP threads that spin at a barrier stall each other on a busy machine.
 export OMP_WAIT_POLICY = passive
 
-.PHONY: demo page test lint types tests bench bench-check zoo zoo-lrm zoo-onnx fuzz operators pictures clean
+.PHONY: demo page docs test lint types tests bench bench-check zoo zoo-lrm zoo-onnx fuzz operators pictures clean
 
 demo: $(VENV)/.installed  ## set up, train the instructed network on real digits, say where the results are
 	$(BIN)/python examples/train_multi_mnist.py
 
 page:  ## serve the page in the browser: networks are steered, instructed and taught there
 	$(PYTHON) examples/web/serve.py
+
+docs: $(VENV)/.docs  ## the documentation, with its tutorials executed: docs/_build/index.html (two minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -q -W --keep-going -E docs/site docs/_build
+	@echo "open docs/_build/index.html"
 
 test: lint types tests  ## set up, check style and types, run all tests
 
@@ -55,5 +59,9 @@ $(VENV)/.installed: pyproject.toml setup.py
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs
+	rm -rf $(VENV) docs/_build build dist *.egg-info runs
