@@ -13,9 +13,9 @@ demo: $(VENV)/.installed  ## set up, train the instructed network on real digits
 page:  ## serve the page in the browser: networks are steered, instructed and taught there
 	$(PYTHON) examples/web/serve.py
 
-docs: $(VENV)/.docs  ## the documentation, with its tutorials executed: docs/_build/index.html (two minutes)
-	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -q -W --keep-going -E docs/site docs/_build
-	@echo "open docs/_build/index.html"
+docs: $(VENV)/.docs  ## the documentation, with its tutorials executed: docs/_build/html/index.html (two minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -q -W --keep-going -E docs/site docs/_build/html
+	@echo "open docs/_build/html/index.html"
 
 test: lint types tests  ## set up, check style and types, run all tests
 

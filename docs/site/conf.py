@@ -1,17 +1,15 @@
 """How Sphinx builds the documentation; `make docs` runs it."""
 
 import re
-import sys
 from pathlib import Path
 
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
 from sphinx.errors import ExtensionError
+from sphinx.writers.html5 import HTML5Translator
 
 import fxfeedback
-
-ROOT = Path(__file__).parents[2]
 
 project = "fxfeedback"
 author = "The fxfeedback developers"
@@ -19,7 +17,6 @@ project_copyright = author
 release = fxfeedback.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["README.md"]
 html_theme = "furo"
 html_title = "fxfeedback"
 html_copy_source = False
@@ -55,13 +52,17 @@ PAGES = {
 }
 """Links in files that pages include -> the page that has their target here."""
 
+LOADS_FROM_ELSEWHERE = re.compile(r"""<(script|img|iframe|link)\b[^>]*\s(src|href)=["']?(https?:)?//""")
 
-def inline_formula(writer, node: nodes.math) -> None:
+
+def inline_formula(writer: HTML5Translator, node: nodes.math) -> None:
+    """Write a formula in a line."""
     writer.body.append(tex2mathml(node.astext()))
     raise nodes.SkipNode
 
 
-def displayed_formula(writer, node: nodes.math_block) -> None:
+def displayed_formula(writer: HTML5Translator, node: nodes.math_block) -> None:
+    """Write a formula on a line of its own."""
     writer.body.append(f'<div class="math">{tex2mathml(node.astext(), as_block=True)}</div>')
     raise nodes.SkipNode
 
@@ -73,16 +74,16 @@ def point_to_pages(app: Sphinx, included: Path, page: str, content: list[str]) -
 
 
 def check_hosts(app: Sphinx, error: Exception | None) -> None:
-    """A page of the site loads nothing from other hosts."""
+    """Fail where a page would load something from another host."""
     if error is not None or app.builder.format != "html":
         return
-    loads = re.compile(r"""<(?:script|img|iframe)[^>]*\ssrc="(?:https?:)?//[^"]*"|<link[^>]*\shref="(?:https?:)?//[^"]*\"""")
     for page in Path(app.outdir).rglob("*.html"):
-        if found := loads.search(page.read_text()):
+        if found := LOADS_FROM_ELSEWHERE.search(page.read_text()):
             raise ExtensionError(f"{page.name} would load something from another host: {found[0]}")
 
 
 def setup(app: Sphinx) -> None:
+    """Tell Sphinx of all these."""
     app.add_html_math_renderer("mathml", (inline_formula, None), (displayed_formula, None))
     app.connect("include-read", point_to_pages)
     app.connect("build-finished", check_hosts)

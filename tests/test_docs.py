@@ -1,0 +1,146 @@
+"""The documentation says what is true: its code runs, its names exist, its links lead somewhere."""
+
+import ast
+import inspect
+import re
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pytest
+import torch
+
+import fxfeedback
+
+ROOT = Path(__file__).parents[1]
+SITE = ROOT / "docs/site"
+PAGES = {path.stem: path.read_text() for path in SITE.glob("*.md")}
+PUBLISHED = ["from_lrm_steering", "from_top_down_networks"]
+
+
+def blocks(page: str, kind: str) -> list[str]:
+    """The contents of a page's fenced blocks that open with `kind`."""
+    return re.findall(rf"^```{re.escape(kind)}\n(.*?)^```$", PAGES[page], re.MULTILINE | re.DOTALL)
+
+
+def run(page: str, kind: str, count: int) -> dict[str, Any]:
+    """Run a page's blocks, of which there are at least `count`, one after the other; returns their names."""
+    matplotlib.use("agg")
+    names: dict[str, Any] = {}
+    assert len(blocks(page, kind)) >= count
+    for number, block in enumerate(blocks(page, kind), 1):
+        exec(compile(block, f"{page}.md, block {number}", "exec"), names)
+    return names
+
+
+def resolve(start: Any, path: str) -> Any:
+    """The attribute of an attribute of ...; those that a wrapper has for some options only count as there."""
+    return reduce(lambda value, name: None if name in getattr(value, "OWN", ()) else getattr(value, name), path, start)
+
+
+def test_the_feedback_tutorial():
+    names = run("tutorial_feedback", "{code-cell}", 10)
+    first, second, labels = (names[name] for name in ("first", "second", "labels"))
+    unsteered = names["unsteered"]
+    for wanted in (labels[first], labels[second]):
+        gain = (names["looking_for"](wanted).argmax(1) == wanted).float() - (unsteered == wanted).float()
+        assert gain.mean() > 0.05
+    assert names["figure"].axes
+
+
+def test_the_instruction_tutorial():
+    names = run("tutorial_instruction", "{code-cell}", 8)
+    assert names["updates"].keys() == names["gradients"].keys()
+    for name, gradient in names["gradients"].items():
+        torch.testing.assert_close(names["updates"][name], gradient, rtol=1e-9, atol=1e-9 * float(gradient.norm()))
+    assert min(names["curve"][-1][1:]) > 0.6
+    assert names["figure"].axes
+
+
+@pytest.mark.parametrize("page", PUBLISHED)
+def test_pages_for_users_of_published_systems_use_what_exists(page):
+    """Their blocks run; and in the tables every name, and every keyword of a call, is one of ours."""
+    names = run(page, "python", 2)
+    ours = {name: names[name] for name in ("fxfeedback", "model", "butd") if name in names}
+    checked = 0
+    for code in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", PAGES[page]):
+        if not re.match(rf"({'|'.join(ours)})[.(]", code) or "steering_signals=" in code:
+            continue
+        for node in ast.walk(ast.parse(code)):
+            name = ast.unparse(node.func if isinstance(node, ast.Call) else node)
+            if not re.fullmatch(rf"({'|'.join(ours)})(\.\w+)*", name):
+                continue
+            start, *path = name.split(".")
+            called = resolve(ours[start], path)
+            if isinstance(node, ast.Call):
+                called = called.forward if isinstance(called, torch.nn.Module) else called
+                known = inspect.signature(called).parameters
+                assert {keyword.arg for keyword in node.keywords} <= {*known}, code
+                checked += 1
+    assert checked >= 3
+
+
+def test_commands_name_scripts_and_settings_that_exist():
+    text = "\n".join(PAGES.values())
+    commands = re.findall(r"python (examples/\w+\.py)(?:[^`\n]*--config (\w+))?", text)
+    assert len(commands) > 5
+    for script, settings in commands:
+        assert (ROOT / script).is_file(), script
+        assert not settings or (ROOT / f"examples/configs/{settings}.toml").is_file(), settings
+
+
+def test_every_page_is_in_the_contents_once():
+    entries = [line for tree in blocks("index", "{toctree}") for line in tree.splitlines() if re.match(r"\w", line)]
+    assert sorted(["index", *entries]) == sorted(PAGES)
+
+
+def test_what_pages_include_is_there():
+    """A heading that is renamed in README or CONTRIBUTING must be renamed where a page includes what follows it."""
+    included = 0
+    for page in PAGES:
+        opening = r"^```\{(?:include|csv-table)\}(.*?)^```$"
+        for block in re.findall(opening, PAGES[page], re.MULTILINE | re.DOTALL):
+            file = re.search(r"(?:^ |:file: )(\S+)$", block, re.MULTILINE)[1]
+            text = (SITE / file).read_text()
+            after, before = (re.search(rf':{option}: "(.*)"', block) for option in ("start-after", "end-before"))
+            start = text.index(after[1]) if after else 0
+            assert not before or text.index(before[1], start), block
+            included += 1
+    assert included > 8
+
+
+def test_the_api_page_names_everything_public():
+    page = PAGES["api"]
+    missing = [name for name in fxfeedback.__all__ if not re.search(rf"\bfxfeedback\.{name}\b", page)]
+    assert not missing, f"docs/site/api.md lacks {missing}"
+    directive = r"\.\. auto(?:function|class|module):: fxfeedback\.(\S+)\n((?:   :.*\n)*)"
+    for name, options in re.findall(directive, page):
+        documented = resolve(fxfeedback, name.split("."))
+        members = re.search(r":members: (.+)", options)
+        for member in members[1].split(", ") if members else []:
+            assert inspect.getdoc(getattr(documented, member)), f"{name}.{member} has no docstring"
+
+
+def slug(heading: str) -> str:
+    """A heading's anchor."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
+
+
+LINKING = [path for folder in (ROOT, ROOT / "docs", SITE) for path in sorted(folder.glob("*.md"))]
+
+
+@pytest.mark.parametrize("path", LINKING, ids=lambda path: str(path.relative_to(ROOT)))
+def test_relative_links_lead_somewhere(path):
+    text = path.read_text()
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if re.match(r"\w+:", link):
+            continue
+        file, _, anchor = link.partition("#")
+        target = path.parent / file if file else path
+        assert target.exists(), link
+        if anchor:
+            assert anchor in map(slug, re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)), link
+    for page in re.findall(r"\{doc\}`(\w+)`", text):
+        assert page in PAGES, page
