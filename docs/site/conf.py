@@ -73,6 +73,11 @@ def point_to_pages(app: Sphinx, included: Path, page: str, content: list[str]) -
         content[0] = content[0].replace(f"]({link})", f"]({target})")
 
 
+def part_plurals(app: Sphinx, what: str, name: str, member: object, options: object, lines: list[str]) -> None:
+    """Let code in a docstring be followed by a letter, as in `Connection`s."""
+    lines[:] = [re.sub(r"(`[^`]+`)(?=\w)", r"\1\\ ", line) for line in lines]
+
+
 def check_hosts(app: Sphinx, error: Exception | None) -> None:
     """Fail where a page would load something from another host."""
     if error is not None or app.builder.format != "html":
@@ -86,4 +91,5 @@ def setup(app: Sphinx) -> None:
     """Tell Sphinx of all these."""
     app.add_html_math_renderer("mathml", (inline_formula, None), (displayed_formula, None))
     app.connect("include-read", point_to_pages)
+    app.connect("autodoc-process-docstring", part_plurals, priority=900)  # behind napoleon
     app.connect("build-finished", check_hosts)
