@@ -11,6 +11,8 @@ from sphinx.writers.html5 import HTML5Translator
 
 import fxfeedback
 
+ROOT = Path(__file__).resolve().parents[2]
+
 project = "fxfeedback"
 author = "The fxfeedback developers"
 project_copyright = author
@@ -47,10 +49,12 @@ napoleon_use_rtype = False
 html_math_renderer = "mathml"
 
 PAGES = {
-    "../CONTRIBUTING.md#adding-a-rule": "rules.md",
-    "../CONTRIBUTING.md": "rules.md",
+    "CONTRIBUTING.md": "rules.md",
+    "docs/benchmarks.md": "benchmarks.md",
+    "docs/operators.md": "operators.md",
+    "docs/scale.md": "scale.md",
 }
-"""Links in files that pages include -> the page that has their target here."""
+"""A file of the repository -> the page that includes it."""
 
 LOADS_FROM_ELSEWHERE = re.compile(r"""<(script|img|iframe|link)\b[^>]*\s(src|href)=["']?(https?:)?//""")
 
@@ -69,8 +73,14 @@ def displayed_formula(writer: HTML5Translator, node: nodes.math_block) -> None:
 
 def point_to_pages(app: Sphinx, included: Path, page: str, content: list[str]) -> None:
     """Let the links of an included file lead to pages of the site."""
-    for link, target in PAGES.items():
-        content[0] = content[0].replace(f"]({link})", f"]({target})")
+    folder = Path(app.srcdir, included).resolve().parent
+
+    def pointed(link: re.Match[str]) -> str:
+        target = (folder / link[1]).resolve()
+        in_repository = str(target.relative_to(ROOT)) if target.is_relative_to(ROOT) else ""
+        return f"]({PAGES[in_repository]})" if in_repository in PAGES else link[0]
+
+    content[0] = re.sub(r"\]\(([^)#:\s]+)(?:#[^)\s]*)?\)", pointed, content[0])
 
 
 def part_plurals(app: Sphinx, what: str, name: str, member: object, options: object, lines: list[str]) -> None:
