@@ -84,7 +84,7 @@ class TellAttributes(Instructed):
             heads=args.heads.replace("-", "_"),
             learning=args.learning.replace("-", "_"),
         )
-        super().__init__(butd, train.faces.attr_names[:ATTRIBUTES], bce, args.all_tasks)
+        super().__init__(butd, train.faces.attr_names[:ATTRIBUTES], bce, args.all_tasks, args.only)
 
     def accuracy(self) -> Metric:
         return BinaryAccuracy()
@@ -108,7 +108,7 @@ def report(run: Run) -> None:
     """Save the network, and print what was reached and what part of the network the tasks use."""
     butd, last, tasks = run.experiment.model, run.rows[-1], run.experiment.tasks
     fxfeedback.save(butd, run.folder / "model")
-    scores = {task: last[f"accuracy_{task}"] for task in tasks}
+    scores = {task: last[f"accuracy_{task}"] for task in run.experiment.asked.values()}
     shares = sub_networks(butd, tasks)["active_share_total"]
     for task in sorted(scores, key=scores.__getitem__):
         print(f"{task:22}{100 * scores[task]:6.1f} %, with {100 * shares[task]:3.0f} % of the units")
@@ -133,6 +133,7 @@ def flags() -> argparse.ArgumentParser:
     add("--heads", choices=["shared", "per-task"], default="shared", help="for the answers (default %(default)s)")
     add("--learning", choices=["counter-hebb", "backprop"], default="counter-hebb", help="(default %(default)s)")
     add("--all-tasks", action=argparse.BooleanOptionalAction, default=False, help="every step asks for all attributes")
+    add("--only", metavar="ATTRIBUTE", help="learn and test this one alone")
     training_flags(parser, "celeba")
     parser.set_defaults(epochs=50, batch_size=64, optimizer="adam", lr=5e-4, schedule="decay", workers=2)
     return parser

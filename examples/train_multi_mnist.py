@@ -200,7 +200,8 @@ class ReadADigit(Instructed):
         digits, test_digits = mnist_digits(args.data_root, args.download) if args.data_root else embedded_digits()
         self.train = MultiMNIST(digits, args.train_size, shape, args.seed, args.augment)
         self.test = MultiMNIST(test_digits, args.test_size, shape, SPLIT_SEED, augment=False)
-        super().__init__(instructed(net, shape, args, n_tasks=len(TASKS)), TASKS, LOSSES[args.loss], args.all_tasks)
+        butd = instructed(net, shape, args, n_tasks=len(TASKS))
+        super().__init__(butd, TASKS, LOSSES[args.loss], args.all_tasks, args.only)
 
     def notes(self) -> dict[str, float]:
         used = sub_networks(self.model, TASKS)
@@ -297,13 +298,13 @@ def instructed(
 def report(run: Run) -> None:
     """Write metrics.json and the plots, and print what was reached and where it lies."""
     butd, last, folder = run.experiment.model, run.rows[-1], run.folder
-    sides = {name.removeprefix("accuracy_"): share for name, share in last.items() if name.startswith("accuracy_")}
-    questions = None if tuple(sides) == TASKS else torch.eye(len(SIDES), len(SIDES) + 10)  # a side, and no digit
+    read = run.args.task == "read"
+    questions = None if read else torch.eye(len(SIDES), len(SIDES) + 10)  # a side, and no digit
     metrics = {
-        "accuracy": sides,
+        "accuracy": {k.removeprefix("accuracy_"): share for k, share in last.items() if k.startswith("accuracy_")},
         "epochs": run.rows,
         "config": settings(run.args),
-        **sub_networks(butd, list(sides), questions),
+        **sub_networks(butd, TASKS if read else SIDES, questions),
     }
     text = json.dumps(metrics, indent=2) + "\n"
     write_whole(folder / "metrics.json", lambda path: path.write_text(text))
@@ -342,6 +343,7 @@ def flags() -> argparse.ArgumentParser:
     )
     add("--train-size", type=size, default=20_000, help="training composites per epoch (default %(default)s)")
     add("--test-size", type=size, default=4000, help="test composites (default %(default)s)")
+    add("--only", choices=TASKS, help="learn and test this one alone")
     add(
         "--augment",
         action=argparse.BooleanOptionalAction,
@@ -359,8 +361,8 @@ def build(args: argparse.Namespace) -> Experiment:
     """The experiment that the flags ask for."""
     if args.download and args.data_root is None:
         raise UserError("--download needs --data-root, the folder to fetch into")
-    if args.task == "neighbour" and (args.heads == "per-task" or args.all_tasks):
-        raise UserError("--heads per-task and --all-tasks belong to --task read")
+    if args.task == "neighbour" and (args.heads == "per-task" or args.all_tasks or args.only):
+        raise UserError("--heads per-task, --all-tasks and --only belong to --task read")
     return ReadADigit(args) if args.task == "read" else FindANeighbour(args)
 
 

@@ -109,6 +109,15 @@ def test_200_steps_lower_the_loss(case: str, data: Path, tmp_path: Path) -> None
     assert min(losses[len(losses) // 2 :]) < losses[0]
 
 
+def test_one_task_alone(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert job("multi_mnist", data, tmp_path / "right", "--only", "right") == 0
+    assert [name for name in log(tmp_path / "right")[0] if name.startswith("accuracy")] == ["accuracy_right"]
+    assert job("celeba", data, tmp_path / "face", "--only", "attribute_3") == 0
+    assert "attribute_3" in (printed := capsys.readouterr().out) and "attribute_4" not in printed
+    assert job("celeba", data, tmp_path / "none", "--only", "smile") == 1
+    assert "--only smile: the tasks are attribute_0, attribute_1" in capsys.readouterr().err
+
+
 # -- going on
 
 
