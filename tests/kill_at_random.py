@@ -22,20 +22,8 @@ import multi_mnist
 import train_uninstructed
 from training import checkpoints
 
-FLAGS = [
-    "--epochs",
-    "25",
-    "--batch-size",
-    "50",
-    "--feedback",
-    "mirrored",
-    "--hidden",
-    "50",
-    "--checkpoint-steps",
-    "20",
-    "--device",
-    "cpu",
-]
+FLAGS = ["--batch-size", "50", "--feedback", "mirrored", "--hidden", "50", "--checkpoint-steps", "20"]
+ENDLESS = ["--epochs", "1000000"]  # the schedule knows no end, so a run may be made shorter or longer
 LONGEST = 1.0  # seconds that a run may live
 
 
@@ -45,7 +33,7 @@ def start(out: Path, *flags: str) -> int:
     if process == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(1, 2)
-        os._exit(train_uninstructed.main([*FLAGS, "--out", str(out), *flags]))
+        os._exit(train_uninstructed.main([*FLAGS, "--device", "cpu", "--out", str(out), *flags]))
     return process
 
 
@@ -55,7 +43,7 @@ def main(folder: Path, times: int) -> None:
     multi_mnist.mnist_data()
     moments, killed, path = random.Random(0), 0, folder / "killed" / checkpoints.FILE
     while killed < times:
-        process = start(folder / "killed", "--resume")
+        process = start(folder / "killed", "--resume", *ENDLESS)
         time.sleep(moments.uniform(0.1, LONGEST))
         os.kill(process, signal.SIGKILL)
         _, status = os.waitpid(process, 0)
@@ -64,8 +52,9 @@ def main(folder: Path, times: int) -> None:
         killed += 1
         if path.exists():
             checkpoints.load(path)
-    for run, flags in (("killed", ["--resume"]), ("undisturbed", [])):
-        _, status = os.waitpid(start(folder / run, *flags), 0)
+    epochs = checkpoints.load(path)[0]["position"]["epoch"] + 1 if path.exists() else 1
+    for run in ("killed", "undisturbed"):
+        _, status = os.waitpid(start(folder / run, "--resume", "--epochs", str(epochs)), 0)
         if status:
             raise SystemExit(f"{run}: ended with {status}")
     one, other = (safetensors.torch.load_file(folder / run / checkpoints.FILE) for run in ("killed", "undisturbed"))

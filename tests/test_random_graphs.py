@@ -27,7 +27,10 @@ TOLERANCE = 1e-9
 SMALLEST = 1e-3
 """Smaller gradients are judged by this one: their terms, which behind a norm of equal values are some hundreds, may
 cancel but for their rounding."""
-EXCEPTIONS = {"galu": "fxfeedback itself puts it into the BU graph: every instructed pass has it"}
+EXCEPTIONS = {
+    "galu": "fxfeedback itself puts it into the BU graph: every instructed pass has it",
+    "synced": "with one process it is batch norm; with two, in test_distributed.py",
+}
 
 
 def floating(output: Any) -> list[torch.Tensor]:
@@ -358,7 +361,7 @@ def test_a_batch_norm_takes_an_empty_batch():
 
 
 @pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("order", itertools.permutations(range(4)))
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
 def test_a_batch_norm_learns_in_any_layout(order, train):
     net = nn.BatchNorm2d(2, track_running_stats=not train).double()
     size = (1, 2, 1, 3)

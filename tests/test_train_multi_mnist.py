@@ -281,5 +281,5 @@ class Untraceable(nn.Module):
 def test_a_model_that_cannot_be_traced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(train_multi_mnist.OWN_MODELS, "convnet", Untraceable)
+    monkeypatch.setitem(train_multi_mnist.OWN_MODELS, "convnet", lambda width: Untraceable())
     message(capsys, tmp_path)
