@@ -45,7 +45,7 @@ DATA is a folder with one folder of pictures per class, for training and for val
     DATA/val/cat/7.jpg    DATA/val/dog/7.jpg    ...
 """
 ON_DIGITS = ["--model", "resnet18", "--connect", "layer4:layer1.0.conv1", "--image-size", "32", "--epochs", "3"]
-"""What a command line without a word stands for: a minute or two on a CPU."""
+"""The settings where neither a folder nor a model is given: a minute or two on a CPU."""
 
 VALIDATION_CROP = 224 / 256  # share of a picture's shorter side that validation looks at
 RESOLUTION_STEP = 32  # pixels; what the resolutions on the way are multiples of
@@ -281,7 +281,7 @@ def flags() -> argparse.ArgumentParser:
         type=Path,
         help="folder with the pictures, see below (none: the embedded digits)",
     )
-    add("--model", default="alexnet", help="a torchvision classifier, or timm:NAME (default %(default)s)")
+    add("--model", help="a torchvision classifier, or timm:NAME (default alexnet; without DATA a small ResNet-18)")
     add(
         "--connect",
         metavar="SOURCE:DESTINATION",
@@ -314,7 +314,11 @@ def flags() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job; returns the exit code: 0, 1 after an error, 130 after Ctrl-C."""
-    args = parse(flags(), (sys.argv[1:] if argv is None else argv) or ON_DIGITS)
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = parse(flags(), words)
+    if args.model is None:
+        small = args.folder is None and not args.nodes
+        args = parse(flags(), [*(ON_DIGITS if small else ["--model", "alexnet"]), *words])
     if args.nodes:
         return exit_code(lambda: list_nodes(args), fxfeedback.Error)
     return job(args, ClassifyInPasses, report)

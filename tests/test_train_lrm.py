@@ -260,11 +260,14 @@ def test_nothing_to_train(data: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "no connection acts in 1 pass" in capsys.readouterr().err
 
 
-def test_the_embedded_digits_where_there_is_no_folder(tmp_path: Path) -> None:
-    flags = ["--image-size", "32", "--batch-size", "4", "--workers", "0", "--device", "cpu", "--out", str(tmp_path)]
-    assert train_lrm.main([*SQUEEZENET, *flags, "--stop-after", "2"]) == 130
-    about, _ = checkpoints.load(tmp_path / checkpoints.FILE)
-    assert about["settings"]["classes"] == [str(digit) for digit in range(10)]
+def test_a_small_network_learns_digits_where_there_is_no_folder(tmp_path: Path) -> None:
+    flags = ["--batch-size", "4", "--workers", "0", "--device", "cpu", "--out", str(tmp_path), "--stop-after", "2"]
+    assert train_lrm.main(flags) == 130
+    settings = checkpoints.load(tmp_path / checkpoints.FILE)[0]["settings"]
+    assert settings["classes"] == [str(digit) for digit in range(10)] and settings["model"] == "resnet18"
+    assert train_lrm.main([*flags, *SQUEEZENET, "--image-size", "64"]) == 130
+    settings = checkpoints.load(tmp_path / checkpoints.FILE)[0]["settings"]
+    assert settings["model"] == "squeezenet1_1" and settings["connect"] == [["features.12", "features.3.squeeze"]]
 
 
 def test_missing_folders(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
