@@ -10,6 +10,7 @@ import json
 import math
 import signal
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -32,12 +33,11 @@ from training.schedules import SCHEDULES
 REMEMBERS_NO_END = ("constant", "decay", "step")
 """The schedules that are the same for another number of epochs, so that a run can be made longer."""
 
-
 SHOWN = 6
 """How many values of an epoch are printed; the log has all."""
 
 
-class Experiment:
+class Experiment(ABC):
     """What is trained on what: every script makes one of its own.
 
     model: the network, on the CPU.
@@ -52,17 +52,17 @@ class Experiment:
     drop_last = False
     evaluation_batch = 500
 
+    @abstractmethod
     def losses(self, model: nn.Module, batch: Any) -> Tensor:
         """The loss of every sample, (B,); `model` is the network, as the processes share it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def metrics(self) -> Mapping[str, Metric]:
         """New metrics, by their names in the log."""
-        raise NotImplementedError
 
+    @abstractmethod
     def judge(self, batch: Any, metrics: Mapping[str, Metric]) -> None:
         """Update the metrics with a batch of test samples; the network is in evaluation mode."""
-        raise NotImplementedError
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """What is learned, as the optimizers take it."""
@@ -203,12 +203,11 @@ class Run:
     def resume(self) -> None:
         """With --resume, go on from the checkpoint; without, the one that is there is kept under another name."""
         path = self.folder / checkpoints.FILE
-        if not path.exists():
-            return
         if not self.args.resume:
-            if self.fabric.is_global_zero:
+            if self.fabric.is_global_zero and path.exists():  # the other processes do not look at it
                 path.replace(path.with_name(checkpoints.BEFORE))
-            self.fabric.barrier()
+            return
+        if not path.exists():
             return
         about, tensors = checkpoints.load(path)
         try:
