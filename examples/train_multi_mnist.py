@@ -13,6 +13,7 @@ the error into weight updates.
 import argparse
 import json
 import sys
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
@@ -159,32 +160,56 @@ def accuracies(butd: fxfeedback.BUTD, test: Composites, shape: tuple[int, int, i
     return result
 
 
-class MultiMNIST:
-    """Composites as training data: the same at every epoch, or new and slightly distorted ones.
+class Drawn(ABC):
+    """Images of several digits as training data: the same at every epoch, or new and slightly distorted ones.
 
     Args:
         digits: what they are made of.
-        size: composites per epoch.
+        size: images per epoch.
         shape: (channels, height, width) of the images.
-        seed: of the draws; of the composites' random tasks, too.
-        augment: whether every epoch has composites of its own.
+        seed: of the draws.
+        augment: whether every epoch has images of its own.
     """
+
+    composites: Composites
 
     def __init__(self, digits: Digits, size: int, shape: tuple[int, int, int], seed: int, augment: bool) -> None:
         self.digits, self.size, self.shape, self.seed, self.augment = digits, size, shape, seed, augment
-        self.drawn: int | None = None  # the epoch of the composites at hand
+        self.drawn: int | None = None  # the epoch of what is at hand
 
     def __len__(self) -> int:
         return self.size
 
+    def at(self, epoch: int) -> None:
+        """Have the images and the questions of this epoch at hand."""
+        if self.drawn == epoch:
+            return
+        if self.augment or self.drawn is None:
+            self.composites = self.draw(epoch if self.augment else 0)
+        self.ask(epoch)
+        self.drawn = epoch
+
+    @abstractmethod
+    def draw(self, epoch: int) -> Composites:
+        """The images."""
+
+    @abstractmethod
+    def ask(self, epoch: int) -> None:
+        """Draw what each image is asked."""
+
+
+class MultiMNIST(Drawn):
+    """Composites, each with the task of reading one of its digits."""
+
+    def draw(self, epoch: int) -> Composites:
+        return draw_composites(self.digits, self.size, generator(self.seed, "composites", epoch), jitter=self.augment)
+
+    def ask(self, epoch: int) -> None:
+        self.tasks = torch.randint(len(TASKS), (self.size,), generator=generator(self.seed, "tasks", epoch))
+
     def batch(self, indices: Sequence[int], epoch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Images (B, *shape), labels (B, 2), and the task that each is to be asked, (B,)."""
-        if self.drawn != epoch:
-            if self.augment or self.drawn is None:
-                random = generator(self.seed, "composites", epoch if self.augment else 0)
-                self.composites = draw_composites(self.digits, self.size, random, jitter=self.augment)
-            self.tasks = torch.randint(len(TASKS), (self.size,), generator=generator(self.seed, "tasks", epoch))
-            self.drawn = epoch
+        self.at(epoch)
         chosen = torch.as_tensor(indices)
         images = fitted(self.composites.images[chosen], self.shape)
         return images, self.composites.labels[chosen], self.tasks[chosen]
@@ -209,43 +234,32 @@ class ReadADigit(Instructed):
         return {**shares, "overlap": fmean(used["overlap"].values()), **twin_angles(self.model)}
 
 
-class Rows:
-    """Rows of digits with a question each: which digit is to the left, or to the right, of this one?
-
-    Args:
-        digits: what they are made of.
-        size: rows per epoch.
-        length: digits in a row.
-        shape: (channels, height, width) of the images.
-        seed: of the draws.
-        augment: whether every epoch has rows of its own, of slightly distorted digits.
-    """
+class Rows(Drawn):
+    """Rows of so many digits with a question each: which digit is to the left, or to the right, of this one?"""
 
     def __init__(
         self, digits: Digits, size: int, length: int, shape: tuple[int, int, int], seed: int, augment: bool
     ) -> None:
-        self.digits, self.size, self.length, self.shape, self.seed = digits, size, length, shape, seed
-        self.augment, self.drawn = augment, None
+        super().__init__(digits, size, shape, seed, augment)
+        self.length = length
 
-    def __len__(self) -> int:
-        return self.size
+    def draw(self, epoch: int) -> Composites:
+        return draw_rows(self.digits, self.size, self.length, generator(self.seed, "rows", epoch), jitter=self.augment)
+
+    def ask(self, epoch: int) -> None:
+        random = generator(self.seed, "questions", epoch)
+        self.side = torch.randint(len(SIDES), (self.size,), generator=random)
+        self.left = torch.randint(self.length - 1, (self.size,), generator=random)  # place of the pair's left one
 
     def batch(self, indices: Sequence[int], epoch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Images (B, *shape), instructions (B, 12): the side and the digit asked about, one-hot; answers (B,)."""
-        if self.drawn != epoch:
-            if self.augment or self.drawn is None:
-                random = generator(self.seed, "rows", epoch if self.augment else 0)
-                self.rows = draw_rows(self.digits, self.size, self.length, random, jitter=self.augment)
-            random = generator(self.seed, "questions", epoch)
-            self.side = torch.randint(len(SIDES), (self.size,), generator=random)
-            self.left = torch.randint(self.length - 1, (self.size,), generator=random)  # place of the pair's left one
-            self.drawn = epoch
+        self.at(epoch)
         chosen = torch.as_tensor(indices)
-        side, left, labels = self.side[chosen], self.left[chosen], self.rows.labels[chosen]
+        side, left, labels = self.side[chosen], self.left[chosen], self.composites.labels[chosen]
         pair = torch.stack([left + 1 - side, left + side], 1)  # places of the digit asked about, and of the answer
         asked, answer = labels.gather(1, pair).T
         instruction = torch.cat([F.one_hot(side, len(SIDES)), F.one_hot(asked, 10)], 1).float()
-        return fitted(self.rows.images[chosen], self.shape), instruction, answer
+        return fitted(self.composites.images[chosen], self.shape), instruction, answer
 
 
 class FindANeighbour(Experiment):

@@ -72,7 +72,7 @@ def test_a_question_about_a_row_has_the_neighbour_as_its_answer() -> None:
     images = torch.arange(10.0).view(10, 1, 1).expand(10, 28, 28)  # the digit k is an image full of k
     rows = train_multi_mnist.Rows(Digits(images, torch.arange(10)), 300, 4, (1, 28, 70), seed=0, augment=False)
     pictures, instructions, answers = rows.batch(range(300), epoch=0)
-    labels = rows.rows.labels.tolist()
+    labels = rows.composites.labels.tolist()
     pixels = ((pictures * 0.3081 + 0.1307) * 255).round()[:, 0, 0].long()
     for row, line, instruction, answer in zip(labels, pixels, instructions, answers.tolist(), strict=True):
         seen = [

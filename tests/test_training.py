@@ -197,6 +197,8 @@ def test_two_processes_are_one(tmp_path: Path, flags: list[str]) -> None:
     own = ["--data", "mnist", "--data-root", str(tmp_path), "--epochs", "2", "--device", "cpu"]
     own += ["--optimizer", "sgd", "--lr", "0.1", *flags]  # adam would divide by gradients that are rounding
     assert train_uninstructed.main([*own, "--out", str(tmp_path / "one")]) == 0
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / checkpoints.FILE).write_text("of an earlier run")  # starting anew, they put it aside
     done = processes(2, "train_uninstructed.py", *own, "--out", str(tmp_path / "two"))
     assert done.returncode == 0, done.stderr[-6000:]
     one, two = checkpoint(tmp_path / "one"), checkpoint(tmp_path / "two")
