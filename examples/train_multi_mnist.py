@@ -4,7 +4,7 @@ Each image shows two overlapping digits, and the instruction, "left" or "right",
 an ordinary torch.nn model; `fxfeedback.to_butd` derives the top-down network that turns the instruction into gates, and
 the error into weight updates.
 
-    python examples/train_multi_mnist.py                                # the best small network we know, 5 minutes
+    python examples/train_multi_mnist.py                                # a small network, under two minutes
     python examples/train_multi_mnist.py --config multi_mnist           # the published network and settings
     python examples/train_multi_mnist.py --task neighbour               # which digit is to the left of the 3?
     python examples/train_multi_mnist.py --model resnet18 --epochs 2    # any torchvision classifier
@@ -367,7 +367,7 @@ def flags() -> argparse.ArgumentParser:
     add("--data-root", type=Path, help="folder with torchvision's MNIST files, instead of 5,000 embedded digits")
     add("--download", action="store_true", help="fetch the MNIST files into --data-root where they are missing")
     training_flags(parser, "multi_mnist")
-    parser.set_defaults(epochs=36, batch_size=128, optimizer="adamw", lr=1e-3, schedule="cosine", warm_up=5.4)
+    parser.set_defaults(epochs=20, batch_size=128, optimizer="adamw", lr=1e-3, schedule="cosine", warm_up=3.0)
     return parser
 
 

@@ -48,6 +48,12 @@ def training_flags(parser: argparse.ArgumentParser, out: str) -> None:
     add("--momentum", type=number(float, 0, 1), default=0.9, help="of sgd (default %(default)s)")
     add("--weight-decay", type=rate, default=0.0, help="(default here: %(default)s)")
     add("--amp", action=argparse.BooleanOptionalAction, default=False, help="bfloat16 where that is safe (autocast)")
+    add(
+        "--channels-last",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="weights and images lie in memory pixel by pixel, which convolutions are faster with (default)",
+    )
     add("--sync-norms", action=argparse.BooleanOptionalAction, default=False, help="batch statistics of all processes")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of weights and training (default %(default)s)")
     group = parser.add_argument_group("running")

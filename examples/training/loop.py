@@ -101,6 +101,8 @@ class Run:
         self.epoch, self.step, self.loss = 0, 0, 0.0  # whole epochs done, steps of the next one, and their losses' sum
         self.stopping = 0.0  # how many processes want to end
         self.rows: list[dict[str, Any]] = []  # of the log: one for every whole epoch
+        if args.channels_last:
+            experiment.model.to(memory_format=torch.channels_last)
         self.network, self.stepper = fabric.setup(experiment.model, self.optimizer)
         self.resume()
         self.log = Log(folder, self.rows) if fabric.is_global_zero else None
@@ -141,7 +143,7 @@ class Run:
             for place, (batch, weight) in enumerate(batches, 1):
                 waits = place < len(batches)
                 with self.fabric.no_backward_sync(self.network, enabled=waits) if waits else nullcontext():
-                    loss = (self.experiment.losses(self.network, on(device, batch)) * weight).sum()
+                    loss = (self.experiment.losses(self.network, self.put(batch)) * weight).sum()
                     self.fabric.backward(loss * self.fabric.world_size)  # processes average their gradients
                 total[0] += loss.detach()
             total[1] = stop.wanted or self.steps_done() + 1 == args.stop_after
@@ -184,8 +186,18 @@ class Run:
         parts = ([Part(share, 1.0)] for share in shares if share)
         for [(batch, _)] in read(experiment.test, 0, parts, self.args.workers, fabric.device.type == "cuda"):
             with fabric.autocast():
-                experiment.judge(on(fabric.device, batch), metrics)
+                experiment.judge(self.put(batch), metrics)
         return {name: round(metric.compute().item(), 6) for name, metric in metrics.items()}
+
+    def put(self, batch: Any) -> list[Tensor]:
+        """A batch, on the device; images lie in memory as the weights do."""
+        images = torch.channels_last if self.args.channels_last else torch.preserve_format
+        layouts = (images if tensor.ndim == 4 else torch.preserve_format for tensor in batch)
+        device = self.fabric.device
+        return [
+            tensor.to(device, non_blocking=True, memory_format=layout)
+            for tensor, layout in zip(batch, layouts, strict=True)
+        ]
 
     # -- checkpoints
 
@@ -244,16 +256,11 @@ class Stop:
 def make_optimizer(groups: list[dict[str, Any]], args: argparse.Namespace) -> torch.optim.Optimizer:
     """The optimizer that the flags ask for."""
     make: dict[str, Callable[[], torch.optim.Optimizer]] = {
-        "adam": lambda: torch.optim.Adam(groups, lr=args.lr),
-        "adamw": lambda: torch.optim.AdamW(groups, lr=args.lr),
+        "adam": lambda: torch.optim.Adam(groups, lr=args.lr, fused=True),
+        "adamw": lambda: torch.optim.AdamW(groups, lr=args.lr, fused=True),
         "sgd": lambda: torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum),
     }
     return make[args.optimizer]()
-
-
-def on(device: torch.device, batch: Any) -> Any:
-    """A batch, on the device."""
-    return [tensor.to(device, non_blocking=True) for tensor in batch]
 
 
 def as_words(row: dict[str, Any]) -> str:
