@@ -81,7 +81,7 @@ def learner(module: fx.GraphModule, root: nn.Module, learning: Learning) -> fx.G
         if _is_gated_step(node):
             # One look is both: v = relu(z) [t > 0] is positive where the gate is open and relu lets z pass.
             activation = node.all_input_nodes[0]
-            return walk.apply(RULES[activation.target], activation, e, values[node], {"input"})["input"], True
+            return walk.apply(RULES[activation.target], activation, e, values[node], ["input"])["input"], True
         return e, any(_is_gated_step(user) for user in node.users)
 
     def arrive_laterally(node: fx.Node, e: Any) -> tuple[Any, bool]:

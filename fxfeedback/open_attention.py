@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fxfeedback.shaped import Shaped
+
 
 def multi_head(
     module: nn.MultiheadAttention,
@@ -78,8 +80,11 @@ def dot_product(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """`F.scaled_dot_product_attention` has a rule, but for dropout, whose mask the kernel keeps to itself."""
-    if not dropout_p:
+    """`F.scaled_dot_product_attention` has a rule, but for dropout, whose mask the kernel keeps to itself.
+
+    Where sizes are not known, no rule will be asked, and the kernel stays.
+    """
+    if not dropout_p or not isinstance(query, Shaped):
         return NotImplemented
     if enable_gqa:
         raise ValueError("scaled_dot_product_attention with enable_gqa and dropout is not supported")

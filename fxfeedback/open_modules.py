@@ -112,6 +112,7 @@ class _Opener(fx.Tracer):
 
     def open_module(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         opening = next((OPENINGS[kind] for kind in type(module).__mro__ if kind in OPENINGS), None)
+        last = self.last_node()
         try:
             if opening:
                 return opening(module, *args, **kwargs)
@@ -120,6 +121,7 @@ class _Opener(fx.Tracer):
         except Exception as error:
             node = self.present
             if not self.strict:
+                self.erase_behind(last)
                 return self.create_proxy("call_module", node.target, args, kwargs)
             raise RuleError(
                 f"torch.nn.{type(module).__name__} does not open into ops that have rules: {error} "
@@ -207,7 +209,7 @@ class _Opener(fx.Tracer):
 
     def open_function(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """What a function of the user's does, op by op; NotImplemented where it does not run on proxies."""
-        last = next(iter(reversed(self.graph.nodes)), None)
+        last = self.last_node()
         before = [(arg, dict(vars(arg))) for arg in args if isinstance(arg, Shaped)]
         outside, self.inside = self.inside, True
         try:
@@ -218,13 +220,21 @@ class _Opener(fx.Tracer):
                     f"{function.__name__} writes into its arguments and does not open into single ops: {error} "
                     f"(at node {self.present.meta['name']!r}{user_line(self.present)}). Let it return its result."
                 ) from error
-            for node in itertools.takewhile(lambda node: node is not last, reversed(list(self.graph.nodes))):
-                self.graph.erase_node(node)
+            self.erase_behind(last)
             for arg, state in before:
                 arg.__dict__.update(state)
             return NotImplemented
         finally:
             self.inside = outside
+
+    def last_node(self) -> fx.Node | None:
+        """The newest one of the opened graph."""
+        return next(iter(reversed(self.graph.nodes)), None)
+
+    def erase_behind(self, last: fx.Node | None) -> None:
+        """Take back what was opened since `last` was the newest node."""
+        for node in itertools.takewhile(lambda node: node is not last, reversed(list(self.graph.nodes))):
+            self.graph.erase_node(node)
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, torch.Tensor):

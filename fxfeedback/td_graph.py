@@ -80,22 +80,23 @@ class Walk:
             ) from None
         if self.role == "instruct" and rule.weight and operands[rule.weight] in self.bu.depending_on_inputs:
             return []  # a weight that the input makes does not exist yet
-        wanted = {name for name, operand in operands.items() if self._wants(operand)}
+        wanted = [name for name, operand in operands.items() if self._wants(operand)]  # no set: it has no order
         results = self.apply(rule, node, t, self.values(node), wanted)
         if rule.weight and "input" in results:
             results["input"] = self.depart(node, results["input"])
         pairs = [pair for name in operands if name in results for pair in _zip(operands[name], results[name])]
         return [(source, self._cast(c, node, source)) for source, c in pairs if source in self.wanted and c is not None]
 
-    def apply(self, rule: Rule, node: fx.Node, t: Any, y: Any, wanted: set[str]) -> dict[str, Any]:
+    def apply(self, rule: Rule, node: fx.Node, t: Any, y: Any, wanted: Sequence[str]) -> dict[str, Any]:
         """Operand name -> counter neuron, by the rule or by its fused kernel, for the op's value `y`."""
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._see(rule, node, t))
         if self.fused and rule.fused and rule.fused.applies(y, *args, **kwargs):
             return rule.fused.error(t, y, self.saved.get(node, ()), wanted, *args, **kwargs)
         table = rule.table(y, *args, **kwargs)
-        if not wanted <= set(table):
-            missing = ", ".join(sorted(wanted - set(table)))
-            raise RuleError(f"the rule {rule.name!r} brings no counter neuron to {missing} (at node {_where(node)})")
+        if missing := [name for name in wanted if name not in table]:
+            raise RuleError(
+                f"the rule {rule.name!r} brings no counter neuron to {', '.join(missing)} (at node {_where(node)})"
+            )
         return {name: getattr(table[name], self.role)(t) for name in wanted}
 
     def _see(self, rule: Rule, node: fx.Node, t: Any) -> Callable[[fx.Node], Any]:

@@ -14,7 +14,7 @@ from torch import nn
 import fxfeedback
 from fxfeedback import Connection, Steering
 from fxfeedback.errors import InputError, NodeNameError, OptionError, TraceError
-from networks import build
+from networks import Attention, build
 
 SIZE = (2, 6, 6)
 FEEDBACK = [("8", "4"), ("5", "1")]  # in networks.convnet: a linear layer onto a convolution, a ReLU onto a batch norm
@@ -71,6 +71,18 @@ def test_pass_one_is_the_model_and_pass_two_is_not(name):
     model.eval()
     with torch.no_grad():
         assert torch.equal(model(x)[0], net.eval()(x))
+
+
+def test_attention_with_masks_and_dropout_stays_as_it_is():
+    """Also torch's own modules, and kernels whose masks are not known before they run."""
+    torch.manual_seed(0)
+    net, x = Attention(), torch.randn(2, 2, 6, 6)
+    model = fxfeedback.add_feedback(net, [("flatten_1", "layer")], input_size=(2, 6, 6))
+    torch.manual_seed(1)
+    first, second = model(x)
+    torch.manual_seed(1)
+    assert torch.equal(first, net(x)) and not torch.equal(second, first)
+    assert not [name for name in fxfeedback.node_names(model, input_size=(2, 6, 6)) if name.startswith("layer.")]
 
 
 def test_gradients_reach_every_parameter():

@@ -1,7 +1,9 @@
 """The learner in ONNX Runtime takes torch's steps, keeps its state whole, and says what is wrong with a call."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -327,6 +329,22 @@ def test_wrong_options_are_errors(tmp_path):
     with pytest.raises(OptionError, match="remove_parametrizations"):
         fxfeedback.export_learner(butd, path)
     assert not path.exists()
+
+
+def test_every_process_writes_the_same_file(tmp_path):
+    """Whatever order Python's hashes give to sets of names: so that a file's checksum says what it is made of."""
+    code = f"""
+import sys, torch
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import fxfeedback, networks
+torch.manual_seed(0)
+butd = fxfeedback.to_butd(networks.convnet(), n_tasks=2, input_size=(2, 6, 6))
+fxfeedback.export_learner(butd, sys.argv[1], optimizer="adam")
+"""
+    for seed in "12":
+        file, around = str(tmp_path / seed), {**os.environ, "PYTHONHASHSEED": seed}
+        subprocess.run([sys.executable, "-c", code, file], check=True, env=around)
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
 
 
 def test_the_process_that_learns_needs_no_torch(small):

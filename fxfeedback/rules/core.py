@@ -69,8 +69,8 @@ class Fused:
     """PyTorch's fused kernels for an op: faster than its rule in eager mode, equal to it, and not exportable.
 
     `forward(*operands)` replaces the BU op where learning follows; it returns the op's output and a tuple of values for
-    the error pass. `error(e, y, saved, wanted, *operands)` returns a table operand -> counter neuron; `wanted` is the
-    set of operands that need one.
+    the error pass. `error(e, y, saved, wanted, *operands)` returns a table operand -> counter neuron; `wanted`
+    names the operands that need one.
     """
 
     error: Callable[..., dict[str, Any]]
