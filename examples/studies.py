@@ -1,5 +1,6 @@
 """The studies of the BU-TD paper: several ways to train, with several seeds each, as a table and a figure.
 
+    python examples/studies.py                             # a first look: the first one below, short, a minute
     python examples/studies.py feedback                    # TD weights of every kind, against backpropagation
     python examples/studies.py alignment                   # how far TD weights are from BU weights while they learn
     python examples/studies.py noise decay                 # noise on the updates; weight decay
@@ -91,6 +92,8 @@ STUDIES = {
     ),
 }
 
+FIRST_LOOK = ["feedback", "--seeds=2", "--out=runs/first-look", "--", "--lr=1e-3", "--epochs=3"]
+
 Logs = dict[str, list[list[dict[str, float]]]]
 """Variant -> for every seed, the rows of its log."""
 
@@ -158,7 +161,7 @@ def curves(study: Study, logs: Logs) -> Figure:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the studies; returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv) or FIRST_LOOK
     own, flags = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
     parser = argparse.ArgumentParser(
         description="The studies of the BU-TD paper.", epilog="What follows -- are flags for every run."

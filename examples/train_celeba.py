@@ -1,12 +1,15 @@
 """Train an instructed network to tell the attributes of faces: forty attributes are forty instructions.
 
-python examples/train_celeba.py --data-root data              # torchvision's files in data/celeba
-python examples/train_celeba.py --data-root data --config celeba --learning counter-hebb
+Without a folder of faces a small network learns traits of the embedded digits: is it even, has it a loop, is it a 3?
+
+    python examples/train_celeba.py                               # on the embedded digits, a minute
+    python examples/train_celeba.py --data-root data              # torchvision's files in data/celeba
+    python examples/train_celeba.py --data-root data --config celeba --learning counter-hebb
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -22,6 +25,8 @@ from torchvision.datasets import CelebA
 
 import fxfeedback
 from jobs import UserError, number
+from multi_mnist import Digits, embedded_digits
+from train_multi_mnist import convnet
 from training.data import Items
 from training.flags import parse, training_flags
 from training.instructed import Instructed
@@ -32,6 +37,15 @@ from training.measures import sub_networks
 from training.processes import with_synced_norms
 
 ATTRIBUTES = 40
+TRAITS = {
+    "even": {0, 2, 4, 6, 8},
+    "prime": {2, 3, 5, 7},
+    "above four": {5, 6, 7, 8, 9},
+    "with a loop": {0, 6, 8, 9},
+    **{f"a {digit}": {digit} for digit in range(10)},
+}
+ON_DIGITS = ["--model", "convnet", "--epochs", "30", "--lr", "1e-3", "--schedule", "cosine", "--workers", "0"]
+"""The settings for digits, which flags override."""
 
 
 class Faces(Dataset[Any]):
@@ -49,16 +63,37 @@ class Faces(Dataset[Any]):
                 "list_{attr,bbox,landmarks_align}_celeba.txt, list_eval_partition.txt"
             ) from error
 
+        self.tasks = self.faces.attr_names[:ATTRIBUTES]
+
     def __len__(self) -> int:
         return len(self.faces)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         image, labels = self.faces[index]
-        return image, labels, torch.randint(ATTRIBUTES, ())
+        return image, labels, torch.randint(len(self.tasks), ())
 
     def name(self, index: int) -> str:
         """What to call a face that cannot be read."""
         return f"the picture {self.faces.filename[index]}"
+
+
+class Traits(Dataset[Any]):
+    """Index -> digit (1, 28, 28), the traits that it has, (14,), of 0 and 1, and a random one to ask for."""
+
+    def __init__(self, digits: Digits) -> None:
+        self.tasks = list(TRAITS)
+        self.images = (digits.images.unsqueeze(1) / 255 - 0.5) / 0.5
+        self.labels = torch.stack([torch.isin(digits.labels, torch.tensor([*having])) for having in TRAITS.values()], 1)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        return self.images[index], self.labels[index].long(), torch.randint(len(TRAITS), ())
+
+    def name(self, index: int) -> str:
+        """What to call a digit that cannot be read."""
+        return f"the digit {index}"
 
 
 class TellAttributes(Instructed):
@@ -67,16 +102,19 @@ class TellAttributes(Instructed):
     evaluation_batch = 64
 
     def __init__(self, args: argparse.Namespace) -> None:
+        sets: Iterator[Faces | Traits]
         if args.data_root is None:
-            raise UserError("--data-root is missing: the folder that holds, or with --download will hold, CelebA")
-        train, test = (
-            Faces(args.data_root, split, args.image_size, args.download) for split in ("train", args.test_split)
-        )
+            sets = (Traits(digits) for digits in embedded_digits())
+        else:
+            sets = (
+                Faces(args.data_root, split, args.image_size, args.download) for split in ("train", args.test_split)
+            )
+        train, test = sets
         self.train, self.test = Items(train, args.seed, train.name), Items(test, args.seed, test.name)
         net = classifier(args.model)
         butd = fxfeedback.to_butd(
             with_synced_norms(net) if args.sync_norms else net,
-            n_tasks=ATTRIBUTES,
+            n_tasks=len(train.tasks),
             embedding=args.embedding,
             input_size=tuple(train[0][0].shape),
             norm=args.td_norms,
@@ -84,20 +122,22 @@ class TellAttributes(Instructed):
             heads=args.heads.replace("-", "_"),
             learning=args.learning.replace("-", "_"),
         )
-        super().__init__(butd, train.faces.attr_names[:ATTRIBUTES], bce, args.all_tasks, args.only)
+        super().__init__(butd, train.tasks, bce, args.all_tasks, args.only)
 
     def accuracy(self) -> Metric:
         return BinaryAccuracy()
 
 
 def classifier(name: str) -> nn.Module:
-    """A torchvision classifier with a single logit; "published" is ResNet-18 for small pictures.
+    """A torchvision classifier with a single logit; "published" is ResNet-18 for small pictures, "convnet" for digits.
 
-    Its stem is one convolution of 3 by 3 without a stride; unlike the published one it averages its last maps.
+    The published one's stem is one convolution of 3 by 3 without a stride; here its last maps are averaged.
     """
+    if name == "convnet":
+        return convnet(classes=1)
     known = models.list_models(module=models)
     if name not in ("published", *known):
-        raise UserError(f"unknown model {name!r}: published, or a torchvision classifier")
+        raise UserError(f"unknown model {name!r}: published, convnet, or a torchvision classifier")
     net = models.get_model("resnet18" if name == "published" else name, weights=None, num_classes=1)
     if name == "published":
         net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
@@ -120,11 +160,15 @@ def flags() -> argparse.ArgumentParser:
     """The command line; the defaults are the published settings, but for the stem of the network."""
     parser = argparse.ArgumentParser(description="Train an instructed network to tell the attributes of faces.")
     add = parser.add_argument
-    add("--data-root", type=Path, help="folder in which torchvision's folder celeba is, or is to be")
+    add("--data-root", type=Path, help="folder with, or for, torchvision's folder celeba (none: digits)")
     add("--download", action="store_true", help="fetch the files into --data-root where they are missing")
     add("--image-size", type=number(int, 8, 10_000), help="height and width (default: the pictures' own, 218 by 178)")
     add("--test-split", choices=["valid", "test"], default="test", help="(default %(default)s)")
-    add("--model", default="resnet18", help="published, or a torchvision classifier (default %(default)s)")
+    add(
+        "--model",
+        default="resnet18",
+        help="published, convnet (for digits) or a torchvision classifier (default %(default)s)",
+    )
     add("--embedding", type=number(int, 1, 1_000_000), default=200, help="of the instruction (default %(default)s)")
     add(
         "--td-norms", choices=["shared", "separate"], default="separate", help="batch norms of TD (default %(default)s)"
@@ -140,8 +184,12 @@ def flags() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the job; returns the exit code."""
-    return job(parse(flags(), argv), TellAttributes, report)
+    """Run the job; returns the exit code: 0, 1 after an error, 130 after Ctrl-C."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = parse(flags(), words)
+    if args.data_root is None:
+        args = parse(flags(), [*ON_DIGITS, *words])
+    return job(args, TellAttributes, report)
 
 
 if __name__ == "__main__":

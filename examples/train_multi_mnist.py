@@ -58,7 +58,7 @@ EVALUATION_BATCH = 500
 SIDES = ("left_of", "right_of")  # what may be asked about a digit in a row
 
 
-def convnet(width: int = SIDE) -> nn.Module:
+def convnet(width: int = SIDE, classes: int = 10) -> nn.Module:
     """The default network, for images (B, 1, 28, width).
 
     Every rectifier is a layer of gates, and a gate that learning closes rarely opens again. So there are few of them:
@@ -75,7 +75,7 @@ def convnet(width: int = SIDE) -> nn.Module:
         ("flatten", nn.Flatten()),
         ("fc", nn.Linear(48 * 4 * (((width - 4) // 2 - 4) // 2), 256)),
         ("relu3", nn.ReLU()),
-        ("head", nn.Linear(256, 10)),
+        ("head", nn.Linear(256, classes)),
     ]
     return nn.Sequential(OrderedDict(layers))
 

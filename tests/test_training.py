@@ -349,6 +349,23 @@ def test_a_study(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert (tmp_path / "alignment/curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_without_a_word_a_study_is_a_first_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(studies, "run", lambda name, study, args: asked.append((name, args.seeds, args.flags)))
+    assert studies.main([]) == 0
+    [(name, seeds, flags)] = asked
+    assert (name, seeds) == ("feedback", 2) and parse(train_uninstructed.flags(), flags).epochs == 3
+
+
+def test_traits_of_digits_where_there_are_no_faces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--device", "cpu", "--out", str(tmp_path), "--epochs", "1", "--batch-size", "1000", "--lr", "1e-2"]
+    assert train_celeba.main(flags) == 0
+    [row] = log(tmp_path)
+    # In the first split of the digits; what says always no is right where a trait is rare.
+    assert float(row["accuracy_a 3"]) > 0.8 and float(row["accuracy_even"]) < 0.8
+    assert "with a loop" in capsys.readouterr().out
+
+
 def test_several_seeds_give_a_table(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert job("mnist", data, tmp_path, "--repeat", "3") == 0
     printed = capsys.readouterr().out.split("3 runs, mean ± half of the 95 % confidence interval:\n")[1]

@@ -256,8 +256,8 @@ class Stop:
 def make_optimizer(groups: list[dict[str, Any]], args: argparse.Namespace) -> torch.optim.Optimizer:
     """The optimizer that the flags ask for."""
     make: dict[str, Callable[[], torch.optim.Optimizer]] = {
-        "adam": lambda: torch.optim.Adam(groups, lr=args.lr, fused=True),
-        "adamw": lambda: torch.optim.AdamW(groups, lr=args.lr, fused=True),
+        "adam": lambda: torch.optim.Adam(groups, lr=args.lr),
+        "adamw": lambda: torch.optim.AdamW(groups, lr=args.lr),
         "sgd": lambda: torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum),
     }
     return make[args.optimizer]()

@@ -1,4 +1,4 @@
-"""Train the networks of the page, and write all that it loads into examples/web/data: three CPU minutes.
+"""Train the networks of the page, and write all that it loads into examples/web/data: two minutes.
 
     python examples/web/make_models.py
 
@@ -40,7 +40,7 @@ INSTRUCTED = [
     "--device=cpu",
     "--epochs=12",
     "--warm-up=1.8",
-]  # of train_multi_mnist.py, which trains three times as long
+]  # of train_multi_mnist.py, which trains for longer
 LEARNER: list[str] = []  # of learn_on_device.py
 NEW = ".new"  # ends the name of an output of a learner that takes the place of an input in the next step
 
