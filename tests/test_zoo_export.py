@@ -95,4 +95,4 @@ def test_weights_that_are_stored_twice_are_seen(net, tmp_path):
 
 def test_a_number_that_is_none_is_seen():
     with pytest.raises(zoo.Problem, match="off by nan at batch 1"):
-        zoo.least_difference(lambda batch: (float("nan"), 0.0), 1)
+        zoo.least_difference(lambda x, task: (float("nan"), 0.0), SIZE, False, 1)

@@ -12,7 +12,7 @@ output. The learner's step must be torch's, too, for every parameter relative to
 hundredth of the longest where it is shorter than that. A file is about as large as the weights.
 
 In float32 a unit that sits at zero can fall on either side of its gate, which changes all that is behind it a little.
-So numbers that differ are tried again with other inputs: what is wrong stays wrong.
+So a sample whose numbers differ is drawn again: what is wrong stays wrong.
 
 torch.fx cannot trace the detection and optical flow models whole: of them, the part that computes their features.
 """
@@ -36,7 +36,7 @@ from fxfeedback.errors import NodeNameError, OptionError
 from fxfeedback.runtime import Learner, Session
 
 TASKS = 10
-BATCHES = (1, 3)
+SAMPLES = 3
 WARM_UP = 32
 """Samples behind a batch norm's statistics: those of two or three make a deep network magnify rounding beyond use."""
 TRIES = 6
@@ -141,9 +141,8 @@ def learner(butd: fxfeedback.BUTD, size: tuple[int, ...], instructs: bool) -> Fi
         over, there = size_over_weights(path, butd), Learner(path, "cpu")
     start, exact = there.state_dict(), copy.deepcopy(butd).double()
 
-    def difference(batch: int) -> tuple[float, float]:
-        x, task = draw(batch, size, instructs)
-        target = torch.randn(batch, *map(int, there.outputs["logits"][1:]))
+    def difference(x: torch.Tensor, task: torch.Tensor | None) -> tuple[float, float]:
+        target = torch.randn(len(x), *map(int, there.outputs["logits"][1:]))
         updates = updates_of(exact, x.double(), target.double(), task, there.metadata["learns"])
         lr = length(start[name] for name in updates) / length(updates.values())
         there.load_state_dict(start)
@@ -158,7 +157,7 @@ def learner(butd: fxfeedback.BUTD, size: tuple[int, ...], instructs: bool) -> Fi
 
         return off({name: (start[name] - new[name]) / lr for name in updates}), off(single)
 
-    return File(over, least_difference(difference, STEP_TOLERANCE))
+    return File(over, least_difference(difference, size, instructs, STEP_TOLERANCE))
 
 
 def updates_of(
@@ -188,8 +187,7 @@ def outputs_differ(model: nn.Module, session: Session, size: tuple[int, ...], in
     exact = copy.deepcopy(model).double()
 
     @torch.no_grad()
-    def difference(batch: int) -> tuple[float, float]:
-        x, task = draw(batch, size, instructs)
+    def difference(x: torch.Tensor, task: torch.Tensor | None) -> tuple[float, float]:
         wanted, single = (
             [y.numpy() for y in leaves(one(x) if task is None else one(x, task))]
             for one, x in ((exact, x.double()), (model, x))
@@ -204,34 +202,40 @@ def outputs_differ(model: nn.Module, session: Session, size: tuple[int, ...], in
         ]
         return off[0], off[1]
 
-    return least_difference(difference, TOLERANCE)
+    return least_difference(difference, size, instructs, TOLERANCE)
 
 
-def draw(batch: int, size: tuple[int, ...], instructs: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Random inputs, and tasks."""
-    return torch.randn(batch, *size), torch.randint(TASKS, (batch,)) if instructs else None
+Differ = Callable[[torch.Tensor, torch.Tensor | None], tuple[float, float]]
+"""Inputs, tasks -> how far the file is from float64, and how far torch is in float32."""
 
 
-def least_difference(difference: Callable[[int], tuple[float, float]], tolerance: float) -> float:
-    """The larger of the differences from float64 at both batch sizes, each at its best try.
+def least_difference(difference: Differ, size: tuple[int, ...], instructs: bool, tolerance: float) -> float:
+    """The largest of a few samples' differences from float64, one by one and as a batch; each is the best of its tries.
 
     Args:
-        difference: batch size -> that of the file, and torch's own in float32.
+        difference: see `Differ`.
+        size: of a sample.
+        instructs: whether each has a task.
         tolerance: how large a difference may be, or else `ROUNDING` times torch's own.
 
     Raises:
         Problem: it is too large at every try.
     """
-    found = []
-    for batch in BATCHES:
-        tries = []
+    samples, found = [], []
+    for _ in range(SAMPLES):
+        tries: list[tuple[float, float, torch.Tensor, torch.Tensor | None]] = []
         while len(tries) < TRIES and not (tries and tries[-1][0] <= tolerance):
-            tries.append(difference(batch))
-        off, own = min(tries, key=lambda pair: np.nan_to_num(pair[0], nan=np.inf))
+            x, task = torch.randn(1, *size), torch.randint(TASKS, (1,)) if instructs else None
+            tries.append((*difference(x, task), x, task))
+        off, own, x, task = min(tries, key=lambda one: np.nan_to_num(one[0], nan=np.inf))
+        samples.append((x, task))
+        found.append((1, off, own))
+    xs, tasks = zip(*samples, strict=True)
+    found.append((SAMPLES, *difference(torch.cat(xs), torch.cat(tasks) if instructs else None)))
+    for batch, off, own in found:
         if not off <= max(tolerance, ROUNDING * own):  # NaN is not less
             raise Problem(f"numbers are off by {off:.1e} at batch {batch}, torch's by {own:.1e}")
-        found.append(off)
-    return max(found)
+    return max(off for _, off, _ in found)
 
 
 def size_over_weights(path: Path, model: nn.Module) -> float:
