@@ -14,7 +14,8 @@ hundredth of the longest where it is shorter than that. A file is about as large
 In float32 a unit that sits at zero can fall on either side of its gate, which changes all that is behind it a little.
 So a sample whose numbers differ is drawn again: what is wrong stays wrong.
 
-torch.fx cannot trace the detection and optical flow models whole: of them, the part that computes their features.
+torch.fx cannot trace the detection and optical flow models whole: of them, the part that computes their features. Two
+models are tried with fewer blocks, which the row says: whole, they would take more memory than most machines have.
 """
 
 import copy
@@ -27,7 +28,18 @@ import numpy as np
 import torch
 from feedback import connection_in
 from learning import HEADS
-from models import PARTS, Problem, build, input_of, leaves, models, more_models, warm_up
+from models import (
+    PARTS,
+    SHORTENED,
+    Problem,
+    build,
+    input_of,
+    leaves,
+    models,
+    more_models,
+    shorten,
+    warm_up,
+)
 from table import Line, Table, command, in_words
 from torch import nn
 
@@ -70,11 +82,15 @@ class File(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What the table says of a model: for every product its file, None where there is no such thing, or the error."""
+    """What the table says of a model: for every product its file, None where there is no such thing, or the error.
+
+    tried: what was tried of a model that is too large.
+    """
 
     passes: File | str
     instructed: File | str | None
     learner: File | str
+    tried: str = ""
 
 
 # -- the checks --------------------------------------------------------------------------------------------------------
@@ -84,6 +100,7 @@ def check(name: str, kind: str) -> Row:
     """Export the products of one model, and compare them with torch."""
     torch.manual_seed(0)
     part, x = build(name, kind).get_submodule(PARTS.get(kind, "")).eval(), input_of(name, kind)
+    tried = shorten(part, *SHORTENED[name]) if name in SHORTENED else ""
     size = tuple(x.shape[1:])
     warm_up(part, torch.randn(WARM_UP, *size))
     torch.manual_seed(1)
@@ -92,6 +109,7 @@ def check(name: str, kind: str) -> Row:
         attempt(lambda: passes(part, x)),
         attempt(lambda: instructed(butd, size)) if instructs else None,
         attempt(lambda: learner(butd, size, instructs)),
+        tried,
     )
 
 
@@ -264,8 +282,10 @@ def main(names: Sequence[str], file: Path | None = None) -> int:
 
     def row(name: str, kind: str) -> Line:
         products = check(name, kind)
-        wrong = [f"{product}: {cell}" for product, cell in products._asdict().items() if isinstance(cell, str)]
-        return Line([str(cell) if isinstance(cell, File) else "-" for cell in products], not wrong, "; ".join(wrong))
+        cells = {product: getattr(products, product) for product in TABLE.columns}
+        wrong = [f"{product}: {cell}" for product, cell in cells.items() if isinstance(cell, str)]
+        shown = [str(cell) if isinstance(cell, File) else "-" for cell in cells.values()]
+        return Line(shown, not wrong, (products.tried + "; ".join(wrong)).removesuffix(": "))
 
     known = [*models(), *(one for one in more_models() if one[1] != "odd")]
     return TABLE.fill(dict(known), names, row, file)

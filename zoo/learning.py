@@ -17,7 +17,6 @@ its counter neurons are sums of theirs, of which none is negative. A unit is on 
 """
 
 import copy
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +24,7 @@ from typing import Any, NamedTuple
 
 import models as zoo
 import torch
-from models import PARTS, Problem, call_whole, leaves, restore, statistics_of, warm_up
+from models import PARTS, SHORTENED, Problem, call_whole, leaves, restore, shorten, statistics_of, warm_up
 from table import Line, Table, command
 from torch import fx, nn
 
@@ -43,9 +42,6 @@ TASKS = 10
 
 HEADS = {"timm/deit_tiny_distilled_patch16_224": "head"}
 """The prediction head of those that have more than one."""
-
-SHORTENED = {"vit_h_14": ("encoder.layers", 16), "regnet_y_128gf": ("trunk_output.block3", 6)}
-"""The models that would take more than ten gigabytes: their longest row of blocks, and how many of these are tried."""
 
 TABLE = Table(
     "eval, train: the largest error of an update, relative to its gradient\n"
@@ -125,13 +121,6 @@ def check(name: str, kind: str) -> Row:
         if shares and not (ACTIVE[0] <= shares.lowest[0] and shares.highest[0] <= ACTIVE[1]):
             raise Problem(f"active shares: {shares} for {'tasks' if shares is tasks else 'classes'}")
     return Row((errors[0], errors[1]), tasks, classes, tried)
-
-
-def shorten(model: nn.Module, path: str, blocks: int) -> str:
-    """Leave only the first `blocks` in the sequence at `path`; returns what there is, in words."""
-    sequence = model.get_submodule(path)
-    model.set_submodule(path, nn.Sequential(OrderedDict(list(sequence.named_children())[:blocks])))
-    return f"{blocks} of {len(sequence)} {path}: "
 
 
 def unsettle(model: nn.Module) -> None:

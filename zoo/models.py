@@ -1,5 +1,6 @@
 """The models that both tables of the zoo go through: how each is listed, built small, warmed up and called."""
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -77,6 +78,9 @@ TIMM: dict[str, dict[str, Any]] = {
 }
 """Small timm models of many families, with what makes them take 64 by 64."""
 
+SHORTENED = {"vit_h_14": ("encoder.layers", 16), "regnet_y_128gf": ("trunk_output.block3", 6)}
+"""The models that would take more than ten gigabytes: their longest row of blocks, and how many of these are tried."""
+
 PARTS = {"detection": "backbone", "optical_flow": "feature_encoder"}
 """What is rewritten of the models that torch.fx cannot trace whole."""
 
@@ -129,6 +133,13 @@ def build(name: str, kind: str) -> nn.Module:
     small = {"temporal_size": size[-3], "spatial_size": size[-2:]}
     with mock.patch.object(mvit, "_mvit", lambda **given: MAKE_MVIT(**given | small)):
         return without_zeros(torchvision.models.get_model(name, weights=None, **options))
+
+
+def shorten(model: nn.Module, path: str, blocks: int) -> str:
+    """Leave only the first `blocks` in the sequence at `path`; returns what there is, in words."""
+    sequence = model.get_submodule(path)
+    model.set_submodule(path, nn.Sequential(OrderedDict(list(sequence.named_children())[:blocks])))
+    return f"{blocks} of {len(sequence)} {path}: "
 
 
 def without_zeros(model: nn.Module) -> nn.Module:
