@@ -24,6 +24,7 @@ from torch import fx, nn
 
 from fxfeedback.errors import ExportError, OptionError
 from fxfeedback.files import sync
+from fxfeedback.trace import plain
 from fxfeedback.version import __version__
 
 LARGEST = 2**31 - 2**24
@@ -170,7 +171,7 @@ class _Runner(nn.Module):
                 named = list(_leaves(program.output, fx.map_arg(node.args[0], values.__getitem__)))
             else:
                 record.at = program.labels.get(node, node.name)
-                args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+                args, kwargs = plain(fx.map_arg((node.args, node.kwargs), values.__getitem__))
                 values[node] = self.fxfeedback_step_of[node](*args, **kwargs)
         record.at = ""
         record.outputs = [name for name, _ in named]

@@ -205,6 +205,29 @@ def test_a_model_may_call_its_parts_as_the_exporter_does(tmp_path):
     assert_close(Session(tmp_path / "model.onnx", "cpu")(x), model(x))
 
 
+@torch.fx.wrap
+def rolled(x, by):
+    by[0] -= 1
+    return x.roll(by[0], 1)
+
+
+class Rolls(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.second(rolled(self.first(x), [3]))
+
+
+def test_a_function_of_the_models_may_write_into_its_list(tmp_path):
+    """As that of torchvision's video transformers does with the sizes of windows."""
+    model = fxfeedback.add_feedback(Rolls(), [("second", "first")], input_size=(4,)).eval()
+    export(model, tmp_path / "model.onnx")
+    x = torch.randn(3, 4)
+    assert_close(Session(tmp_path / "model.onnx", "cpu")(x), model(x))
+
+
 def test_a_video_model_in_three_dimensions(tmp_path):
     torch.manual_seed(0)
     net = nn.Sequential(
