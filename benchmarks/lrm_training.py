@@ -57,11 +57,21 @@ class Alive(TorchDispatchMode):
 def activations(model: nn.Module, batch: int = BATCH, size: int = 224) -> int:
     """Bytes at the peak of a training step, less the weights and their gradients."""
     model = model.to("meta")
-    alive, gradients = Alive(model), sum(p.nbytes for p in model.parameters())
-    with alive:
+
+    def run() -> None:
         x, labels = (torch.empty(batch, *rest, device="meta") for rest in ((3, size, size), ()))
         step(model, x, labels.long())()
-    return alive.most - gradients
+
+    return most_alive(model, run) - sum(p.nbytes for p in model.parameters())
+
+
+def most_alive(model: nn.Module, run: Run) -> int:
+    """Bytes at the peak of a call, less those of the model; the first one, which builds the graph, is not looked at."""
+    run()
+    alive = Alive(model)
+    with alive:
+        run()
+    return alive.most
 
 
 def step(model: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> Run:
