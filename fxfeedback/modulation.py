@@ -15,7 +15,7 @@ first term is projected before it is resized, which is the same for linear maps,
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -163,7 +163,9 @@ class Modulation(nn.Module):
         neg, pos = self._scales(strength)
         z = z.contiguous(memory_format=CHANNELS_LAST.get(z.ndim, torch.contiguous_format))  # which resizing makes of it
         low = resize(self._mix(neg * z, self.modulation.bias), size, self.resize)
-        return torch.addcmul(low, pos - neg, self._mix(resize(z, size, self.resize).clamp_min(0)))
+        z = resize(z, size, self.resize)
+        above = z.clamp_min(0) if torch.is_grad_enabled() else z.clamp_min_(0)
+        return torch.addcmul(low, pos - neg, self._mix(above))
 
     def _mix(self, z: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """The 1x1 convolution."""
@@ -177,9 +179,9 @@ Share = tuple[Modulation, torch.Tensor, torch.Tensor | None]
 
 
 def modulate(y: torch.Tensor, shares: Sequence[Share], activation: str) -> torch.Tensor:
-    """relu(y + y Σ m), of which the backward pass keeps nothing that is larger than y.
+    """relu(y + y Σ m), slice by slice of the batch: what the blocks compute at y's size stays in a processor's cache.
 
-    What the blocks compute at y's size is computed again, in both directions slice by slice of the batch.
+    A backward pass keeps nothing of it that is larger than y, and computes it again.
     """
 
     def modulated(y: torch.Tensor, *sources: tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
@@ -193,10 +195,9 @@ def modulate(y: torch.Tensor, shares: Sequence[Share], activation: str) -> torch
     positions = y.shape[1:].numel() // shares[0][0].destination.channels
     widest = max(block.source.channels for block, _, _ in shares) * positions * y.element_size()
     sliced = [_sliced(x, len(y), max(1, SLICE // widest)) for x in (y, *itertools.chain(*sources))]
-    parts = [
-        checkpoint(modulated, y, *zip(x[::2], x[1::2], strict=True), use_reentrant=False, preserve_rng_state=False)
-        for y, *x in zip(*sliced, strict=False)
-    ]
+    again = functools.partial(checkpoint, modulated, use_reentrant=False, preserve_rng_state=False)
+    run: Callable[..., Any] = again if torch.is_grad_enabled() else modulated
+    parts = [run(y, *zip(x[::2], x[1::2], strict=True)) for y, *x in zip(*sliced, strict=False)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -28,11 +28,9 @@ RELUS = (F.relu, torch.relu, torch.Tensor.relu)
 
 
 def brief(module: fx.GraphModule) -> fx.GraphModule:
-    """The graph with modulated values rectified in place, and once where the model's own ReLU follows."""
-    for node in module.graph.find_nodes(op="call_function", target=torch.relu):
-        if node.args[0].target is torch.addcmul and len(node.args[0].users) == 1:
-            node.target = torch.relu_
-    _rectify_once(module.graph, module)
+    """The graph with each modulation as one call, which works on a few samples at a time and in place."""
+    for step in (_modulate, _rectify_once):
+        step(module.graph, module)
     drop_unread(module.graph)
     module.recompile()
     return module
