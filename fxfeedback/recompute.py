@@ -79,7 +79,7 @@ def _rectify_once(graph: fx.Graph, root: nn.Module) -> None:
     for node in graph.nodes:
         if node.target in RELUS:
             (source,) = node.all_input_nodes
-            if source.target is torch.relu_ or (source.target is modulate and source.args[2] == "relu"):
+            if source.target is modulate and source.args[2] == "relu":
                 node.replace_all_uses_with(source)
 
 
