@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fxfeedback.errors import CheckpointError, InputError
-from fxfeedback.files import replace_whole
+from fxfeedback.files import LARGEST, replace_whole
 from fxfeedback.providers import CUDA, open_session
 from fxfeedback.signature import Signature, array
 from fxfeedback.version import __version__
@@ -62,10 +62,11 @@ class Learner(Signature):
         self._names = list(state)
         self._open()
         super().__init__(self._stepping, {entry.key: entry.value for entry in self._model.metadata_props}, path)
-        self.NOT_OWN = {"instruction", "target", "lr", *self._changing}
+        self.NOT_OWN = {"instruction", "target", "lr", *self._names, *self._kept}
         zeros = {name: np.zeros(self.inputs[name], self.dtypes[name]) for name in self._kept}  # type: ignore[arg-type]
-        self._now = self._on_device({**state, **zeros})
-        self._next = self._on_device({**state, **zeros})
+        state |= zeros
+        start = {name: state[name] for name in self._changing}
+        self._now, self._next = self._on_device(start), self._on_device(start)
         self.logits: np.ndarray | None = None
 
     def step(self, *inputs_and_target: Any, lr: float, task: Any = None) -> float:
@@ -122,13 +123,13 @@ class Learner(Signature):
         """
         tied = self.metadata["tied"]
         given = {name: value for name, value in state.items() if name not in tied}
-        self.NOT_OWN = {"instruction", "target", "lr", *self._changing}
         zeros = {name: np.zeros_like(self._value(name)) for name in self._kept}
         kept = zeros if optimizer_state is None else optimizer_state
         self._check_names("state_dict", given, self._names)
         self._check_names("optimizer's state", kept, self._kept)
         values = {name: self._fitting(name, value) for name, value in {**given, **kept}.items()}
-        now, fixed = self._on_device(values), {name: values[name] for name in self._fixed}
+        now = self._on_device({name: values[name] for name in self._changing})
+        fixed = {name: values[name] for name in self._fixed}
         if any(not np.array_equal(fixed[name], self._fixed[name]) for name in fixed):
             before, self._fixed = self._fixed, fixed
             try:
@@ -165,15 +166,20 @@ class Learner(Signature):
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        """The sessions of a step and of a prediction: two parts of one graph."""
+        """The sessions of a step and of a prediction: two parts of one graph.
+
+        What never changes is a constant of both, which ONNX Runtime prepares once; where a graph cannot hold it, it is
+        an input that lies on the device.
+        """
         from onnx import ModelProto, numpy_helper
         from onnx.utils import Extractor
 
         model = ModelProto()
         model.CopyFrom(self._model)
-        model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in self._fixed.items())
+        constants = self._fixed if sum(value.nbytes for value in self._fixed.values()) <= LARGEST else {}
+        model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
         extractor = Extractor(model)
-        inputs = [given.name for given in model.graph.input if given.name not in self._fixed]
+        inputs = [given.name for given in model.graph.input if given.name not in constants]
         outputs = [output.name for output in model.graph.output if output.name != "prediction"]
         sessions = []
         for wanted in (outputs, [self._prediction]):
@@ -185,17 +191,18 @@ class Learner(Signature):
             sessions.append(open_session(part.SerializeToString(), self._providers, self._options, self._path))
         (self._stepping, self.note), (self._predicting, _) = sessions
         self.providers: list[str] = self._stepping.get_providers()
+        self._beside = {} if constants else self._on_device(self._fixed)
 
     def _run(
         self, session: Any, feeds: Mapping[str, np.ndarray], wanted: Sequence[str], onto: Mapping[str, Any]
     ) -> list[np.ndarray]:
         """Run on the values that lie on the device: what is `wanted`, as arrays; what changes is written to `onto`."""
-        binding = session.io_binding()
+        binding, there = session.io_binding(), {**self._beside, **self._now}
         for given in session.get_inputs():
             if given.name in feeds:
                 binding.bind_cpu_input(given.name, np.asarray(feeds[given.name], order="C"))
             else:
-                binding.bind_ortvalue_input(given.name, self._now[given.name])
+                binding.bind_ortvalue_input(given.name, there[given.name])
         for name in wanted:
             binding.bind_output(name)
         for name, value in onto.items():
@@ -204,11 +211,11 @@ class Learner(Signature):
         return [value.numpy() for value in binding.get_outputs()[: len(wanted)]]
 
     def _on_device(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Copies of the values that change."""
+        """Copies of the values."""
         import onnxruntime as ort
 
         device = "cuda" if self.providers[0] == CUDA else "cpu"
-        return {name: ort.OrtValue.ortvalue_from_numpy(np.array(values[name]), device) for name in self._changing}
+        return {name: ort.OrtValue.ortvalue_from_numpy(np.array(value), device) for name, value in values.items()}
 
     def _value(self, name: str) -> np.ndarray:
         return np.array(self._now[name].numpy() if name in self._now else self._fixed[name])

@@ -5,6 +5,9 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+LARGEST = 2**31 - 2**24
+"""Bytes of weights beyond which they lie beside an ONNX graph: a graph with its weights holds less than 2 GB."""
+
 
 def replace_whole(path: Path, write: Callable[[str], None]) -> None:
     """Let `write` make a file beside `path`, then put it in its place in one step."""

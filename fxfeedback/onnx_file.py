@@ -23,12 +23,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxfeedback.errors import ExportError, OptionError
-from fxfeedback.files import sync
+from fxfeedback.files import LARGEST, sync
 from fxfeedback.trace import plain
 from fxfeedback.version import __version__
-
-LARGEST = 2**31 - 2**24
-"""Bytes of weights beyond which they go into a file of their own: an ONNX file holds less than 2 GB."""
 
 FOLDED = 64
 """What is computed from a larger tensor is left to ONNX Runtime: folded here, a weight would be stored twice."""

@@ -181,7 +181,10 @@ def small(tmp_path_factory):
     return butd, size, path
 
 
-def test_frozen_parameters_stay_and_can_be_exchanged(small):
+@pytest.mark.parametrize("largest", [2**30, 0])
+def test_frozen_parameters_stay_and_can_be_exchanged(small, monkeypatch, largest):
+    """Also where a graph cannot hold them."""
+    monkeypatch.setattr("fxfeedback.device_learner.LARGEST", largest)
     butd, size, path = small
     learner = Learner(path)
     x, target, task = a_batch(butd, size)
