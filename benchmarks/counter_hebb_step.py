@@ -5,7 +5,6 @@ OMP_WAIT_POLICY=passive python benchmarks/counter_hebb_step.py [--compile] [--th
 The steps are taken in turns. The peak is what torch's profiler saw allocated in one step, gradients included.
 """
 
-import argparse
 import functools
 import itertools
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import torchvision
-from timing import Figure, Ratio, Run, interleaved, milliseconds, ratio, show
+from timing import Figure, Ratio, Run, command_line, interleaved, milliseconds, ratio, show
 from torch.profiler import ProfilerActivity, profile
 
 import fxfeedback
@@ -77,13 +76,7 @@ def peak(run: Run) -> int:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("networks", nargs="*", metavar="NETWORK", help=", ".join(NETWORKS))
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--threads", type=int, default=2)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    print(f"torch {torch.__version__}, {given.threads} threads")
+    given = command_line(__doc__, NETWORKS, compiles=True)
     show(figures(given.networks, given.compile))
 
 

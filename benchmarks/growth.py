@@ -7,7 +7,6 @@ nothing but the arithmetic costs time. Memory is the most that lives at once in 
 torch's meta device, beside the weights.
 """
 
-import argparse
 import copy
 from collections.abc import Iterator, Sequence
 
@@ -15,7 +14,7 @@ import torch
 import torchvision
 from lrm_inference import LRM3
 from lrm_training import most_alive
-from timing import Figure, Ratio, flops, interleaved, milliseconds, ratio, show
+from timing import Figure, Ratio, command_line, flops, interleaved, milliseconds, ratio, show
 from torch import nn
 
 import fxfeedback
@@ -65,9 +64,7 @@ def memory(model: nn.Module, x: torch.Tensor) -> int:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    torch.set_num_threads(parser.parse_args().threads)
+    command_line(__doc__)
     show(figures())
 
 

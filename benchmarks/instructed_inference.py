@@ -5,14 +5,13 @@ OMP_WAIT_POLICY=passive python benchmarks/instructed_inference.py [--threads 2]
 Gates are kept between calls; the time of the instruction pass that makes them is noted beside.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torchvision
-from timing import Figure, interleaved, milliseconds, ratio, show
+from timing import Figure, command_line, interleaved, milliseconds, ratio, show
 
 import fxfeedback
 
@@ -51,11 +50,7 @@ def figures() -> Iterator[Figure]:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    threads = parser.parse_args().threads
-    torch.set_num_threads(threads)
-    print(f"torch {torch.__version__}, {threads} threads")
+    command_line(__doc__)
     show(figures())
 
 

@@ -1,18 +1,17 @@
 """Two passes of LRM networks against the plain network and against forward hooks: time, in turns.
 
-OMP_WAIT_POLICY=passive python benchmarks/lrm_inference.py [--threads 2] [--compile]
+OMP_WAIT_POLICY=passive python benchmarks/lrm_inference.py [--threads 2] [--compile] [NETWORK ...]
 
 Efficiency is the plain network's time, times how many more operations the passes take, over the passes' time: 1 where
 nothing but the arithmetic costs time.
 """
 
-import argparse
 from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 import torchvision
-from timing import Figure, flops, interleaved, milliseconds, ratio, show
+from timing import Figure, command_line, flops, interleaved, milliseconds, ratio, show
 from torch import nn
 
 import fxfeedback
@@ -112,14 +111,8 @@ def figures(networks: Sequence[str] = tuple(NETWORKS), compiled: bool = False) -
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--compile", action="store_true", help="torch.compile all of them")
-    parser.add_argument("networks", nargs="*", default=list(NETWORKS), metavar="NETWORK", help=", ".join(NETWORKS))
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    print(f"torch {torch.__version__}, {arguments.threads} threads, batch {BATCH}, 224 x 224")
-    show(figures(arguments.networks, arguments.compile))
+    given = command_line(__doc__, NETWORKS, compiles=True)
+    show(figures(given.networks, given.compile))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Time is that of a forward and a backward pass of 16 images (AlexNet) or 8 (ResNe
 once in such a step of 128 images, counted tensor by tensor on torch's meta device, less weights and their gradients.
 """
 
-import argparse
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from lrm_inference import NETWORKS, Hooked
-from timing import Figure, Ratio, Run, interleaved, milliseconds, ratio, show
+from timing import Figure, Ratio, Run, command_line, interleaved, milliseconds, ratio, show
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -121,13 +120,7 @@ def figures(networks: Sequence[str] = tuple(TIMED)) -> Iterator[Figure]:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("networks", nargs="*", default=list(TIMED), metavar="NETWORK", help=", ".join(TIMED))
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    print(f"torch {torch.__version__}, {arguments.threads} threads, 224 x 224, 2 passes")
-    show(figures(arguments.networks))
+    show(figures(command_line(__doc__, TIMED).networks))
 
 
 if __name__ == "__main__":

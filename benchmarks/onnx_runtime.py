@@ -3,7 +3,6 @@
 OMP_WAIT_POLICY=passive python benchmarks/onnx_runtime.py [--threads 2]
 """
 
-import argparse
 import collections
 import json
 import tempfile
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from lrm_inference import NETWORKS
-from timing import Figure, flops, interleaved, milliseconds, ratio, show
+from timing import Figure, command_line, flops, interleaved, milliseconds, ratio, show
 
 import fxfeedback
 
@@ -101,12 +100,7 @@ def learner(mode: str, folder: Path, threads: int) -> Figure:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    threads = parser.parse_args().threads
-    torch.set_num_threads(threads)
-    print(f"torch {torch.__version__}, onnxruntime {ort.__version__}, {threads} threads, batch {BATCH}, 224 x 224")
-    show(figures(threads))
+    show(figures(command_line(__doc__).threads))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ OMP_WAIT_POLICY=passive python benchmarks/selected_task.py [--threads 2]
 The whole network keeps its gates between calls in torch, and makes them in every call in ONNX Runtime.
 """
 
-import argparse
 import statistics
 import tempfile
 import warnings
@@ -16,7 +15,7 @@ import onnxruntime
 import torch
 import torchvision
 from onnx_runtime import options
-from timing import Figure, Ratio, Run, flops, interleaved, milliseconds, ratio, show
+from timing import Figure, Ratio, Run, command_line, flops, interleaved, milliseconds, ratio, show
 from tqdm import tqdm
 
 import fxfeedback
@@ -79,12 +78,7 @@ def faster(where: str, runs: Sequence[Run]) -> Iterator[Figure]:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    threads = parser.parse_args().threads
-    torch.set_num_threads(threads)
-    print(f"torch {torch.__version__}, {threads} threads, 224 x 224")
-    show(figures(threads))
+    show(figures(command_line(__doc__).threads))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""What the benchmarks share: times taken in turns, their ratios, figures, and counts of operations."""
+"""What the benchmarks share: a command line, times taken in turns, their ratios, figures, counts of operations."""
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -33,6 +35,26 @@ class Figure(NamedTuple):
     ratio: Ratio
     note: str = ""
     more_is_better: bool = False
+
+
+def command_line(about: str | None, networks: Iterable[str] = (), compiles: bool = False) -> argparse.Namespace:
+    """What every benchmark may be told; sets torch's threads and says what it runs on.
+
+    about: of the benchmark. networks: those that can be chosen from. compiles: whether torch.compile is a choice.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    if compiles:
+        parser.add_argument("--compile", action="store_true", help="torch.compile all of them")
+    if networks:
+        parser.add_argument("networks", nargs="*", default=list(networks), metavar="NETWORK", help=", ".join(networks))
+    given = parser.parse_args()
+    unknown = [name for name in getattr(given, "networks", ()) if name not in networks]
+    if unknown:
+        parser.error(f"there is no network {unknown[0]!r}; choose from {', '.join(networks)}")
+    torch.set_num_threads(given.threads)
+    print(f"torch {torch.__version__}, {given.threads} threads")
+    return given
 
 
 def show(figures: Iterable[Figure]) -> list[Figure]:
