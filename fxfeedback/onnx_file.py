@@ -151,7 +151,7 @@ class _Runner(nn.Module):
             return self.fxfeedback_program.root.get_submodule(str(node.target))
         if node.op == "call_method":
             return functools.partial(_call_method, str(node.target))
-        return node.target  # type: ignore[return-value]
+        return WITH_A_FORM.get(node.target, node.target)  # type: ignore[arg-type, return-value]
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         program, record = self.fxfeedback_program, self.fxfeedback_record
@@ -173,6 +173,23 @@ class _Runner(nn.Module):
         record.at = ""
         record.outputs = [name for name, _ in named]
         return tuple(value.clone() for _, value in named)  # passes may share a value, and a file's outputs are distinct
+
+
+def _attention(query: Any, key: Any, value: Any, attn_mask: Any = None, *options: Any, **named: Any) -> Any:
+    """F.scaled_dot_product_attention of any number of dimensions: torch's exporter takes four."""
+    if query.ndim == 4:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, *options, **named)
+    rows = query.shape[:-2]
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*rows, *attn_mask.shape[-2:]).reshape(-1, 1, *attn_mask.shape[-2:])
+    query, key, value = (each.reshape(-1, 1, *each.shape[-2:]) for each in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask, *options, **named).reshape(
+        *rows, *query.shape[-2:-1], -1
+    )
+
+
+WITH_A_FORM = {F.scaled_dot_product_attention: _attention}
+"""Function -> the same in ops that torch's exporter can take."""
 
 
 def _call_method(name: str, owner: Any, *args: Any, **kwargs: Any) -> Any:

@@ -40,6 +40,7 @@ class Wrapper(nn.Module):
         self._non_persistent_buffers_set = net._non_persistent_buffers_set
         root = nn.Module()
         root._parameters, root._buffers, root._modules = self._parameters, self._buffers, self._modules
+        vars(root).update((name, value) for name, value in vars(net).items() if isinstance(value, torch.Tensor))
         object.__setattr__(self, "_net", net)  # as attributes only, or their tensors would count twice
         object.__setattr__(self, "_root", root)
         self._cache: dict[Any, Any] = {}

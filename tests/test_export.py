@@ -228,6 +228,33 @@ def test_a_function_of_the_models_may_write_into_its_list(tmp_path):
     assert_close(Session(tmp_path / "model.onnx", "cpu")(x), model(x))
 
 
+class Windowed(nn.Module):
+    """Attention of `dims` dimensions, with a mask as it may be broadcast to them."""
+
+    def __init__(self, dims, masked):
+        super().__init__()
+        self.dims, self.mask = dims, torch.randn(6, 6) if masked else None
+        self.project, self.head = nn.Linear(8, 24), nn.Linear(8, 5)
+
+    def forward(self, x):
+        windows = (-1, 2, 2)[: self.dims - 2]
+        query, key, value = self.project(x).chunk(3, -1)
+        parts = (each.reshape(*windows, 6, 8) for each in (query, key, value))
+        y = nn.functional.scaled_dot_product_attention(*parts, self.mask)
+        return self.head(y.reshape(-1, 24, 8).mean(1))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dims", [3, 4, 5])
+def test_attention_of_any_number_of_dimensions(dims, masked, tmp_path):
+    model = fxfeedback.add_feedback(Windowed(dims, masked), [("head", "project")], input_size=(24, 8)).eval()
+    export(model, tmp_path / "model.onnx")
+    session = Session(tmp_path / "model.onnx", "cpu")
+    for batch in (1, 3):
+        x = torch.randn(batch, 24, 8)
+        assert_close(session(x), model(x))
+
+
 def test_a_video_model_in_three_dimensions(tmp_path):
     torch.manual_seed(0)
     net = nn.Sequential(

@@ -155,6 +155,26 @@ class InPlace(nn.Module):
         return z * 2 + y
 
 
+class Masked(nn.Module):
+    """Has a tensor that is neither a parameter nor a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.mask, self.last = nn.Linear(8, 8), torch.randn(8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.first(x)) * self.mask)
+
+
+def test_tensors_that_are_mere_attributes():
+    model, x = Masked(), torch.randn(3, 8)
+    feedback = fxfeedback.add_feedback(model, [("last", "first")], input_size=(8,))
+    butd = fxfeedback.to_butd(model, n_tasks=2, input_size=(8,))
+    for output in (feedback(x)[0], feedback.unrolled(passes=1)(x)[0][0], feedback.eval()(x)[0], butd(x)):
+        assert torch.equal(output, model(x))
+    torch.testing.assert_close(butd.select(1)(x), butd(x, 1))
+
+
 def test_in_place_ops_keep_their_meaning():
     model = InPlace().double()
     law_holds(model, fxfeedback.to_butd(model, input_size=(4,)), torch.randn(5, 4, dtype=torch.double))

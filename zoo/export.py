@@ -65,17 +65,22 @@ LARGEST = (1.1, 2e6)
 
 
 TABLE = Table(
-    "for each product: the file's size over the weights', and the largest difference from torch",
+    "for each product: the file's size over the weights', and the largest difference from torch in float64;\n"
+    "behind the verdict torch's own difference in float32, where a network magnifies rounding",
     {"passes": 14, "instructed": 14, "learner": 14},
     "what is wrong",
 )
 
 
 class File(NamedTuple):
-    """size: bytes over those of the weights; difference: from torch."""
+    """size: bytes over those of the weights; difference: from torch in float64.
+
+    own: how far torch in float32 is from that, where the difference is more than float32 should need.
+    """
 
     size: float
     difference: float
+    own: float | None = None
 
     def __str__(self) -> str:
         return f"{self.size:.2f} {self.difference:7.1e}"
@@ -91,6 +96,10 @@ class Row(NamedTuple):
     instructed: File | str | None
     learner: File | str
     tried: str = ""
+
+
+Differences = tuple[float, float | None]
+"""The last two entries of a `File`."""
 
 
 # -- the checks --------------------------------------------------------------------------------------------------------
@@ -141,7 +150,7 @@ def passes(part: nn.Module, x: torch.Tensor) -> File:
     with tempfile.TemporaryDirectory() as folder:
         fxfeedback.export(model, path := Path(folder, "passes.onnx"))
         session = Session(path, "cpu")
-        return File(size_over_weights(path, model), outputs_differ(model, session, size))
+        return File(size_over_weights(path, model), *outputs_differ(model, session, size))
 
 
 def instructed(butd: fxfeedback.BUTD, size: tuple[int, ...]) -> File:
@@ -149,7 +158,7 @@ def instructed(butd: fxfeedback.BUTD, size: tuple[int, ...]) -> File:
     with tempfile.TemporaryDirectory() as folder:
         fxfeedback.export(butd, path := Path(folder, "instructed.onnx"))
         session = Session(path, "cpu")
-        return File(size_over_weights(path, butd), outputs_differ(butd, session, size, instructs=True))
+        return File(size_over_weights(path, butd), *outputs_differ(butd, session, size, instructs=True))
 
 
 def learner(butd: fxfeedback.BUTD, size: tuple[int, ...], instructs: bool) -> File:
@@ -175,7 +184,7 @@ def learner(butd: fxfeedback.BUTD, size: tuple[int, ...], instructs: bool) -> Fi
 
         return off({name: (start[name] - new[name]) / lr for name in updates}), off(single)
 
-    return File(over, least_difference(difference, size, instructs, STEP_TOLERANCE))
+    return File(over, *least_difference(difference, size, instructs, STEP_TOLERANCE))
 
 
 def updates_of(
@@ -199,7 +208,7 @@ def updates_of(
     return {name: parameters[name].grad.numpy() for name in names}  # type: ignore[union-attr]
 
 
-def outputs_differ(model: nn.Module, session: Session, size: tuple[int, ...], instructs: bool = False) -> float:
+def outputs_differ(model: nn.Module, session: Session, size: tuple[int, ...], instructs: bool = False) -> Differences:
     """The largest difference of any output, relative to the largest output."""
 
     exact = copy.deepcopy(model).double()
@@ -227,7 +236,7 @@ Differ = Callable[[torch.Tensor, torch.Tensor | None], tuple[float, float]]
 """Inputs, tasks -> how far the file is from float64, and how far torch is in float32."""
 
 
-def least_difference(difference: Differ, size: tuple[int, ...], instructs: bool, tolerance: float) -> float:
+def least_difference(difference: Differ, size: tuple[int, ...], instructs: bool, tolerance: float) -> Differences:
     """The largest of a few samples' differences from float64, one by one and as a batch; each is the best of its tries.
 
     Args:
@@ -253,7 +262,8 @@ def least_difference(difference: Differ, size: tuple[int, ...], instructs: bool,
     for batch, off, own in found:
         if not off <= max(tolerance, ROUNDING * own):  # NaN is not less
             raise Problem(f"numbers are off by {off:.1e} at batch {batch}, torch's by {own:.1e}")
-    return max(off for _, off, _ in found)
+    _, off, own = max(found, key=lambda one: one[1])
+    return off, own if off > tolerance else None
 
 
 def size_over_weights(path: Path, model: nn.Module) -> float:
@@ -284,8 +294,13 @@ def main(names: Sequence[str], file: Path | None = None) -> int:
         products = check(name, kind)
         cells = {product: getattr(products, product) for product in TABLE.columns}
         wrong = [f"{product}: {cell}" for product, cell in cells.items() if isinstance(cell, str)]
+        magnified = [
+            f"{product}: torch itself {cell.own:.1e}"
+            for product, cell in cells.items()
+            if isinstance(cell, File) and cell.own is not None
+        ]
         shown = [str(cell) if isinstance(cell, File) else "-" for cell in cells.values()]
-        return Line(shown, not wrong, (products.tried + "; ".join(wrong)).removesuffix(": "))
+        return Line(shown, not wrong, "; ".join(filter(None, [products.tried.removesuffix(": "), *wrong, *magnified])))
 
     known = [*models(), *(one for one in more_models() if one[1] != "odd")]
     return TABLE.fill(dict(known), names, row, file)
