@@ -171,11 +171,11 @@ def passes(node: fx.Node) -> bool:
 
 
 def is_floating(node: fx.Node) -> bool:
-    """Whether the node's value is a floating-point tensor, or holds one."""
+    """Whether the node's value is a floating-point tensor, or holds one; complex numbers are such, too."""
     specs: list[Any] = [node.meta.get("spec")]
     if isinstance(specs[0], tuple):
         specs = list(specs[0])
-    return any(isinstance(spec, Spec) and spec.dtype.is_floating_point for spec in specs)
+    return any(isinstance(spec, Spec) and (spec.dtype.is_floating_point or spec.dtype.is_complex) for spec in specs)
 
 
 def positions_of(node: fx.Node) -> list[int]:

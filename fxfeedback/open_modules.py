@@ -24,7 +24,7 @@ from fxfeedback.openings import OPENINGS, call
 from fxfeedback.ops import same
 from fxfeedback.rules.core import CONSTANT, RULES
 from fxfeedback.shaped import Shaped, Shapes, same_number
-from fxfeedback.trace import identifier, is_operator_in_place, is_users, plain, user_line
+from fxfeedback.trace import gradients_of_the_models, identifier, is_operator_in_place, is_users, plain, user_line
 
 OUT_OF_PLACE = {
     operator.iadd: operator.add,
@@ -56,7 +56,7 @@ def open_modules(
     Raises:
         RuleError: a torch.nn module does not open.
     """
-    with parametrize.cached():
+    with parametrize.cached(), gradients_of_the_models():
         opener = _Opener(module, strict, example_inputs, owner or module)
         for node in module.graph.nodes:
             opener.open(node)
@@ -189,6 +189,11 @@ class _Opener(fx.Tracer):
             args[0].becomes(proxy)
             return args[0]
         return proxy
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if self.inside and not torch.is_grad_enabled():
+            raise RuleError("torch.no_grad() in a function that is marked with torch.fx.wrap")
+        return super().create_node(*args, **kwargs)
 
     def proxy(self, node: fx.Node) -> Any:
         """A proxy that knows its shape, where sizes are known; a number that the batch has no say in as itself."""
@@ -348,6 +353,6 @@ def _out_of_place(target: Any) -> Any:
         return target
     if name in FILLING:
         return FILLING[name]
-    if isinstance(target, str):
-        return name[:-1]
+    if isinstance(target, str):  # but not requires_grad_, whose namesake is no method
+        return name[:-1] if callable(getattr(torch.Tensor, name[:-1], None)) else target
     return getattr(torch, name[:-1], None) or getattr(F, name[:-1], target)

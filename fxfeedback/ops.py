@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import distributed, fx
+from torch.utils._pytree import tree_map_only
 from torchvision.ops import stochastic_depth
 
 
@@ -23,9 +24,28 @@ def one_node(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+@functools.cache
+def applying(kind: Any) -> Callable[..., Any]:
+    """What a torch.autograd.Function applies, under the class's name; any other function is itself."""
+    if not (isinstance(kind, type) and issubclass(kind, torch.autograd.Function)):
+        return kind
+
+    def apply(*args: Any, **kwargs: Any) -> Any:
+        return kind.apply(*args, **kwargs)
+
+    apply.__module__, apply.__name__, apply.__qualname__ = kind.__module__, kind.__name__, kind.__qualname__
+    apply.autograd_function = kind  # type: ignore[attr-defined]
+    return apply
+
+
 def same(input: torch.Tensor) -> torch.Tensor:
     """The input itself: what is left of dropout in evaluation mode, and of nn.Identity."""
     return input
+
+
+def without_gradient(input: Any) -> Any:
+    """What a model computed under torch.no_grad(): tensors that no gradient passes; sizes and the like as they are."""
+    return tree_map_only(torch.Tensor, torch.Tensor.detach, input)
 
 
 def survival(input: torch.Tensor, p: float, mode: str) -> torch.Tensor:

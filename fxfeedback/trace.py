@@ -17,7 +17,7 @@ import traceback
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 from unittest import mock
 
@@ -26,10 +26,13 @@ import torch.nn.functional as F
 import torchvision
 from torch import fx, nn
 from torch.ao.nn.quantized import FloatFunctional
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import CheckpointFunction
 from torchvision.models.feature_extraction import NodePathTracer
 
 from fxfeedback.errors import InputError, NodeNameError, TraceError
+from fxfeedback.ops import applying, without_gradient
 
 QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 """Packages of quantized modules; what computes with floats there are only the `FloatFunctional`s."""
@@ -60,9 +63,9 @@ def share(model: nn.Module) -> nn.Module:
     """A copy of `model` whose modules are new (modes, attributes) and whose parameters and buffers are the same.
 
     Raises:
-        TraceError: a quantized model.
+        TraceError: a quantized, compiled, scripted, wrapped or uninitialized model.
     """
-    _refuse_quantized(model)
+    refuse_untraceable(model)
     tensors = [*model.parameters(), *model.buffers()]
     tensors += [tensor for module in model.modules() for tensor in _tensors_in(vars(module))]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
@@ -97,6 +100,7 @@ class PathTracer(NodePathTracer):
     def __init__(self) -> None:
         super().__init__(leaf_modules=[], autowrap_modules=(math, torchvision.ops))
         self.thread = threading.get_ident()
+        self.without_gradient: dict[fx.Node, fx.Node | None] = {}
 
     # torch.fx replaces methods of nn.Module while it traces; other threads may run modules in the meantime.
 
@@ -121,12 +125,49 @@ class PathTracer(NodePathTracer):
                     self.node_to_qualname[value.node] = f"{path}.{node.meta['name']}"
         return fx.map_arg(graph.output_node().args[0], values.__getitem__)
 
+    # A graph knows no torch.no_grad(): what is computed under it passes no gradient on where it is used outside.
+
+    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(kind, *args, **kwargs)
+        if kind.startswith("call") and not torch.is_grad_enabled():
+            self.without_gradient[node] = None
+        return node
+
+    def create_arg(self, a: Any) -> Any:
+        arg = super().create_arg(a)
+        if not isinstance(arg, fx.Node) or arg not in self.without_gradient or not torch.is_grad_enabled():
+            return arg
+        if self.without_gradient[arg] is None:
+            node = self.create_node("call_function", without_gradient, (arg,), {})
+            self.node_to_qualname[node] = self._get_node_qualname(self.current_module_qualname, node)
+            self.proxy(node)
+            self.without_gradient[arg] = node
+        return self.without_gradient[arg]
+
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if threading.get_ident() != self.thread:
             return attr_val
         # A counter is a value of the graph: to count in tracing would change the user's model, and never count again.
         self.proxy_buffer_attributes = isinstance(attr_val, torch.Tensor) and attr_val.ndim == 0
         return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+@contextmanager
+def gradients_of_the_models() -> Iterator[None]:
+    """While a model's code runs on proxies: only its own torch.no_grad() counts, and autograd functions stay whole."""
+    original = inspect.getattr_static(torch.autograd.Function, "apply")
+
+    def apply(kind: type, *args: Any, **kwargs: Any) -> Any:
+        proxies = [value for value in (*args, *kwargs.values()) if isinstance(value, fx.Proxy)]
+        if not proxies:
+            return original.__get__(None, kind)(*args, **kwargs)
+        if kind is CheckpointFunction:
+            function, _, *given = args
+            return function(*given)
+        return proxies[0].tracer.create_proxy("call_function", applying(kind), args, kwargs)
+
+    with torch.enable_grad(), mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)):
+        yield
 
 
 _ONE_AT_A_TIME = threading.RLock()
@@ -179,7 +220,7 @@ def trace_with(tracer: PathTracer, model: nn.Module, n_inputs: int) -> fx.GraphM
         )
     versions = {name: buffer._version for name, buffer in model.named_buffers()}
     try:
-        with _as_they_were(model):
+        with _as_they_were(model), gradients_of_the_models():
             graph = tracer.trace(model, concrete_args=_defaults(model, n_inputs))
         for name, buffer in model.named_buffers():
             if buffer._version != versions.get(name, buffer._version):
@@ -211,7 +252,7 @@ def example_for(model: nn.Module, input_size: Sequence[int] | None = None) -> tu
     `input_size` defaults to 224 by 224 with the first convolution's channels, or, without a convolution, to the first
     linear layer's features.
     """
-    _refuse_quantized(model)
+    refuse_untraceable(model)
     if input_size is None:
         input_size = _default_size(model)
     if any(not isinstance(size, int) or size < 1 for size in input_size):
@@ -257,12 +298,12 @@ def _unpack_outputs(module: fx.GraphModule) -> None:
 
 
 def is_structure(node: fx.Node) -> bool:
-    """Whether the node only builds a named tuple of others."""
-    return node.op == "call_function" and hasattr(node.target, "_fields")
+    """Whether the node only builds a named tuple or a dataclass of others."""
+    return node.op == "call_function" and (hasattr(node.target, "_fields") or is_dataclass(node.target))
 
 
 def leaves_of(structure: Any) -> list[fx.Node]:
-    """The nodes in what a model returns, in order, each once; a named tuple stands for its elements."""
+    """The nodes in what a model returns, in order, each once; a named tuple or dataclass stands for its elements."""
     leaves: dict[fx.Node, None] = {}
 
     def visit(node: fx.Node) -> None:
@@ -471,7 +512,9 @@ def _has_effect(node: fx.Node, model: nn.Module) -> bool:
 
 def is_users(function: Any) -> bool:
     """Whether a function is Python code of the model's, from outside torch."""
-    return isinstance(function, types.FunctionType) and function.__module__.split(".")[0] not in ("torch", "fxfeedback")
+    if not isinstance(function, types.FunctionType) or hasattr(function, "autograd_function"):
+        return False
+    return function.__module__.split(".")[0] not in ("torch", "fxfeedback")
 
 
 def is_operator_in_place(target: Any) -> bool:
@@ -479,15 +522,30 @@ def is_operator_in_place(target: Any) -> bool:
     return target in (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
 
-def _refuse_quantized(model: nn.Module) -> None:
-    """Quantized modules hold packed integers: nothing that could be modulated, transposed or learned."""
+def refuse_untraceable(model: nn.Module) -> None:
+    """Say what to pass instead of a model, or a part of it, whose code or weights are out of reach."""
     for name, module in model.named_modules():
-        packed = type(module).__module__.startswith(QUANTIZED) and not isinstance(module, FloatFunctional)
-        if packed or any(tensor.is_quantized for tensor in module._parameters.values() if tensor is not None):
-            raise TraceError(
-                f"{name or type(model).__name__!r} is quantized ({type(module).__name__}): convert the floating-point "
-                "model, and quantize what is exported"
-            )
+        reason = _untraceable(module)
+        if reason:
+            raise TraceError(f"{name or type(model).__name__!r} {reason}")
+
+
+def _untraceable(module: nn.Module) -> str:
+    if type(module).__module__.startswith("torch._dynamo"):
+        return "is compiled: convert the model inside, model._orig_mod, and compile what is returned"
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return f"is a {type(module).__name__}: convert the model inside, model.module, and wrap what is returned"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "is TorchScript: pass the Python model that it was made from"
+    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
+        return "has no weights before its first call: call the model once"
+    packed = type(module).__module__.startswith(QUANTIZED) and not isinstance(module, FloatFunctional)
+    if packed or any(tensor.is_quantized for tensor in module._parameters.values() if tensor is not None):
+        # Packed integers are nothing that could be modulated, transposed or learned.
+        return (
+            f"is quantized ({type(module).__name__}): convert the floating-point model, and quantize what is exported"
+        )
+    return ""
 
 
 def _default_size(model: nn.Module) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from torch.utils.checkpoint import checkpoint
 
 import fxfeedback
 from fxfeedback.errors import OptionError, RuleError
@@ -566,3 +567,80 @@ def test_a_method_without_a_rule_is_named():
     )
     with pytest.raises(RuleError, match=pattern):
         fxfeedback.to_butd(NoRule(), input_size=(4,))
+
+
+# -- what a model's code does about gradients --------------------------------------------------------------------------
+
+
+class StraightThrough(torch.autograd.Function):
+    """The sign, with the gradient of the identity."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx, error):
+        return error
+
+
+class Trunk(nn.Module):
+    """Two linear layers with something of the model's between them."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.first, self.last, self.between = nn.Linear(4, 6), nn.Linear(6, 3), between
+
+    def forward(self, x):
+        return self.last(torch.relu(self.between(self.first, x)))
+
+
+def without_gradients(layer, x):
+    with torch.no_grad():
+        size, (left, right) = x.shape[0], layer(x).chunk(2, 1)
+        left = left * 2
+    return torch.cat([left, right], 1).view(size, -1)
+
+
+def checkpointed(layer, x):
+    return checkpoint(lambda y: y.sigmoid() * 2, layer(x), use_reentrant=True)
+
+
+def gradients(network, x):
+    network.zero_grad()
+    output = network(x)
+    (output[0] if isinstance(output, list) else output).square().sum().backward()
+    return {name: parameter.grad for name, parameter in network.named_parameters() if not name.startswith("mod")}
+
+
+@pytest.mark.parametrize("ambient", [torch.enable_grad, torch.no_grad])
+@pytest.mark.parametrize("between", [without_gradients, checkpointed, lambda layer, x: StraightThrough.apply(layer(x))])
+def test_gradients_are_as_the_models_code_has_them(between, ambient, same_rules):
+    @rule(StraightThrough)
+    def straight_through(y, input):
+        """sign x, and its error as it is"""
+        return {"input": fxfeedback.rules.roles(instruct=lambda t: t, error=lambda e: e)}
+
+    model, x = Trunk(between).double(), torch.randn(5, 4, dtype=torch.double)
+    expected = {name: grad if grad is None else grad.clone() for name, grad in gradients(model, x).items()}
+    with ambient():  # where the graphs are built makes no difference
+        feedback = fxfeedback.add_feedback(model, [("last", "last")], input_size=(4,))
+        butd = fxfeedback.to_butd(model, input_size=(4,))
+        butd(x), feedback(x)
+    for network in (feedback, butd):
+        for name, found in gradients(network, x).items():
+            assert found is None if expected[name] is None else near(found, expected[name])
+
+
+def test_an_autograd_function_without_a_rule_is_named():
+    model = Trunk(lambda layer, x: StraightThrough.apply(layer(x)))
+    with pytest.raises(RuleError, match=r"no rule for test_users_expect\.StraightThrough \(at node 'straight_through'"):
+        fxfeedback.to_butd(model, input_size=(4,))
+
+
+def test_complex_numbers_have_no_rules():
+    model = Trunk(lambda layer, x: torch.fft.irfft(torch.fft.rfft(layer(x))))
+    feedback = fxfeedback.add_feedback(model, [("last", "last")], input_size=(4,))
+    torch.testing.assert_close(feedback(torch.ones(2, 4))[0], model(torch.ones(2, 4)))
+    with pytest.raises(RuleError, match=r"no rule for .*irfft"):
+        fxfeedback.to_butd(model, input_size=(4,))

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -133,6 +134,54 @@ def test_several_inputs_and_outputs():
     law_holds(model, butd, x, z)
     with pytest.raises(fxfeedback.errors.InputError, match="2 inputs"):
         butd(x)
+
+
+@dataclass
+class Answer:
+    """What a model may return, as a named tuple."""
+
+    logits: torch.Tensor
+    features: torch.Tensor
+
+
+class Answering(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        features = torch.relu(self.first(x))
+        return Answer(self.last(features), features)
+
+
+def test_a_dataclass_is_returned():
+    model, x = Answering().double(), torch.randn(5, 4, dtype=torch.double)
+    butd = fxfeedback.to_butd(model, n_tasks=2, head="last", input_size=(4,))
+    feedback = fxfeedback.add_feedback(model, [("last", "first")], input_size=(4,))
+    for output in (butd(x), feedback(x)[0], feedback.eval()(x)[0]):
+        assert isinstance(output, Answer) and torch.equal(output.logits, model(x).logits)
+    assert isinstance(butd.select(1)(x), Answer)
+    butd(x).logits.sum().backward()
+    (expected,) = torch.autograd.grad(model(x).logits.sum(), [model.first.weight])
+    torch.testing.assert_close(model.first.weight.grad, expected)
+
+
+UNTRACEABLE = {
+    "is compiled: convert the model inside": lambda model: torch.compile(model),
+    "is a DataParallel: convert the model inside": nn.DataParallel,
+    "is TorchScript: pass the Python model": torch.jit.script,
+    "has no weights before its first call": lambda model: nn.Sequential(model, nn.LazyLinear(3)),
+}
+
+
+@pytest.mark.parametrize("message", UNTRACEABLE)
+def test_what_hides_its_code_or_weights_is_refused(message):
+    model = UNTRACEABLE[message](nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6)))
+    for inside in (model, nn.Sequential(model, nn.ReLU())):
+        with pytest.raises(fxfeedback.errors.TraceError, match=message):
+            fxfeedback.to_butd(inside, input_size=(4,))
+        with pytest.raises(fxfeedback.errors.TraceError, match=message):
+            fxfeedback.node_names(inside, input_size=(4,))
 
 
 class InPlace(nn.Module):

@@ -254,7 +254,9 @@ def least_difference(difference: Differ, size: tuple[int, ...], instructs: bool,
         while len(tries) < TRIES and not (tries and tries[-1][0] <= tolerance):
             x, task = torch.randn(1, *size), torch.randint(TASKS, (1,)) if instructs else None
             tries.append((*difference(x, task), x, task))
-        off, own, x, task = min(tries, key=lambda one: np.nan_to_num(one[0], nan=np.inf))
+        off, own, x, task = min(
+            tries, key=lambda one: np.nan_to_num(one[0] / max(tolerance, ROUNDING * one[1]), nan=9e9)
+        )
         samples.append((x, task))
         found.append((1, off, own))
     xs, tasks = zip(*samples, strict=True)

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from fxfeedback.ops import applying
 from fxfeedback.rules.examples import Example
 
 Counter = Any
@@ -119,12 +120,13 @@ def rule(
 ) -> Callable[[Callable], Rule]:
     """Register the decorated table as the rule of the functions `targets`, which are spellings of one op (see `Rule`).
 
+    A torch.autograd.Function is given as its class.
     A tensor method of the same name goes with a function of torch: torch.mul brings torch.Tensor.mul.
     """
 
     def register(table: Callable[..., dict[str, Roles]]) -> Rule:
         made = Rule(table.__name__, table, weight, rectifies, step, channels)
-        made.targets = [*targets, *filter(None, map(_tensor_method, targets))]
+        made.targets = [*map(applying, targets), *filter(None, map(_tensor_method, targets))]
         RULES.update(dict.fromkeys(made.targets, made))
         return made
 

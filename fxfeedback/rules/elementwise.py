@@ -6,8 +6,9 @@ import operator
 import torch
 import torch.nn.functional as F
 
+from fxfeedback.ops import without_gradient
 from fxfeedback.rules.activation import pointwise
-from fxfeedback.rules.core import constant, roles, rule, sum_to
+from fxfeedback.rules.core import as_is, constant, nothing, roles, rule, sum_to
 from fxfeedback.rules.examples import C, T, call
 
 Tensor = torch.Tensor
@@ -187,6 +188,12 @@ def chosen(y, input, other, before):
     return {"input": to(input, other), "other": to(other, input)}
 
 
+@rule(without_gradient)
+def cut_off(y, input):
+    """x, made under torch.no_grad(): instructions pass, errors do not"""
+    return {"input": roles(instruct=as_is, error=nothing)}
+
+
 constant(
     torch.floor,
     torch.ceil,
@@ -221,6 +228,7 @@ def _made(x, z):
     return x - x.detach() + z
 
 
+cut_off.examples = [call(without_gradient, T(4, 5))]
 exp.examples = [call(torch.exp, T(4, 5))]
 expm1.examples = [call(torch.expm1, T(4, 5))]
 log.examples = [call(_positive(torch.log), T(4, 5))]
