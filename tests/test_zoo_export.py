@@ -28,7 +28,7 @@ def test_a_model_of_the_zoo(name):
 def test_the_table(capsys, monkeypatch):
     def check(name, kind):
         if name == "alexnet":
-            return zoo.Row(zoo.File(1.001, 2e-4, 1e-4), None, zoo.File(1.25, 3e-5))
+            return zoo.Row(zoo.File(1.001, 2e-4, 1e-4), None, zoo.File(1.25, 3e-3, 2e-3), "", zoo.File(1.25, 3e-5))
         if name == "vgg13":
             raise MemoryError("of the machine")
         return zoo.Row(zoo.File(1.0, 2e-6), "numbers are off by 1.0e-02 at batch 3", "ExportError: no ONNX form")
@@ -36,7 +36,8 @@ def test_the_table(capsys, monkeypatch):
     monkeypatch.setattr(zoo, "check", check)
     assert zoo.main(["alexnet", "vgg11", "vgg13"]) == 2
     *_, alexnet, vgg11, vgg13, _, summary = capsys.readouterr().out.splitlines()
-    well = "1.00 2.0e-04             -  1.25 3.0e-05  ok     passes: torch itself 1.0e-04"
+    remark = "passes: torch itself 1.0e-04; learner: torch itself 2.0e-03; without instructions 3.0e-05"
+    well = f"1.00 2.0e-04             -  1.25 3.0e-03  ok     {remark}"
     assert alexnet.split()[0] == "alexnet" and alexnet.endswith(well)
     wrong = "instructed: numbers are off by 1.0e-02 at batch 3; learner: ExportError: no ONNX form"
     assert vgg11.split()[0] == "vgg11" and vgg11.endswith(f"1.00 2.0e-06             -             -  NOT OK {wrong}")

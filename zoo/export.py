@@ -90,12 +90,14 @@ class Row(NamedTuple):
     """What the table says of a model: for every product its file, None where there is no such thing, or the error.
 
     tried: what was tried of a model that is too large.
+    uninstructed: the learner without instructions, where with them even torch's own float32 is far from exact.
     """
 
     passes: File | str
     instructed: File | str | None
     learner: File | str
     tried: str = ""
+    uninstructed: File | str | None = None
 
 
 Differences = tuple[float, float | None]
@@ -114,12 +116,15 @@ def check(name: str, kind: str) -> Row:
     warm_up(part, torch.randn(WARM_UP, *size))
     torch.manual_seed(1)
     butd, instructs = butd_of(part, HEADS.get(name), size)
-    return Row(
+    row = Row(
         attempt(lambda: passes(part, x)),
         attempt(lambda: instructed(butd, size)) if instructs else None,
         attempt(lambda: learner(butd, size, instructs)),
         tried,
     )
+    if instructs and isinstance(row.learner, File) and row.learner.own is not None:
+        row = row._replace(uninstructed=attempt(lambda: learner(butd, size, False)))
+    return row
 
 
 def attempt(product: Callable[[], File]) -> File | str:
@@ -164,7 +169,7 @@ def instructed(butd: fxfeedback.BUTD, size: tuple[int, ...]) -> File:
 def learner(butd: fxfeedback.BUTD, size: tuple[int, ...], instructs: bool) -> File:
     """One step of SGD, of a length that float32 keeps: that of the weights."""
     with tempfile.TemporaryDirectory() as folder:
-        fxfeedback.export_learner(butd, path := Path(folder, "learner.onnx"), loss="mse")
+        fxfeedback.export_learner(butd, path := Path(folder, "learner.onnx"), loss="mse", instructed=instructs)
         over, there = size_over_weights(path, butd), Learner(path, "cpu")
     start, exact = there.state_dict(), copy.deepcopy(butd).double()
 
@@ -295,12 +300,15 @@ def main(names: Sequence[str], file: Path | None = None) -> int:
     def row(name: str, kind: str) -> Line:
         products = check(name, kind)
         cells = {product: getattr(products, product) for product in TABLE.columns}
-        wrong = [f"{product}: {cell}" for product, cell in cells.items() if isinstance(cell, str)]
+        files = cells | {"learner without instructions": products.uninstructed}
+        wrong = [f"{product}: {file}" for product, file in files.items() if isinstance(file, str)]
         magnified = [
-            f"{product}: torch itself {cell.own:.1e}"
-            for product, cell in cells.items()
-            if isinstance(cell, File) and cell.own is not None
+            f"{product}: torch itself {file.own:.1e}"
+            for product, file in files.items()
+            if isinstance(file, File) and file.own is not None
         ]
+        if isinstance(products.uninstructed, File):
+            magnified.append(f"without instructions {products.uninstructed.difference:.1e}")
         shown = [str(cell) if isinstance(cell, File) else "-" for cell in cells.values()]
         return Line(shown, not wrong, "; ".join(filter(None, [products.tried.removesuffix(": "), *wrong, *magnified])))
 
