@@ -23,7 +23,7 @@ from fxfeedback.errors import RuleError
 from fxfeedback.openings import OPENINGS, call
 from fxfeedback.ops import same
 from fxfeedback.rules.core import CONSTANT, RULES
-from fxfeedback.shaped import Shaped, Shapes, same_number
+from fxfeedback.shaped import Shaped, Shapes, elements, same_number
 from fxfeedback.trace import gradients_of_the_models, identifier, is_operator_in_place, is_users, plain, user_line
 
 OUT_OF_PLACE = {
@@ -211,6 +211,10 @@ class _Opener(fx.Tracer):
     def size_node(self, x: Shaped, dim: int) -> fx.Proxy:
         """The size of a batch dimension."""
         return self.create_proxy("call_function", torch.Tensor.size, (x, dim), {})
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """Over the parts of a tuple, where they are known."""
+        return elements(obj, self.shapes) or super().iter(obj)
 
     def open_function(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """What a function of the user's does, op by op; NotImplemented where it does not run on proxies."""

@@ -43,6 +43,7 @@ def same(input: torch.Tensor) -> torch.Tensor:
     return input
 
 
+@one_node
 def without_gradient(input: Any) -> Any:
     """What a model computed under torch.no_grad(): tensors that no gradient passes; sizes and the like as they are."""
     return tree_map_only(torch.Tensor, torch.Tensor.detach, input)

@@ -3,7 +3,7 @@
 `trace_at` traces models whose code branches on sizes; `open_modules` opens attention and functions of the model's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fxfeedback import einops_backend
 from fxfeedback.errors import TraceError
 from fxfeedback.ops import put_at
 from fxfeedback.trace import EXAMPLE_BATCH, UNTRACED, PathTracer, on_meta, plain, trace, trace_with
@@ -92,6 +93,10 @@ class Shaped(fx.Proxy):
     def device(self) -> torch.device:
         return self.tracer.shapes.device
 
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
     def dim(self) -> int:
         return self.ndim
 
@@ -147,6 +152,17 @@ class _Tracer(PathTracer):
     def size_node(self, x: Shaped, dim: int) -> Any:
         return self.create_proxy("call_method", "size", (x, dim), {})
 
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        return elements(obj, self.shapes) or super().iter(obj)
+
+
+def elements(x: fx.Proxy, shapes: Shapes | None) -> Iterator[Any] | None:
+    """What a loop over a proxy runs through: the parts of a tuple, the rows of a tensor; None where it is not known."""
+    values = shapes.of(x.node) if shapes else None
+    if not values or not isinstance(values[0], (tuple, list, torch.Tensor)) or len(values[0]) != len(values[1]):
+        return None
+    return iter([x[i] for i in range(len(values[0]))])
+
 
 def same_number(small: Any, large: Any) -> bool:
     """Whether a node is one whole number at both batch sizes."""
@@ -159,6 +175,7 @@ def trace_at(model: nn.Module, examples: Sequence[torch.Tensor]) -> fx.GraphModu
     Raises:
         TraceError: torch.fx cannot trace the model at this size, either.
     """
+    einops_backend.register(Shaped)
     return trace_with(_Tracer(model, examples), model, len(examples))
 
 

@@ -11,6 +11,7 @@ import inspect
 import keyword
 import math
 import operator
+import random
 import re
 import threading
 import traceback
@@ -129,6 +130,8 @@ class PathTracer(NodePathTracer):
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(kind, *args, **kwargs)
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            raise ValueError("it switches autocast on, which a graph cannot hold: call what is returned under autocast")
         if kind.startswith("call") and not torch.is_grad_enabled():
             self.without_gradient[node] = None
         return node
@@ -154,7 +157,7 @@ class PathTracer(NodePathTracer):
 
 @contextmanager
 def gradients_of_the_models() -> Iterator[None]:
-    """While a model's code runs on proxies: only its own torch.no_grad() counts, and autograd functions stay whole."""
+    """While a model's code runs on proxies: only its own contexts count, and autograd functions stay whole."""
     original = inspect.getattr_static(torch.autograd.Function, "apply")
 
     def apply(kind: type, *args: Any, **kwargs: Any) -> Any:
@@ -166,8 +169,15 @@ def gradients_of_the_models() -> Iterator[None]:
             return function(*given)
         return proxies[0].tracer.create_proxy("call_function", applying(kind), args, kwargs)
 
-    with torch.enable_grad(), mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)):
-        yield
+    around = {device: torch.is_autocast_enabled(device) for device in ("cpu", "cuda")}
+    try:
+        for device in around:
+            torch.set_autocast_enabled(device, False)
+        with torch.enable_grad(), mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)):
+            yield
+    finally:
+        for device, enabled in around.items():
+            torch.set_autocast_enabled(device, enabled)
 
 
 _ONE_AT_A_TIME = threading.RLock()
@@ -219,12 +229,18 @@ def trace_with(tracer: PathTracer, model: nn.Module, n_inputs: int) -> fx.GraphM
             f"{type(model).__name__} takes {wanted} inputs, not {n_inputs}: pass example_inputs= with a tensor for each"
         )
     versions = {name: buffer._version for name, buffer in model.named_buffers()}
+    drawn = torch.get_rng_state(), random.getstate()
     try:
         with _as_they_were(model), gradients_of_the_models():
             graph = tracer.trace(model, concrete_args=_defaults(model, n_inputs))
         for name, buffer in model.named_buffers():
             if buffer._version != versions.get(name, buffer._version):
                 raise ValueError(f"its forward writes into the buffer {name!r}, and did so while it was traced")
+        if not torch.equal(drawn[0], torch.get_rng_state()) or drawn[1] != random.getstate():
+            raise ValueError(
+                "its forward draws random numbers that do not depend on its input's values or size, and would be the "
+                "same in every call: draw them with torch.rand_like(x), x.new_empty(...).bernoulli_(p) or nn.Dropout"
+            )
     except Exception as error:
         raise TraceError(
             f"torch.fx cannot trace {type(model).__name__}: {error}{_line_of(error)}. A traceable model has no control "

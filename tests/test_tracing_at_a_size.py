@@ -1,5 +1,8 @@
 """Models whose code looks at sizes: traced at the inputs' size, by both rewritings, and again at another size."""
 
+import random
+
+import einops
 import pytest
 import torch
 import torch.nn.functional as F
@@ -50,7 +53,26 @@ class WritesIntoArguments(nn.Module):
         return self.head((y * z).mean((2, 3)))
 
 
-@pytest.mark.parametrize("make", [BranchesOnSize, WritesIntoArguments])
+class WrittenWithEinops(nn.Module):
+    """Attention over positions, as vision transformers have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(2, 4, 3, padding=1), nn.Linear(4, 3)
+        self.first, self.project = nn.Parameter(torch.randn(1, 4)), nn.Linear(4, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * 2 if x.is_cuda else x
+        tokens = einops.rearrange(self.conv(x), "b c h w -> b (h w) c")
+        first = einops.repeat(self.first, "n c -> b n c", b=x.shape[0])
+        parts = self.project(torch.cat([first, tokens], 1)).chunk(3, dim=-1)
+        query, key, value = map(lambda t: einops.rearrange(t, "b n (heads c) -> b heads n c", heads=2), parts)  # noqa: C417
+        weights = einops.einsum(query, key, "b h i c, b h j c -> b h i j").softmax(-1)
+        tokens = tokens + einops.rearrange(weights @ value, "b heads n c -> b n (heads c)")[:, 1:]
+        return self.head(einops.reduce(F.relu(tokens), "b n c -> b c", "mean"))
+
+
+@pytest.mark.parametrize("make", [BranchesOnSize, WritesIntoArguments, WrittenWithEinops])
 @pytest.mark.parametrize("train", [False, True])
 def test_both_rewritings_equal_the_model_at_every_size(make, train):
     torch.manual_seed(0)
@@ -84,6 +106,27 @@ def test_code_that_looks_at_values_cannot_be_traced():
     for convert in (fxfeedback.to_butd, lambda model: fxfeedback.add_feedback(model, [("head", "head")])):
         with pytest.raises(TraceError, match=r"cannot trace Branches.*test_tracing_at_a_size.py:\d+: return"):
             convert(Branches())
+
+
+UNKEPT = {
+    "draws random numbers": [lambda x: x * torch.rand(3), lambda x: x * 2 if random.random() < 2 else x],
+    "switches autocast on": [lambda x: torch.autocast("cpu", torch.bfloat16)(torch.relu)(x)],
+}
+
+
+@pytest.mark.parametrize("what, last", [(what, last) for what, lasts in UNKEPT.items() for last in lasts])
+def test_what_a_graph_would_lose_is_an_error(what, last):
+    class Loses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return last(self.head(x))
+
+    for convert in (fxfeedback.to_butd, lambda model: fxfeedback.add_feedback(model, [("head", "head")])):
+        with pytest.raises(TraceError, match=f"cannot trace Loses: its? .*{what}"):
+            convert(Loses())
 
 
 def test_a_model_with_passes_inside_another_learns():

@@ -228,7 +228,7 @@ def _made(x, z):
     return x - x.detach() + z
 
 
-cut_off.examples = [call(without_gradient, T(4, 5))]
+cut_off.examples = [call(lambda x: x + without_gradient(x), T(4, 5))]
 exp.examples = [call(torch.exp, T(4, 5))]
 expm1.examples = [call(torch.expm1, T(4, 5))]
 log.examples = [call(_positive(torch.log), T(4, 5))]
