@@ -505,7 +505,7 @@ def section(name: str, rules: list[Rule], measured: dict[str, Any]) -> str:
         [
             listed(spellings(rule)),
             cell(inspect.getdoc(rule.table) or ""),
-            "<br>".join(f"`{key}` {word}" for key, word in operands(rule).items()) or "(no example has it)",
+            "<br>".join(f"`{key}` {word}" for key, word in operands(rule).items()) or "(no error passes)",
             "site" if rule.rectifies else "",
             "fused" if rule.fused else "",
             exported(rule, measured, notes),
