@@ -24,7 +24,7 @@ from fxfeedback.openings import OPENINGS, call
 from fxfeedback.ops import same
 from fxfeedback.rules.core import CONSTANT, RULES
 from fxfeedback.shaped import Shaped, Shapes, elements, same_number
-from fxfeedback.trace import gradients_of_the_models, identifier, is_operator_in_place, is_users, plain, user_line
+from fxfeedback.trace import identifier, is_operator_in_place, is_users, plain, running_on_proxies, user_line
 
 OUT_OF_PLACE = {
     operator.iadd: operator.add,
@@ -56,7 +56,7 @@ def open_modules(
     Raises:
         RuleError: a torch.nn module does not open.
     """
-    with parametrize.cached(), gradients_of_the_models():
+    with parametrize.cached(), running_on_proxies():
         opener = _Opener(module, strict, example_inputs, owner or module)
         for node in module.graph.nodes:
             opener.open(node)

@@ -5,8 +5,10 @@
 `node.meta["spec"]`. The user's model is never traced itself, only a copy that shares its tensors.
 """
 
+import contextlib
 import copy
 import difflib
+import functools
 import inspect
 import keyword
 import math
@@ -29,6 +31,8 @@ from torch import fx, nn
 from torch.ao.nn.quantized import FloatFunctional
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
+from torch.overrides import is_tensor_method_or_property
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointFunction
 from torchvision.models.feature_extraction import NodePathTracer
 
@@ -91,6 +95,8 @@ def put(model: nn.Module, path: str, part: nn.Module) -> nn.Module:
 
 
 UNTRACED = {name: getattr(nn.Module, name) for name in ("__call__", "__getattr__")}  # tracing patches these
+STRETCHING = {name: getattr(torch.Tensor, name) for name in ("expand", "repeat")}
+"""Methods of a tensor by which it comes to the size of a batch; tracing replaces them, too."""
 
 
 class PathTracer(NodePathTracer):
@@ -111,7 +117,7 @@ class PathTracer(NodePathTracer):
         as_graph = getattr(type(m), "as_graph", None)
         if as_graph is None:
             return super().call_module(m, forward, args, kwargs)
-        with mock.patch.multiple(nn.Module, **UNTRACED):
+        with mock.patch.multiple(nn.Module, **UNTRACED), mock.patch.multiple(torch.Tensor, **STRETCHING):
             graph = as_graph(m).graph
         path, inputs = self.path_of_module(m), iter(args)
         values: dict[fx.Node, Any] = {}
@@ -156,28 +162,53 @@ class PathTracer(NodePathTracer):
 
 
 @contextmanager
-def gradients_of_the_models() -> Iterator[None]:
-    """While a model's code runs on proxies: only its own contexts count, and autograd functions stay whole."""
+def running_on_proxies() -> Iterator[None]:
+    """While a model's code runs: only its own contexts count, and autograd functions stay whole."""
+    around = {device: torch.is_autocast_enabled(device) for device in ("cpu", "cuda")}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        for device, enabled in around.items():
+            torch.set_autocast_enabled(device, False)
+            stack.callback(torch.set_autocast_enabled, device, enabled)
+        stack.enter_context(mock.patch.object(torch.autograd.Function, "apply", _applied()))
+        yield
+
+
+@contextmanager
+def stretching_constants() -> Iterator[None]:
+    """While a model is traced: it may bring a tensor of its own to the size of the batch, which is a proxy."""
+    is_tensor_method_or_property(torch.relu)  # makes torch's own table of methods, before some are replaced
+    recorded: dict[str, Any] = {name: _recorded(method) for name, method in STRETCHING.items()}
+    with mock.patch.multiple(torch.Tensor, **recorded):
+        yield
+
+
+def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which becomes a node where it gets a proxy."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for value in tree_leaves((args, kwargs)):
+            if isinstance(value, fx.Proxy):
+                return value.tracer.create_proxy("call_function", function, args, kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _applied() -> Any:
+    """torch.autograd.Function.apply, which becomes a node where it gets a proxy; checkpoints are seen through."""
     original = inspect.getattr_static(torch.autograd.Function, "apply")
 
     def apply(kind: type, *args: Any, **kwargs: Any) -> Any:
-        proxies = [value for value in (*args, *kwargs.values()) if isinstance(value, fx.Proxy)]
-        if not proxies:
-            return original.__get__(None, kind)(*args, **kwargs)
-        if kind is CheckpointFunction:
+        if kind is CheckpointFunction and any(isinstance(value, fx.Proxy) for value in args):
             function, _, *given = args
             return function(*given)
-        return proxies[0].tracer.create_proxy("call_function", applying(kind), args, kwargs)
+        if any(isinstance(value, fx.Proxy) for value in tree_leaves((args, kwargs))):
+            return _recorded(applying(kind))(*args, **kwargs)
+        return original.__get__(None, kind)(*args, **kwargs)
 
-    around = {device: torch.is_autocast_enabled(device) for device in ("cpu", "cuda")}
-    try:
-        for device in around:
-            torch.set_autocast_enabled(device, False)
-        with torch.enable_grad(), mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)):
-            yield
-    finally:
-        for device, enabled in around.items():
-            torch.set_autocast_enabled(device, enabled)
+    return classmethod(apply)
 
 
 _ONE_AT_A_TIME = threading.RLock()
@@ -231,7 +262,7 @@ def trace_with(tracer: PathTracer, model: nn.Module, n_inputs: int) -> fx.GraphM
     versions = {name: buffer._version for name, buffer in model.named_buffers()}
     drawn = torch.get_rng_state(), random.getstate()
     try:
-        with _as_they_were(model), gradients_of_the_models():
+        with _as_they_were(model), running_on_proxies(), stretching_constants():
             graph = tracer.trace(model, concrete_args=_defaults(model, n_inputs))
         for name, buffer in model.named_buffers():
             if buffer._version != versions.get(name, buffer._version):

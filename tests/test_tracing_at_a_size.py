@@ -72,7 +72,32 @@ class WrittenWithEinops(nn.Module):
         return self.head(einops.reduce(F.relu(tokens), "b n c -> b c", "mean"))
 
 
-@pytest.mark.parametrize("make", [BranchesOnSize, WritesIntoArguments, WrittenWithEinops])
+class StretchesConstants(nn.Module):
+    """Tensors of its own come to the size of the batch; the middle is one of our networks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(2, 4, 3, padding=1), nn.Linear(4, 3)
+        middle = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), First(), nn.ReLU())
+        self.middle = fxfeedback.add_feedback(middle, [("2", "0")], input_size=(4, 6, 6))
+        self.register_buffer("scale", torch.rand(1, 4, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x) * self.scale.expand(x.shape[0], -1, -1, -1)
+        shift = torch.linspace(0, 1, 4, dtype=y.dtype).repeat(x.size(0), 1)
+        return self.head(self.middle(y)[-1].mean((2, 3)) + shift)
+
+
+class First(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(1, 4, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.bias.expand(x.shape[0], -1, -1, -1)
+
+
+@pytest.mark.parametrize("make", [BranchesOnSize, WritesIntoArguments, WrittenWithEinops, StretchesConstants])
 @pytest.mark.parametrize("train", [False, True])
 def test_both_rewritings_equal_the_model_at_every_size(make, train):
     torch.manual_seed(0)
