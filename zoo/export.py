@@ -253,21 +253,23 @@ def least_difference(difference: Differ, size: tuple[int, ...], instructs: bool,
     Raises:
         Problem: it is too large at every try.
     """
+
+    def is_well(off: float, own: float) -> bool:
+        return off <= max(tolerance, ROUNDING * own)  # NaN is not
+
     samples, found = [], []
     for _ in range(SAMPLES):
         tries: list[tuple[float, float, torch.Tensor, torch.Tensor | None]] = []
         while len(tries) < TRIES and not (tries and tries[-1][0] <= tolerance):
             x, task = torch.randn(1, *size), torch.randint(TASKS, (1,)) if instructs else None
             tries.append((*difference(x, task), x, task))
-        off, own, x, task = min(
-            tries, key=lambda one: np.nan_to_num(one[0] / max(tolerance, ROUNDING * one[1]), nan=9e9)
-        )
+        off, own, x, task = min(tries, key=lambda one: (not is_well(*one[:2]), np.nan_to_num(one[0], nan=np.inf)))
         samples.append((x, task))
         found.append((1, off, own))
     xs, tasks = zip(*samples, strict=True)
     found.append((SAMPLES, *difference(torch.cat(xs), torch.cat(tasks) if instructs else None)))
     for batch, off, own in found:
-        if not off <= max(tolerance, ROUNDING * own):  # NaN is not less
+        if not is_well(off, own):
             raise Problem(f"numbers are off by {off:.1e} at batch {batch}, torch's by {own:.1e}")
     _, off, own = max(found, key=lambda one: one[1])
     return off, own if off > tolerance else None
