@@ -89,6 +89,7 @@ class BUTD(Wrapper):
     """
 
     OWN = ("instruction_head", "td_weights", "td_biases", "td_norms", "task_heads")
+    untraceable = "is a BU-TD network already: connections come first, and to_butd takes the whole model at once"
 
     def __init__(self, model: nn.Module, options: Options, example_inputs: Sequence[torch.Tensor]) -> None:
         super().__init__(model, example_inputs)

@@ -27,6 +27,7 @@ class Shapes:
         self.root, self.examples = root, list(examples)
         self.runs: tuple[dict[fx.Node, Any], ...] = ({}, {})
         self.device = next((p.device for p in root.parameters()), torch.device("cpu"))
+        einops_backend.register(Shaped)
 
     def run(self, node: fx.Node) -> None:
         """Note what `node` is, as far as its arguments are known; who does not run here has no shape."""
@@ -175,7 +176,6 @@ def trace_at(model: nn.Module, examples: Sequence[torch.Tensor]) -> fx.GraphModu
     Raises:
         TraceError: torch.fx cannot trace the model at this size, either.
     """
-    einops_backend.register(Shaped)
     return trace_with(_Tracer(model, examples), model, len(examples))
 
 

@@ -115,6 +115,9 @@ class PathTracer(NodePathTracer):
         if threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
         as_graph = getattr(type(m), "as_graph", None)
+        reason = getattr(type(m), "untraceable", "")
+        if reason:
+            raise ValueError(f"its part {self.path_of_module(m)!r} {reason}")
         if as_graph is None:
             return super().call_module(m, forward, args, kwargs)
         with mock.patch.multiple(nn.Module, **UNTRACED), mock.patch.multiple(torch.Tensor, **STRETCHING):
@@ -254,6 +257,9 @@ def trace_with(tracer: PathTracer, model: nn.Module, n_inputs: int) -> fx.GraphM
     as_graph = getattr(type(model), "as_graph", None)
     if as_graph is not None:  # a model of ours
         return as_graph(model)
+    reason = getattr(type(model), "untraceable", "")
+    if reason:
+        raise TraceError(f"{type(model).__name__} {reason}.")
     wanted = len([a for a in _arguments(model) if a.default is a.empty and a.kind is a.POSITIONAL_OR_KEYWORD])
     if wanted > n_inputs:
         raise TraceError(

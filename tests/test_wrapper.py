@@ -184,6 +184,13 @@ def test_what_hides_its_code_or_weights_is_refused(message):
             fxfeedback.node_names(inside, input_size=(4,))
 
 
+def test_a_butd_network_is_no_part_of_another():
+    butd = fxfeedback.to_butd(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4)), input_size=(4,))
+    for model in (butd, nn.Sequential(butd, nn.ReLU())):
+        with pytest.raises(fxfeedback.errors.TraceError, match="is a BU-TD network already"):
+            fxfeedback.add_feedback(model, [("2", "0")], input_size=(4,))
+
+
 class InPlace(nn.Module):
     """Overwrites values and reads them afterwards, under every spelling."""
 
