@@ -148,6 +148,8 @@ class _Tracer(PathTracer):
     def create_proxy(self, *args: Any, **kwargs: Any) -> Any:
         proxy = super().create_proxy(*args, **kwargs)
         values = self.shapes.of(proxy.node)
+        if values and type(values[0]) in (tuple, list) and len(values[0]) == len(values[1]):
+            return type(values[0])(proxy[i] for i in range(len(values[0])))
         return values[0] if values and same_number(*values) else proxy
 
     def size_node(self, x: Shaped, dim: int) -> Any:

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from fxfeedback.bottom_up import BottomUp, along_channels, batch_norm_of, channels_of, is_floating, operand, weight_of
-from fxfeedback.errors import RuleError
+from fxfeedback.errors import Error, RuleError
 from fxfeedback.gates import switch_off_channels
 from fxfeedback.rules import RULES, Rule
 from fxfeedback.trace import user_line
@@ -81,7 +81,12 @@ class Walk:
         if self.role == "instruct" and rule.weight and operands[rule.weight] in self.bu.depending_on_inputs:
             return []  # a weight that the input makes does not exist yet
         wanted = [name for name, operand in operands.items() if self._wants(operand)]  # no set: it has no order
-        results = self.apply(rule, node, t, self.values(node), wanted)
+        try:
+            results = self.apply(rule, node, t, self.values(node), wanted)
+        except Error:
+            raise
+        except Exception as error:
+            raise RuleError(f"the rule {rule.name!r} fails: {error} (at node {_where(node)})") from error
         if rule.weight and "input" in results:
             results["input"] = self.depart(node, results["input"])
         pairs = [pair for name in operands if name in results for pair in _zip(operands[name], results[name])]

@@ -329,24 +329,38 @@ def annotate_shapes(module: fx.GraphModule, example_inputs: Sequence[torch.Tenso
     small, large = _shapes(module, example_inputs, EXAMPLE_BATCH), _shapes(module, example_inputs, EXAMPLE_BATCH + 1)
     for node in module.graph.nodes:
         node.meta["spec"] = _spec(small.get(node), large.get(node))
-    _unpack_outputs(module)
+    _unpack_tuples(module)
 
 
-def _unpack_outputs(module: fx.GraphModule) -> None:
-    """Where the model returns the tuple that one op makes (torch.chunk), return its elements: one node per tensor."""
-    output = module.graph.output_node()
+def _unpack_tuples(module: fx.GraphModule) -> None:
+    """Where a tuple that one op makes is returned, or taken whole as in torch.cat(x.chunk(2)): a node per tensor."""
+    graph = module.graph
+    parts: dict[fx.Node, tuple[fx.Node, ...]] = {}
+
+    def element(node: fx.Node, i: int) -> fx.Node:
+        with graph.inserting_after(node):
+            part = graph.call_function(operator.getitem, (node, i))
+        part.meta.update(spec=node.meta["spec"][i], name=f"{node.meta['name']}.{i}")
+        return part
 
     def unpack(node: fx.Node) -> Any:
-        specs = node.meta["spec"]
-        if not isinstance(specs, tuple) or is_structure(node):
+        if node not in tuples or is_structure(node):
             return node
-        elements = tuple(module.graph.call_function(operator.getitem, (node, i)) for i in range(len(specs)))
-        for i, (element, spec) in enumerate(zip(elements, specs, strict=True)):
-            element.meta.update(spec=spec, name=f"{node.meta['name']}.{i}")
-        return elements
+        if node not in parts:
+            parts[node] = tuple(element(node, i) for i in range(len(node.meta["spec"])))
+        return parts[node]
 
-    with module.graph.inserting_before(output):
-        output.args = fx.map_arg(output.args, unpack)
+    tuples = {node for node in graph.nodes if isinstance(node.meta["spec"], tuple)}
+    joined = {node for node in tuples if node.target in (operator.getitem, operator.add)}
+    for node in list(graph.nodes):
+        if node.target is operator.getitem and node.args[0] in tuples and isinstance(node.args[1], slice):
+            parts[node] = unpack(node.args[0])[node.args[1]]
+        elif node.target is operator.getitem and node.args[0] in joined & parts.keys():
+            node.replace_all_uses_with(parts[node.args[0]][node.args[1]])
+        elif node.target not in (operator.getitem, getattr, without_gradient):
+            node.args, node.kwargs = fx.map_arg(node.args, unpack), fx.map_arg(node.kwargs, unpack)
+        if node.target is operator.add and node in joined:
+            parts[node] = operator.add(*node.args)
     module.recompile()
 
 
@@ -542,7 +556,7 @@ def _as_they_were(model: nn.Module) -> Iterator[None]:
             vars(module).clear()
             vars(module).update(attributes)
         for name, value in constants.items():
-            model.register_buffer(name, value, persistent=False)
+            model.register_buffer(name, value.clone() if value.is_inference() else value, persistent=False)
 
 
 def _erase_with_users(node: fx.Node) -> None:

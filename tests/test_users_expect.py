@@ -602,6 +602,12 @@ def without_gradients(layer, x):
     return torch.cat([left, right], 1).view(size, -1)
 
 
+def inferred(layer, x):
+    with torch.inference_mode():
+        y = layer(x) * torch.tensor(2.0)
+    return y.clone()
+
+
 def checkpointed(layer, x):
     return checkpoint(lambda y: y.sigmoid() * 2, layer(x), use_reentrant=True)
 
@@ -614,7 +620,9 @@ def gradients(network, x):
 
 
 @pytest.mark.parametrize("ambient", [torch.enable_grad, torch.no_grad])
-@pytest.mark.parametrize("between", [without_gradients, checkpointed, lambda layer, x: StraightThrough.apply(layer(x))])
+@pytest.mark.parametrize(
+    "between", [without_gradients, inferred, checkpointed, lambda layer, x: StraightThrough.apply(layer(x))]
+)
 def test_gradients_are_as_the_models_code_has_them(between, ambient, same_rules):
     @rule(StraightThrough)
     def straight_through(y, input):

@@ -184,6 +184,43 @@ def test_what_hides_its_code_or_weights_is_refused(message):
             fxfeedback.node_names(inside, input_size=(4,))
 
 
+class Tuples(nn.Module):
+    """Takes tuples whole, in slices, joined, and one in another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.first(x)
+        a, b = torch.cat(x.chunk(2, 1), 1), torch.stack(x.unbind(1)[::-1], 1)
+        rest = b.chunk(4, 1)[1:]
+        c = torch.cat((rest[0] * 2, *a.split([2, 6], 1)), 1)
+        d = torch.cat((c[:, :1],) + c[:, 1:].split(3, 1), 1)  # noqa: RUF005
+        return self.last(d[:, :8] + a.max(1, keepdim=True).values)
+
+
+def test_tuples_of_tensors():
+    model, x = Tuples().double(), torch.randn(3, 4, dtype=torch.double)
+    law_holds(model, fxfeedback.to_butd(model, input_size=(4,)), x)
+    feedback = fxfeedback.add_feedback(model, [("last", "first")], input_size=(4,))
+    assert torch.equal(feedback(x)[0], model(x))
+
+
+def test_a_tuple_in_a_tuple():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell, self.last = nn.LSTM(4, 6, batch_first=True), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.last(self.cell(x)[1][0][-1])
+
+    model, x = Recurrent(), torch.randn(3, 5, 4)
+    feedback = fxfeedback.add_feedback(model, [("last", "last")], input_size=(5, 4))
+    assert torch.equal(feedback(x)[0], model(x))
+
+
 def test_a_butd_network_is_no_part_of_another():
     butd = fxfeedback.to_butd(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4)), input_size=(4,))
     for model in (butd, nn.Sequential(butd, nn.ReLU())):
