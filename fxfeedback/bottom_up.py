@@ -117,9 +117,9 @@ class BottomUp:
         return leaves[-1 if isinstance(self.output, list) else 0] if leaves else None
 
     def crossed_by_all_paths_to(self, node: fx.Node) -> list[fx.Node]:
-        """The nodes that every path from the inputs to `node` crosses, from the bottom up: its dominators."""
+        """The nodes that every path of BU values from the inputs to `node` crosses, from the bottom up: dominators."""
         start = "inputs"
-        digraph = self.digraph.copy()
+        digraph = nx.DiGraph(self.digraph.subgraph(self.dynamic))
         digraph.add_edges_from((start, node) for node in self.inputs)
         dominator = nx.immediate_dominators(digraph, start)
         chain = [node]

@@ -208,7 +208,8 @@ class BUTD(Wrapper):
         wanted = frozenset([name for name, tensor in tensors.items() if tensor.requires_grad])
         learns = self.options.learning == "counter_hebb" and 0 not in values[0].shape  # kernels refuse an empty batch
         if wanted and torch.is_grad_enabled() and learns:
-            autocast = torch.is_autocast_enabled(values[0].device.type)
+            device = values[0].device.type
+            autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
             halves = graphs.halves(instructed, by_row, wanted, autocast)
             values += [tensors[name] for name in halves.attributes]
             return halves.structure(None, *CounterHebb.apply(halves, (*call.inputs, *halves.attributes), *values))

@@ -23,7 +23,7 @@ from fxfeedback.errors import RuleError
 from fxfeedback.openings import OPENINGS, call
 from fxfeedback.ops import same
 from fxfeedback.rules.core import CONSTANT, RULES
-from fxfeedback.shaped import Shaped, Shapes, elements, same_number
+from fxfeedback.shaped import Shaped, Shapes, device_of_inputs, elements, same_number
 from fxfeedback.trace import identifier, is_operator_in_place, is_users, plain, running_on_proxies, user_line
 
 OUT_OF_PLACE = {
@@ -251,6 +251,8 @@ class _Opener(fx.Tracer):
                 self.names[id(a)] = self.constant(a)
             if id(a) in self.names:
                 return self.parameter(a).node
+        if self.shapes and a is self.shapes.device:
+            a = device_of_inputs(self)
         return super().create_arg(a)
 
     def constant(self, tensor: torch.Tensor) -> str:

@@ -33,7 +33,7 @@ class Shapes:
         """Note what `node` is, as far as its arguments are known; who does not run here has no shape."""
         index = sum(other.op == "placeholder" for other in node.graph.nodes) - 1 if node.op == "placeholder" else 0
         try:
-            with torch.device("meta"), torch.no_grad(), mock.patch.multiple(nn.Module, **UNTRACED):
+            with torch.device("meta"), torch.no_grad(), mock.patch.multiple(nn.Module, **UNTRACED[nn.Module]):
                 values = [self._value(node, run, EXAMPLE_BATCH + i, index) for i, run in enumerate(self.runs)]
         except Exception:
             return
@@ -111,6 +111,8 @@ class Shaped(fx.Proxy):
         return total
 
     def __len__(self) -> int:
+        if isinstance(self.shape[0], fx.Proxy):
+            raise TypeError("len(x) is the batch size, which a graph leaves open: write x.shape[0]")
         return self.shape[0]
 
     def __getitem__(self, index: Any) -> Any:
@@ -152,11 +154,20 @@ class _Tracer(PathTracer):
             return type(values[0])(proxy[i] for i in range(len(values[0])))
         return values[0] if values and same_number(*values) else proxy
 
+    def create_arg(self, a: Any) -> Any:
+        return super().create_arg(device_of_inputs(self) if a is self.shapes.device else a)
+
     def size_node(self, x: Shaped, dim: int) -> Any:
         return self.create_proxy("call_method", "size", (x, dim), {})
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         return elements(obj, self.shapes) or super().iter(obj)
+
+
+def device_of_inputs(tracer: fx.Tracer) -> fx.Proxy:
+    """A node for it, in the place of the device that the model was on in tracing."""
+    first = next(node for node in tracer.graph.nodes if node.op == "placeholder")
+    return tracer.create_proxy("call_function", getattr, (fx.Proxy(first, tracer), "device"), {})
 
 
 def elements(x: fx.Proxy, shapes: Shapes | None) -> Iterator[Any] | None:

@@ -18,7 +18,7 @@ import re
 import threading
 import traceback
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
 from typing import Any
@@ -94,9 +94,15 @@ def put(model: nn.Module, path: str, part: nn.Module) -> nn.Module:
     return model
 
 
-UNTRACED = {name: getattr(nn.Module, name) for name in ("__call__", "__getattr__")}  # tracing patches these
-STRETCHING = {name: getattr(torch.Tensor, name) for name in ("expand", "repeat")}
-"""Methods of a tensor by which it comes to the size of a batch; tracing replaces them, too."""
+SIZED = {
+    torch: ("arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm", "zeros"),
+    torch.Tensor: ("expand", "repeat"),
+}
+"""What gives a tensor of the model's own a size, which may be a proxy: nodes, where it is one."""
+
+UNTRACED = {owner: {name: getattr(owner, name) for name in names} for owner, names in SIZED.items()}
+UNTRACED[nn.Module] = {name: getattr(nn.Module, name) for name in ("__call__", "__getattr__")}
+"""All that is replaced while a model is traced, as it is otherwise."""
 
 
 class PathTracer(NodePathTracer):
@@ -120,7 +126,7 @@ class PathTracer(NodePathTracer):
             raise ValueError(f"its part {self.path_of_module(m)!r} {reason}")
         if as_graph is None:
             return super().call_module(m, forward, args, kwargs)
-        with mock.patch.multiple(nn.Module, **UNTRACED), mock.patch.multiple(torch.Tensor, **STRETCHING):
+        with replaced(UNTRACED):
             graph = as_graph(m).graph
         path, inputs = self.path_of_module(m), iter(args)
         values: dict[fx.Node, Any] = {}
@@ -178,11 +184,21 @@ def running_on_proxies() -> Iterator[None]:
 
 
 @contextmanager
-def stretching_constants() -> Iterator[None]:
-    """While a model is traced: it may bring a tensor of its own to the size of the batch, which is a proxy."""
-    is_tensor_method_or_property(torch.relu)  # makes torch's own table of methods, before some are replaced
-    recorded: dict[str, Any] = {name: _recorded(method) for name, method in STRETCHING.items()}
-    with mock.patch.multiple(torch.Tensor, **recorded):
+def replaced(by: Mapping[Any, Mapping[str, Any]]) -> Iterator[None]:
+    """Of each owner, these attributes are these."""
+    with contextlib.ExitStack() as stack:
+        for owner, attributes in by.items():
+            stack.enter_context(mock.patch.multiple(owner, **attributes))
+        yield
+
+
+@contextmanager
+def recording_sized() -> Iterator[None]:
+    """While a model is traced: it may make a tensor of its own that is as large as the batch, which is a proxy."""
+    is_tensor_method_or_property(torch.relu)  # makes torch's own tables of functions, before some are replaced
+    with torch.device("meta"):
+        torch.empty(())
+    with replaced({owner: {name: _recorded(UNTRACED[owner][name]) for name in SIZED[owner]} for owner in SIZED}):
         yield
 
 
@@ -268,7 +284,7 @@ def trace_with(tracer: PathTracer, model: nn.Module, n_inputs: int) -> fx.GraphM
     versions = {name: buffer._version for name, buffer in model.named_buffers()}
     drawn = torch.get_rng_state(), random.getstate()
     try:
-        with _as_they_were(model), running_on_proxies(), stretching_constants():
+        with _as_they_were(model), running_on_proxies(), recording_sized():
             graph = tracer.trace(model, concrete_args=_defaults(model, n_inputs))
         for name, buffer in model.named_buffers():
             if buffer._version != versions.get(name, buffer._version):

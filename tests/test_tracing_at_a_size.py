@@ -88,6 +88,24 @@ class StretchesConstants(nn.Module):
         return self.head(self.middle(y)[-1].mean((2, 3)) + shift)
 
 
+class MakesItsState(nn.Module):
+    """Recurrent, with tensors made for the batch on the input's device, and positions for the number of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(2, 4, 3, padding=1), nn.Linear(4, 3)
+        self.step, self.places = nn.Linear(4, 4), nn.Embedding(50, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = F.relu(self.conv(x)).flatten(2).transpose(1, 2)
+        tokens = tokens + self.places(torch.arange(tokens.shape[1], device=x.device))
+        state = torch.zeros((x.shape[0], 4), dtype=x.dtype, device=x.device)
+        for i in range(3):
+            state = torch.tanh(self.step(state) + tokens[:, i])
+        state = state + tokens.mean(1) * torch.ones(x.shape[0], 1, dtype=x.dtype, device=x.device)
+        return self.head(state)[torch.arange(x.size(0), device=x.device)]
+
+
 class First(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +115,9 @@ class First(nn.Module):
         return x + self.bias.expand(x.shape[0], -1, -1, -1)
 
 
-@pytest.mark.parametrize("make", [BranchesOnSize, WritesIntoArguments, WrittenWithEinops, StretchesConstants])
+@pytest.mark.parametrize(
+    "make", [BranchesOnSize, WritesIntoArguments, WrittenWithEinops, StretchesConstants, MakesItsState]
+)
 @pytest.mark.parametrize("train", [False, True])
 def test_both_rewritings_equal_the_model_at_every_size(make, train):
     torch.manual_seed(0)
@@ -117,6 +137,28 @@ def test_both_rewritings_equal_the_model_at_every_size(make, train):
         assert torch.equal(first, expected(x)) and not torch.equal(first, second)
         assert butd(x, torch.tensor([0, 1, 1])).shape == (3, 3)
     assert "grid" not in vars(model) or model.grid is None  # tracing leaves nothing behind
+
+
+class LooksAtItsDevice(MakesItsState):
+    """Cannot be traced but at one size."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x if x.shape[2] > 4 else x[:, :, :4])
+        return y + torch.linspace(0, 1, 3, dtype=y.dtype, device=y.device) * torch.tensor(0.5).to(y)
+
+
+@pytest.mark.parametrize("make", [MakesItsState, LooksAtItsDevice])
+def test_what_forward_makes_is_where_the_input_is(make):
+    """The meta device stands for any other than the one of building."""
+    model = make()
+    butd = fxfeedback.to_butd(model, n_tasks=2, input_size=(2, 6, 6))
+    feedback = fxfeedback.add_feedback(model, [("head", "conv")], input_size=(2, 6, 6))
+    x = torch.randn(3, 2, 6, 6)
+    for output in (butd(x, 1), feedback(x)[-1]):
+        assert output.isfinite().all()
+    x = x.to("meta")
+    for output in (butd.to("meta")(x, 1), butd(x), feedback.to("meta")(x)[-1]):
+        assert output.shape == (3, 3) and output.is_meta
 
 
 def test_code_that_looks_at_values_cannot_be_traced():

@@ -215,6 +215,17 @@ constant(
     Tensor.new_full,
     Tensor.new_empty,
     Tensor.new_tensor,
+    torch.zeros,
+    torch.ones,
+    torch.full,
+    torch.empty,
+    torch.eye,
+    torch.arange,
+    torch.linspace,
+    torch.rand,
+    torch.randn,
+    torch.randint,
+    torch.randperm,
 )  # steps, and tensors that only take another's shape
 
 
