@@ -584,6 +584,8 @@ OPENED: dict[Any, Any] = {
     nn.modules.batchnorm._BatchNorm: (nn.BatchNorm2d(2), (2, 2, 2)),
     nn.modules.instancenorm._InstanceNorm: (nn.InstanceNorm2d(2, affine=True), (2, 2, 2)),
     nn.MultiheadAttention: (Attending(), (3, 4)),
+    nn.RNNBase: (nn.LSTM(2, 2, batch_first=True), (2, 2)),
+    nn.RNNCellBase: (nn.LSTMCell(2, 2), (2,)),
     F.scaled_dot_product_attention: (lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.1), (2, 3, 4)),
     nn.ReLU6: (nn.ReLU6(), (2,)),
     F.dropout: (F.dropout, (2,)),

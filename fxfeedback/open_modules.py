@@ -270,9 +270,9 @@ class _Opener(fx.Tracer):
     def parameter(self, tensor: torch.Tensor) -> fx.Proxy:
         """The get_attr node of a parameter or buffer, made where it is first used."""
         name = self.names[id(tensor)]
-        for node in self.graph.nodes:
-            if node.op == "get_attr" and node.target == name:
-                return self.proxy(node)
+        found = self.graph.find_nodes(op="get_attr", target=name)
+        if found:
+            return self.proxy(found[0])
         proxy = super().create_proxy("get_attr", name, (), {})
         proxy.node.meta["name"] = name
         return proxy

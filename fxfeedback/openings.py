@@ -13,6 +13,7 @@ from torchvision.ops import stochastic_depth
 
 from fxfeedback.errors import TraceError
 from fxfeedback.open_attention import dot_product, multi_head
+from fxfeedback.open_recurrent import cell, sequence
 from fxfeedback.ops import ADVANCES, cumulative_momentum, survival, surviving_channels, synced_batch_norm
 from fxfeedback.rules.core import as_tuple
 
@@ -103,6 +104,8 @@ OPENINGS: dict[Any, Callable[..., Any]] = {
     nn.modules.batchnorm._BatchNorm: _batch_norm,
     nn.modules.instancenorm._InstanceNorm: _instance_norm,
     nn.MultiheadAttention: multi_head,
+    nn.RNNBase: sequence,
+    nn.RNNCellBase: cell,
     F.scaled_dot_product_attention: dot_product,
     nn.ReLU6: lambda module, input: F.relu6(input),  # its own forward is a hardtanh
     F.dropout: _dropout,

@@ -126,7 +126,7 @@ class PathTracer(NodePathTracer):
             raise ValueError(f"its part {self.path_of_module(m)!r} {reason}")
         if as_graph is None:
             return super().call_module(m, forward, args, kwargs)
-        with replaced(UNTRACED):
+        with untraced():
             graph = as_graph(m).graph
         path, inputs = self.path_of_module(m), iter(args)
         values: dict[fx.Node, Any] = {}
@@ -190,6 +190,11 @@ def replaced(by: Mapping[Any, Mapping[str, Any]]) -> Iterator[None]:
         for owner, attributes in by.items():
             stack.enter_context(mock.patch.multiple(owner, **attributes))
         yield
+
+
+def untraced() -> Any:
+    """While a model is traced: what runs in this context is not."""
+    return replaced(UNTRACED)
 
 
 @contextmanager

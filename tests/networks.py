@@ -42,6 +42,26 @@ class Residual(nn.Module):
         return self.head(x.flatten(1, 2).mean(1))
 
 
+class Recurrent(nn.Module):
+    """Steps through positions, with torch's modules, and from a state that is made for the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.places = nn.Conv2d(2, 4, 3, padding=1), nn.Embedding(50, 4)
+        self.cell, self.lstm = nn.GRUCell(4, 4), nn.LSTM(4, 6, batch_first=True, bidirectional=True, proj_size=3)
+        self.head = nn.Linear(10, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = nn.functional.relu(self.conv(x)).flatten(2).transpose(1, 2)
+        tokens = tokens + self.places(torch.arange(tokens.shape[1], device=x.device))
+        state = torch.zeros((x.shape[0], 4), dtype=x.dtype, device=x.device)
+        for i in range(3):
+            state = self.cell(tokens[:, i], state)
+        y, _ = self.lstm(tokens[:, ::6])
+        y = torch.cat([state, y.mean(1)], 1) * torch.ones(x.shape[0], 1, dtype=x.dtype, device=x.device)
+        return self.head(y)[torch.arange(x.size(0), device=x.device)]
+
+
 def residual() -> nn.Module:
     return Residual()
 
@@ -95,7 +115,14 @@ class Attention(nn.Module):
         return self.head(z.mean(1) * weights.square().sum((1, 2))[:, None])
 
 
-SMALL = {"residual": residual, "mlp": mlp, "convnet": convnet, "feedback": feedback, "attention": Attention}
+SMALL = {
+    "residual": residual,
+    "mlp": mlp,
+    "convnet": convnet,
+    "feedback": feedback,
+    "attention": Attention,
+    "recurrent": Recurrent,
+}
 DROPOUT = {"dropout": 0.1, "attention_dropout": 0.1, "stochastic_depth_prob": 0.1, "num_classes": 5}
 TRANSFORMERS = {
     "vit": (

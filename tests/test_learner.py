@@ -117,6 +117,7 @@ CASES = {
     "vit-adam": (50, 1e-3, "vit", {}, {"optimizer": "adam", "weight_decay": 1e-2}),
     "residual-mse": (5, 0.01, "residual", {"n_tasks": 3, "gating": "channel"}, {"loss": "mse"}),
     "swin-bce": (5, 0.05, "swin", {}, {"loss": "bce_with_logits"}),
+    "recurrent": (5, 0.05, "recurrent", {"n_tasks": 2}, MOMENTUM),
     "passes": (5, 0.01, "feedback", {"n_tasks": 2}, MOMENTUM),
     "separate_weights": (5, 0.05, "convnet", SEPARATE, MOMENTUM),
     "heads_per_task": (5, 0.05, "convnet", {"n_tasks": 3, "heads": "per_task", "lateral": "multiply"}, MOMENTUM),

@@ -97,7 +97,9 @@ def from_rows(t, input, dim, positions):
     """The transpose of picking positions along one dimension, as rows of a table: each summed where it came from."""
     if positions.ndim != 1:
         t = t.flatten(dim, dim + positions.ndim - 1) if positions.ndim else t.unsqueeze(dim)
-    return t.new_zeros(input.shape).index_add(dim, positions.reshape(-1) % input.shape[dim], t)
+    positions = positions.reshape(-1)
+    places = torch.where(positions < 0, positions + input.shape[dim], positions)
+    return t.new_zeros(input.shape).index_add(dim, places, t)
 
 
 def from_places(t, input, pick):
