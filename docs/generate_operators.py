@@ -38,7 +38,9 @@ from fxfeedback.open_modules import open_modules
 from fxfeedback.openings import OPENINGS, survival, surviving_channels
 from fxfeedback.rules import RULES, Rule
 from fxfeedback.rules.core import CONSTANT
-from fxfeedback.trace import EXAMPLE_BATCH, Spec, annotate_shapes, is_structure, share, trace
+from fxfeedback.shapes import EXAMPLE_BATCH, Spec, annotate_shapes, is_structure
+from fxfeedback.share import share
+from fxfeedback.trace import trace
 
 HERE = Path(__file__).parent
 PAGE, MEASURED = HERE / "operators.md", HERE / "operators.json"

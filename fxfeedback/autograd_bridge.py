@@ -15,7 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from fxfeedback.bottom_up import has_effect
 from fxfeedback.counter_hebb_pass import INPUT
-from fxfeedback.trace import identifier, is_structure, leaves_of
+from fxfeedback.nodes import identifier
+from fxfeedback.shapes import is_structure, leaves_of
 
 
 @dataclass

@@ -9,9 +9,10 @@ import networkx as nx
 from torch import fx
 
 from fxfeedback.errors import NodeNameError
+from fxfeedback.nodes import find_node
 from fxfeedback.rules import RULES
 from fxfeedback.rules.core import CONSTANT
-from fxfeedback.trace import Spec, find_node, leaves_of
+from fxfeedback.shapes import Spec, leaves_of
 
 
 class BottomUp:

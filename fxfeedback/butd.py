@@ -15,8 +15,9 @@ from fxfeedback.errors import InputError
 from fxfeedback.instruction import distinct, read_instruction
 from fxfeedback.options import Lateral, Options
 from fxfeedback.select_task import select_task
+from fxfeedback.shapes import example_for
 from fxfeedback.task_heads import TaskHeads
-from fxfeedback.trace import building, example_for
+from fxfeedback.while_tracing import building
 from fxfeedback.wrapper import Wrapper, eval_mode
 
 

@@ -13,12 +13,14 @@ from fxfeedback.bottom_up import BottomUp, channels_of, positions_of, weight_of
 from fxfeedback.counter_hebb_pass import Learning, key_of, learner
 from fxfeedback.errors import Error, NodeNameError, OptionError
 from fxfeedback.gates import gate_sites
+from fxfeedback.nodes import find_node
 from fxfeedback.open_modules import open_modules
 from fxfeedback.rules.gating import gate
-from fxfeedback.shaped import trace_for
+from fxfeedback.shapes import annotate_shapes
 from fxfeedback.task_heads import TaskHeads, put_task_heads
 from fxfeedback.td_graph import Instructing, instruct
-from fxfeedback.trace import annotate_shapes, building, find_node, settled
+from fxfeedback.trace_at_size import trace_for
+from fxfeedback.while_tracing import building, settled
 
 if TYPE_CHECKING:
     from fxfeedback.butd import BUTD

@@ -33,7 +33,7 @@ from fxfeedback.rules.convolution import convolution, transposed_convolution
 from fxfeedback.rules.core import as_tuple
 from fxfeedback.rules.dropout import identity
 from fxfeedback.rules.linear import linear
-from fxfeedback.trace import Spec
+from fxfeedback.shapes import Spec
 
 if TYPE_CHECKING:
     from fxfeedback.dead_channels import Network

@@ -17,7 +17,7 @@ from fxfeedback.rules import RULES
 from fxfeedback.rules.convolution import transposed_convolution
 from fxfeedback.rules.dropout import identity
 from fxfeedback.rules.reshaping import reshape
-from fxfeedback.trace import Spec
+from fxfeedback.shapes import Spec
 
 if TYPE_CHECKING:
     from fxfeedback.dead_channels import Emitter, Network

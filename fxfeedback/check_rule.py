@@ -16,8 +16,9 @@ from fxfeedback.counter_hebb_pass import Learning, key_of, learner
 from fxfeedback.open_modules import open_modules
 from fxfeedback.rules import Rule
 from fxfeedback.rules.examples import C, Example, T
+from fxfeedback.shapes import annotate_shapes
 from fxfeedback.td_graph import Walk
-from fxfeedback.trace import annotate_shapes, trace
+from fxfeedback.trace import trace
 from fxfeedback.values import Emitter, Unknown, batch_size
 
 

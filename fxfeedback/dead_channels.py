@@ -16,7 +16,8 @@ from torch import fx, nn
 
 from fxfeedback.channel_rules import step_of
 from fxfeedback.channel_steps import Channels, Step, unknown
-from fxfeedback.trace import EXAMPLE_BATCH, Spec, identifier
+from fxfeedback.nodes import identifier
+from fxfeedback.shapes import EXAMPLE_BATCH, Spec
 
 
 @torch.no_grad()

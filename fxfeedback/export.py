@@ -20,9 +20,9 @@ from fxfeedback.checksums import checksum
 from fxfeedback.errors import InputError, OptionError
 from fxfeedback.feedback import FeedbackModel, _check_passes, _link
 from fxfeedback.gates import channel_mean
+from fxfeedback.nodes import find_node
 from fxfeedback.onnx_file import SPATIAL, Input, Program, check_target, write
 from fxfeedback.rewrite import Unroller, Unrolling
-from fxfeedback.trace import find_node
 from fxfeedback.version import __version__
 from fxfeedback.wrapper import Wrapper, eval_mode
 

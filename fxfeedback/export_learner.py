@@ -22,13 +22,14 @@ from fxfeedback.butd_graphs import Graphs
 from fxfeedback.errors import ExportError, OptionError
 from fxfeedback.export import about, about_butd, eval_mode, gate_of, is_own_input, own_inputs, td_name
 from fxfeedback.losses import LOSSES
+from fxfeedback.nodes import identifier
 from fxfeedback.onnx_file import Input, Program, check_target, write
 from fxfeedback.open_modules import open_modules
 from fxfeedback.ops import ADVANCES, cumulative_momentum
 from fxfeedback.optimizers import OPTIMIZERS
 from fxfeedback.rules.core import channelwise, spatial
 from fxfeedback.rules.normalization import standardized
-from fxfeedback.trace import identifier, leaves_of
+from fxfeedback.shapes import leaves_of
 
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 

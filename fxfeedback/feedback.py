@@ -12,11 +12,14 @@ from fxfeedback.bottom_up import channel_dim, has_effect
 from fxfeedback.errors import InputError, NodeNameError, OptionError, TraceError
 from fxfeedback.layout import layout_of
 from fxfeedback.modulation import Modulation
+from fxfeedback.nodes import find_node
 from fxfeedback.open_modules import open_modules
 from fxfeedback.recompute import brief, lean, segmented
 from fxfeedback.rewrite import Link, Unrolling, unroll
-from fxfeedback.shaped import trace_for
-from fxfeedback.trace import Spec, annotate_shapes, building, example_for, find_node, put
+from fxfeedback.shapes import Spec, annotate_shapes, example_for
+from fxfeedback.share import put
+from fxfeedback.trace_at_size import trace_for
+from fxfeedback.while_tracing import building
 from fxfeedback.wrapper import Wrapper
 
 State = dict[str, torch.Tensor]

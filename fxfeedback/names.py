@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import fx, nn
 
-from fxfeedback.shaped import trace_for
-from fxfeedback.trace import Spec, annotate_shapes, example_for, share
+from fxfeedback.shapes import Spec, annotate_shapes, example_for
+from fxfeedback.share import share
+from fxfeedback.trace_at_size import trace_for
 
 
 class NodeInfo(NamedTuple):

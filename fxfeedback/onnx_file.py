@@ -24,7 +24,7 @@ from torch import fx, nn
 
 from fxfeedback.errors import ExportError, OptionError
 from fxfeedback.files import LARGEST, sync
-from fxfeedback.trace import plain
+from fxfeedback.shapes import plain
 from fxfeedback.version import __version__
 
 FOLDED = 64

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fxfeedback.shaped import Shaped
+from fxfeedback.trace_at_size import Shaped
 
 
 def multi_head(

@@ -20,11 +20,13 @@ from torch.nn.utils import parametrize
 
 from fxfeedback.bottom_up import has_effect
 from fxfeedback.errors import RuleError
+from fxfeedback.nodes import identifier, is_operator_in_place, is_users, user_line
 from fxfeedback.openings import OPENINGS, call
 from fxfeedback.ops import same
 from fxfeedback.rules.core import CONSTANT, RULES
-from fxfeedback.shaped import Shaped, Shapes, device_of_inputs, elements, same_number
-from fxfeedback.trace import identifier, is_operator_in_place, is_users, plain, running_on_proxies, user_line
+from fxfeedback.shapes import plain
+from fxfeedback.trace_at_size import Shaped, Shapes, device_of_inputs, elements, same_number
+from fxfeedback.while_tracing import running_on_proxies
 
 OUT_OF_PLACE = {
     operator.iadd: operator.add,

@@ -19,7 +19,7 @@ from fxfeedback.bottom_up import operand
 from fxfeedback.modulation import Modulation, modulate
 from fxfeedback.ops import linear_of_passes
 from fxfeedback.rewrite import drop_unread
-from fxfeedback.trace import Spec
+from fxfeedback.shapes import Spec
 
 RELUS = (F.relu, torch.relu, torch.Tensor.relu)
 

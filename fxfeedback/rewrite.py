@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxfeedback.bottom_up import has_effect, operand
+from fxfeedback.nodes import identifier
 from fxfeedback.ops import ADVANCES, cumulative_momentum, survival, surviving_channels
-from fxfeedback.trace import identifier
 
 ANEW = (torch.native_dropout, survival, surviving_channels, cumulative_momentum)
 """Never shared between passes: what is drawn at random, and what counts the passes."""

@@ -9,10 +9,11 @@ from torch import fx
 from fxfeedback.bottom_up import has_effect, is_floating, operand
 from fxfeedback.dead_channels import remove_dead_channels
 from fxfeedback.errors import InputError
+from fxfeedback.nodes import identifier
 from fxfeedback.ops import one_node, survival, surviving_channels
 from fxfeedback.rules import RULES
 from fxfeedback.rules.gating import gate
-from fxfeedback.trace import annotate_shapes, identifier
+from fxfeedback.shapes import annotate_shapes
 
 if TYPE_CHECKING:
     from fxfeedback.butd_graphs import Graphs

@@ -24,7 +24,7 @@ from fxfeedback.errors import CheckpointError, OptionError
 from fxfeedback.feedback import Connection, FeedbackModel
 from fxfeedback.files import replace_whole
 from fxfeedback.options import Options
-from fxfeedback.trace import put, share
+from fxfeedback.share import put, share
 from fxfeedback.version import __version__
 from fxfeedback.wrapper import Wrapper
 

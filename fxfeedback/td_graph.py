@@ -15,8 +15,8 @@ from torch import fx, nn
 from fxfeedback.bottom_up import BottomUp, along_channels, batch_norm_of, channels_of, is_floating, operand, weight_of
 from fxfeedback.errors import Error, RuleError
 from fxfeedback.gates import switch_off_channels
+from fxfeedback.nodes import user_line
 from fxfeedback.rules import RULES, Rule
-from fxfeedback.trace import user_line
 from fxfeedback.values import Emitter, Unknown, Value
 
 

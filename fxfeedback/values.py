@@ -7,7 +7,8 @@ from typing import Any
 from torch import fx, nn
 
 from fxfeedback.errors import RuleError
-from fxfeedback.trace import EXAMPLE_BATCH, Spec, identifier
+from fxfeedback.nodes import identifier
+from fxfeedback.shapes import EXAMPLE_BATCH, Spec
 
 
 class Emitter(fx.Tracer):

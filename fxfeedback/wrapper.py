@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fxfeedback.errors import OptionError
-from fxfeedback.trace import share
+from fxfeedback.share import share
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 """What nn.Module's call runs, and a graph does not."""

@@ -9,7 +9,9 @@ import fxfeedback
 from fxfeedback.bottom_up import BottomUp
 from fxfeedback.open_modules import open_modules
 from fxfeedback.rules import RULES
-from fxfeedback.trace import annotate_shapes, share, trace
+from fxfeedback.shapes import annotate_shapes
+from fxfeedback.share import share
+from fxfeedback.trace import trace
 from networks import LARGE, build
 
 

@@ -19,7 +19,9 @@ from fxfeedback.butd import BUTD
 from fxfeedback.counter_hebb_pass import Learning, learner
 from fxfeedback.errors import NodeNameError, OptionError
 from fxfeedback.rules import RULES
-from fxfeedback.trace import EXAMPLE_BATCH, annotate_shapes, share, trace
+from fxfeedback.shapes import EXAMPLE_BATCH, annotate_shapes
+from fxfeedback.share import share
+from fxfeedback.trace import trace
 from random_graphs import COVERED, Case, cases
 from test_unrolling import close, names_of, reference
 

@@ -17,7 +17,8 @@ from torchvision.ops import stochastic_depth
 
 import fxfeedback
 from fxfeedback import Connection, Steering
-from fxfeedback.trace import share, trace
+from fxfeedback.share import share
+from fxfeedback.trace import trace
 
 BATCH = 3
 LRM3 = [

@@ -150,7 +150,7 @@ def read_model(name: str, weights: str | None = None) -> "nn.Module":
     from torchvision.models import list_models
 
     import fxfeedback
-    from fxfeedback.trace import nearest
+    from fxfeedback.nodes import nearest
 
     torch.manual_seed(SEED)
     if ":" in name:

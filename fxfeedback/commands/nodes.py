@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Name the nodes of the model or, where torch.fx cannot trace it whole, of the parts that it can."""
     from fxfeedback.errors import InputError, TraceError
+    from fxfeedback.shapes import example_for
     from fxfeedback.storage import _unwrap
-    from fxfeedback.trace import example_for
     from fxfeedback.wrapper import Wrapper
 
     given: Any = read_model(arguments.model, arguments.weights)
@@ -65,8 +65,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _traced(model: Any, examples: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
-    from fxfeedback.shaped import trace_for
-    from fxfeedback.trace import share
+    from fxfeedback.share import share
+    from fxfeedback.trace_at_size import trace_for
 
     module, _ = trace_for(share(model), examples)
     return module, examples
@@ -76,7 +76,7 @@ def _nodes(part: str, module: Any, examples: Sequence[Any]) -> Iterator[dict[str
     """What is said of each node of a model's or a part's graph."""
     from fxfeedback.feedback import legal_ends
     from fxfeedback.names import op_name
-    from fxfeedback.trace import Spec, annotate_shapes
+    from fxfeedback.shapes import Spec, annotate_shapes
 
     annotate_shapes(module, examples)
     sources, destinations = legal_ends(module.graph)

@@ -18,7 +18,7 @@ from fxfeedback.drawing.network import Arc, Network
 from fxfeedback.errors import InputError, OptionError
 from fxfeedback.feedback import FeedbackModel
 from fxfeedback.layout import layout_of
-from fxfeedback.trace import find_node
+from fxfeedback.nodes import find_node
 
 SIDE = 112
 """Pixels of a map's longer side, as it is drawn."""

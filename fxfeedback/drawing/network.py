@@ -14,8 +14,10 @@ from fxfeedback.butd_graphs import Graphs
 from fxfeedback.errors import OptionError
 from fxfeedback.feedback import FeedbackModel
 from fxfeedback.names import op_name
-from fxfeedback.shaped import trace_for
-from fxfeedback.trace import Spec, annotate_shapes, example_for, find_node, share
+from fxfeedback.nodes import find_node
+from fxfeedback.shapes import Spec, annotate_shapes, example_for
+from fxfeedback.share import share
+from fxfeedback.trace_at_size import trace_for
 from fxfeedback.wrapper import Wrapper
 
 

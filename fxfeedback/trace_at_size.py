@@ -1,6 +1,6 @@
-"""Proxies that know their shapes, so that code which looks at sizes can be traced.
+"""Trace code that looks at sizes, for inputs of one size, by proxies that know their shapes.
 
-`trace_at` traces models whose code branches on sizes; `open_modules` opens attention and functions of the model's.
+`trace_at` does so with a model; `open_modules` with attention, recurrent modules and functions of the model's.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,8 +12,11 @@ from torch import fx, nn
 
 from fxfeedback import einops_backend
 from fxfeedback.errors import TraceError
+from fxfeedback.nodes import is_users
 from fxfeedback.ops import put_at
-from fxfeedback.trace import EXAMPLE_BATCH, PathTracer, is_users, on_meta, plain, trace, trace_with, untraced
+from fxfeedback.shapes import EXAMPLE_BATCH, on_meta, plain
+from fxfeedback.trace import PathTracer, trace, trace_with
+from fxfeedback.while_tracing import untraced
 
 
 class Shapes:
