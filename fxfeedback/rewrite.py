@@ -15,10 +15,7 @@ from torch import fx, nn
 
 from fxfeedback.bottom_up import has_effect, operand
 from fxfeedback.nodes import identifier
-from fxfeedback.ops import ADVANCES, cumulative_momentum, survival, surviving_channels
-
-ANEW = (torch.native_dropout, survival, surviving_channels, cumulative_momentum)
-"""Never shared between passes: what is drawn at random, and what counts the passes."""
+from fxfeedback.ops import ADVANCES, cumulative_momentum
 
 
 @dataclass(frozen=True)
@@ -118,7 +115,7 @@ class Unroller:
     def emit(self, node: fx.Node, values: dict[fx.Node, fx.Node], number: int) -> fx.Node:
         """The node in this pass: an earlier pass's where the inputs are the same and nothing is drawn at random."""
         key = (node, *(values[source] for source in node.all_input_nodes))
-        if key in self.emitted and node.target not in ANEW and not has_effect(node) and not _keeps_statistics(node):
+        if key in self.emitted and not _is_new_in_every_pass(node):
             if node.target in ADVANCES:
                 self.advance_statistics(self.emitted[key])
             return self.emitted[key]
@@ -189,6 +186,12 @@ def unroll(module: fx.GraphModule, root: nn.Module, links: Sequence[Link], what:
 def drop_unread(graph: fx.Graph) -> None:
     """Erase what nobody reads and what has no effect."""
     graph.eliminate_dead_code(is_impure_node=lambda node: has_effect(node) or _counts_batches(node))
+
+
+def _is_new_in_every_pass(node: fx.Node) -> bool:
+    """Whether passes may not share the node although its inputs are the same."""
+    counts = node.target is cumulative_momentum
+    return "drawn" in node.meta or counts or has_effect(node) or _keeps_statistics(node)
 
 
 def _keeps_statistics(node: fx.Node) -> bool:

@@ -10,19 +10,13 @@ from fxfeedback.bottom_up import has_effect, is_floating, operand
 from fxfeedback.dead_channels import remove_dead_channels
 from fxfeedback.errors import InputError
 from fxfeedback.nodes import identifier
-from fxfeedback.ops import one_node, survival, surviving_channels
+from fxfeedback.ops import one_node
 from fxfeedback.rules import RULES
 from fxfeedback.rules.gating import gate
 from fxfeedback.shapes import annotate_shapes
 
 if TYPE_CHECKING:
     from fxfeedback.butd_graphs import Graphs
-
-DRAWN = {
-    *(torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal, torch.bernoulli, torch.multinomial),
-    *(torch.rand_like, torch.randn_like, torch.randint_like, torch.native_dropout, survival, surviving_channels),
-}
-"""Ops that are no constants although nothing in them depends on the input."""
 
 
 @torch.no_grad()
@@ -106,7 +100,7 @@ class _Folding:
 
     def is_constant(self, node: fx.Node) -> bool:
         known = all(source in self.constants for source in node.all_input_nodes)
-        return node.op == "call_function" and known and node.target not in DRAWN and not has_effect(node)
+        return node.op == "call_function" and known and "drawn" not in node.meta and not has_effect(node)
 
     def use(self, node: fx.Node) -> Any:
         """What stands for an operand: a node, or a number."""

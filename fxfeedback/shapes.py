@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxfeedback.errors import InputError, TraceError
 from fxfeedback.nodes import is_users, user_line
@@ -55,6 +56,8 @@ def example_for(model: nn.Module, input_size: Sequence[int] | None = None) -> tu
 
 def annotate_shapes(module: fx.GraphModule, example_inputs: Sequence[torch.Tensor]) -> None:
     """Write `node.meta["spec"]` into every node that makes a tensor (a tuple of specs for a tuple of tensors).
+
+    And `node.meta["drawn"]` into those that draw random numbers.
 
     Args:
         module: a traced graph.
@@ -146,7 +149,7 @@ def _shapes(module: fx.GraphModule, example_inputs: Sequence[torch.Tensor], batc
     run = _ShapeRun(module)
     try:
         # New tensors of the model's own code go to the meta device, too.
-        with torch.device("meta"), torch.no_grad():
+        with torch.device("meta"), torch.no_grad(), _Drawing(run):
             run.run(*inputs)
     except NotImplementedError as error:
         node = run.current
@@ -202,6 +205,19 @@ class _ShapeRun(fx.Interpreter):
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         return on_meta(self.fetch_attr(target), args, kwargs)
+
+
+class _Drawing(TorchDispatchMode):
+    """Write `node.meta["drawn"]` into every node that draws random numbers, whatever code it calls."""
+
+    def __init__(self, run: _ShapeRun) -> None:
+        super().__init__()
+        self.run = run
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.run.current.meta["drawn"] = True
+        return func(*args, **(kwargs or {}))
 
 
 def on_meta(module: nn.Module, args: Any, kwargs: Any) -> Any:

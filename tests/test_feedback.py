@@ -82,7 +82,46 @@ def test_attention_with_masks_and_dropout_stays_as_it_is():
     first, second = model(x)
     torch.manual_seed(1)
     assert torch.equal(first, net(x)) and not torch.equal(second, first)
-    assert not [name for name in fxfeedback.node_names(model, input_size=(2, 6, 6)) if name.startswith("layer.")]
+    names = fxfeedback.node_names(model, input_size=(2, 6, 6))
+    assert [name for name in names if name.startswith("layer")] == ["layer", "layer.pass2"]
+
+
+@torch.fx.wrap
+def noisy(x):
+    return x + torch.randn(x.shape)
+
+
+DRAWING = {
+    "rand_like": lambda x: x * torch.rand_like(x),
+    "rand": lambda x: x * torch.rand(x.shape[0], 1),
+    "in place": lambda x: x * x.new_empty(x.shape).bernoulli_(0.5),
+    "dropout": F.dropout,
+    "rrelu": lambda x: F.rrelu(x, training=True),
+    "gumbel_softmax": F.gumbel_softmax,
+    "a function of the user's": noisy,
+    "a recurrent module": nn.LSTM(4, 4, 2, dropout=0.5),
+}
+
+
+@pytest.mark.parametrize("draws", DRAWING.values(), ids=DRAWING)
+def test_every_pass_draws_its_own_random_numbers(draws):
+    """As calling the model again does; what draws none is shared by the passes, which is bit for bit the same."""
+
+    class Net(nn.Module):
+        def __init__(self, below):
+            super().__init__()
+            self.first, self.below, self.last = nn.Linear(4, 4), below, nn.Linear(4, 4)
+
+        def forward(self, x):
+            y = self.below(self.first(x))
+            return self.last(y[0] if isinstance(self.below, nn.LSTM) else y)
+
+    for below in (draws, F.gelu):
+        model = fxfeedback.add_feedback(Net(below), [("last", "last")], input_size=(4,))
+        model.modulation("last", "last").requires_grad_(False).pos_scale.zero_()
+        model.modulation("last", "last").neg_scale.zero_()
+        read = model.readout(torch.randn(3, 4), ["last"])
+        assert torch.equal(read[0]["last"].before, read[1]["last"].before) == (below is F.gelu)
 
 
 def test_gradients_reach_every_parameter():
