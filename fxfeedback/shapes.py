@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
@@ -149,7 +150,7 @@ def _shapes(module: fx.GraphModule, example_inputs: Sequence[torch.Tensor], batc
     run = _ShapeRun(module)
     try:
         # New tensors of the model's own code go to the meta device, too.
-        with torch.device("meta"), torch.no_grad(), _Drawing(run):
+        with torch.device("meta"), torch.no_grad():
             run.run(*inputs)
     except NotImplementedError as error:
         node = run.current
@@ -179,7 +180,8 @@ class _ShapeRun(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         self.current = n
-        value = super().run_node(n)
+        with _Drawing(n) if n.op.startswith("call") else nullcontext():
+            value = super().run_node(n)
         if n.op != "output":
             self.values[n] = value
         return value
@@ -208,15 +210,15 @@ class _ShapeRun(fx.Interpreter):
 
 
 class _Drawing(TorchDispatchMode):
-    """Write `node.meta["drawn"]` into every node that draws random numbers, whatever code it calls."""
+    """Write `node.meta["drawn"]` where a node's op draws random numbers, whatever code it calls."""
 
-    def __init__(self, run: _ShapeRun) -> None:
+    def __init__(self, node: fx.Node) -> None:
         super().__init__()
-        self.run = run
+        self.node = node
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags:
-            self.run.current.meta["drawn"] = True
+            self.node.meta["drawn"] = True
         return func(*args, **(kwargs or {}))
 
 
