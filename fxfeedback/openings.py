@@ -3,6 +3,7 @@
 `OPENINGS` is the table; `open_modules` uses it. Every module that is not in it opens by its own forward.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -73,6 +74,28 @@ def _feature_dropout(input: fx.Proxy, p: float = 0.5, training: bool = True, inp
     return input * call(surviving_channels, input, p) if training and p > 0 else input
 
 
+def _alpha_dropout(input: fx.Proxy, p: float = 0.5, training: bool = False, inplace: bool = False) -> fx.Proxy:
+    """Who drops out becomes α, SELU's lowest value; then mean 0 and variance 1 again (Klambauer et al. 2017)."""
+    if not training or p == 0:
+        return input
+    if p == 1:
+        return input * 0
+    alpha = -1.7580993408473766
+    scale = 1 / math.sqrt((1 + alpha * alpha * p) * (1 - p))
+    stays = torch.empty_like(input).bernoulli_(1 - p)
+    return input * (stays * scale) + ((1 - stays) * (alpha * scale) - alpha * scale * p)
+
+
+def _gumbel_softmax(logits: fx.Proxy, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1) -> Any:
+    """A sample of categories, softly; with `hard` one of them, with the gradient of the soft one."""
+    noise = -torch.empty_like(logits).exponential_().log()
+    soft = ((logits + noise) / tau).softmax(dim)
+    if not hard:
+        return soft
+    one = torch.zeros_like(logits).scatter_(dim, soft.argmax(dim, keepdim=True), 1.0)
+    return one - soft.detach() + soft
+
+
 def _named_padding(
     input: fx.Proxy,
     weight: Any,
@@ -114,6 +137,11 @@ OPENINGS: dict[Any, Callable[..., Any]] = {
     F.dropout2d: _feature_dropout,
     F.dropout3d: _feature_dropout,
     torch.feature_dropout: _feature_dropout,
+    F.alpha_dropout: _alpha_dropout,
+    torch.alpha_dropout: _alpha_dropout,
+    F.gumbel_softmax: _gumbel_softmax,
+    torch.fliplr: lambda input: input.flip(1),
+    torch.flipud: lambda input: input.flip(0),
     stochastic_depth: _stochastic_depth,
     torch.conv1d: _named_padding,
     torch.conv2d: _named_padding,

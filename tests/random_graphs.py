@@ -479,8 +479,21 @@ forms("reciprocal", "torch.reciprocal({x} * {x} + 0.5)", "({x}.abs() + 0.5).reci
 forms("abs", "torch.abs({x})", "{x}.abs()", "abs({x})", "torch.absolute({x})")
 forms("sin", "torch.sin({x})", "{x}.sin()")
 forms("cos", "torch.cos({x})", "{x}.cos()")
-forms("erf", "torch.erf({x})", "{x}.erf()")
-forms("neg", "-{x}", "torch.neg({x})", "{x}.neg()")
+forms("tan", "torch.tan({x}.tanh())", "({x} * 0.1).tan()")
+forms("asin", "torch.asin({x}.tanh() * 0.9)", "torch.arcsin({x}.sigmoid() * 0.9)")
+forms("acos", "torch.acos({x}.tanh() * 0.9)", "torch.arccos({x}.sigmoid() * 0.9)")
+forms("atan", "torch.atan({x})", "{x}.atan()", "torch.arctan({x})")
+forms("sinh", "torch.sinh({x}.tanh())", "({x} * 0.1).sinh()")
+forms("cosh", "torch.cosh({x}.tanh())", "({x} * 0.1).cosh()")
+forms("asinh", "torch.asinh({x})", "{x}.arcsinh()")
+forms("acosh", "torch.acosh({x} * {x} + 1.5)", "({x}.abs() + 1.5).acosh()")
+forms("atanh", "torch.atanh({x}.tanh() * 0.9)", "({x}.sigmoid() * 0.9).arctanh()")
+forms("exp2", "torch.exp2({x}.tanh())", "({x} * 0.1).exp2()", "torch.special.exp2({x}.tanh())")
+forms("erf", "torch.erf({x})", "{x}.erf()", "torch.special.erf({x})")
+forms("erfc", "torch.erfc({x})", "{x}.erfc()")
+forms("frac", "torch.frac({x})", "{x}.frac()")
+forms("nan_to_num", "torch.nan_to_num({x})", "{x}.where({x} > 0, torch.inf).nan_to_num(0.5, 2.0, -1.0)")
+forms("neg", "-{x}", "torch.neg({x})", "{x}.neg()", "torch.negative({x})")
 forms("identity", "F.dropout({x}, 0.5, False)", made="nn.Identity()")
 forms("copy", "{x}.clone()", "{x}.contiguous()", "+{x}", "torch.positive({x})")
 forms("cast", "{x}.to(torch.double)", "{x}.double()", "{x}.type_as({x})", "{x}.to({x})", "{x}.to({x}.dtype)")
@@ -759,6 +772,7 @@ def attention(g, x):
 def dropout(g, x):
     g.random = g.train
     templates = ["F.dropout({x}, 0.3, self.training)", "{m}({x})", "torch.dropout({x}, 0.5, self.training)"]
+    templates += ["F.alpha_dropout({x}, 0.4, self.training)"]
     if x.ndim > 1:
         templates += [
             "stochastic_depth({x}, 0.4, 'row', self.training)",
@@ -1171,6 +1185,7 @@ def permute(g, x):
         "torch.roll({x}, shifts=(2, -1), dims=({a}, {b}))",
     ]
     templates += ["{x}.roll(2)", "torch.rot90({x}, 1, ({p}, {q}))", "{x}.rot90(2, ({p}, {q}))"]
+    templates += ["torch.flipud({x})", "torch.fliplr({x})"]
     p, q = g.draw(st.permutations(range(x.ndim)))[:2]
     return g.fill(x, templates, order=order, within=within, a=g.dim(x), b=g.dim(x), ds=lambda: g.dims(x), p=p, q=q)
 

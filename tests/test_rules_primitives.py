@@ -120,6 +120,27 @@ def test_a_network_of_primitive_ops():
     assert set(butd.counter_neurons(torch.tensor([0, 1, 1]))) == {"gelu"}
 
 
+@pytest.mark.parametrize("hard", [False, True])
+def test_a_sample_of_categories_has_the_gradient_of_the_soft_one(hard):
+    class Chooses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.last(F.gumbel_softmax(self.first(x), 0.7, hard))
+
+    torch.manual_seed(0)
+    model, x = Chooses().double(), torch.randn(5, 4, dtype=torch.double)
+    results = []
+    for network in (model, fxfeedback.to_butd(model, input_size=(4,))):
+        torch.manual_seed(1)
+        y = network(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), list(model.parameters()))])
+    for theirs, ours in zip(*results, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-9 * theirs.abs().max()
+
+
 def test_calls_without_a_rule_say_so():
     x = torch.randn(2, 3, 3)
     for function, arguments in [

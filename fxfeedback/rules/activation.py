@@ -55,7 +55,7 @@ def hardtanh(y, input, min_val=-1.0, max_val=1.0, inplace=False):
     return pointwise(lambda e: e * ((input > min_val) & (input < max_val)))
 
 
-@rule(F.sigmoid, torch.sigmoid)
+@rule(F.sigmoid, torch.sigmoid, torch.special.expit)
 def sigmoid(y, input):
     """1 / (1 + exp(-x))"""
     return pointwise(lambda e: e * y * (1 - y))

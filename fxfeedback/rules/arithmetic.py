@@ -61,7 +61,7 @@ def div(y, input, other):
     }
 
 
-@rule(torch.neg, operator.neg)
+@rule(torch.neg, torch.negative, operator.neg)
 def neg(y, input):
     """-x"""
     return {"input": transpose(lambda t: -t)}

@@ -20,7 +20,7 @@ def exp(y, input):
     return pointwise(lambda e: e * y)
 
 
-@rule(torch.expm1)
+@rule(torch.expm1, torch.special.expm1)
 def expm1(y, input):
     """exp x - 1"""
     return pointwise(lambda e: e * (y + 1))
@@ -44,7 +44,7 @@ def log10(y, input):
     return pointwise(lambda e: e / (input * math.log(10)))
 
 
-@rule(torch.log1p)
+@rule(torch.log1p, torch.special.log1p)
 def log1p(y, input):
     """log(1 + x)"""
     return pointwise(lambda e: e / (1 + input))
@@ -92,10 +92,88 @@ def cos(y, input):
     return pointwise(lambda e: -e * torch.sin(input))
 
 
-@rule(torch.erf)
+@rule(torch.tan)
+def tan(y, input):
+    """tan x"""
+    return pointwise(lambda e: e * (1 + y * y))
+
+
+@rule(torch.asin, torch.arcsin)
+def asin(y, input):
+    """arcsin x"""
+    return pointwise(lambda e: e * torch.rsqrt(1 - input * input))
+
+
+@rule(torch.acos, torch.arccos)
+def acos(y, input):
+    """arccos x"""
+    return pointwise(lambda e: -e * torch.rsqrt(1 - input * input))
+
+
+@rule(torch.atan, torch.arctan)
+def atan(y, input):
+    """arctan x"""
+    return pointwise(lambda e: e / (1 + input * input))
+
+
+@rule(torch.sinh)
+def sinh(y, input):
+    """(exp x - exp(-x)) / 2"""
+    return pointwise(lambda e: e * torch.cosh(input))
+
+
+@rule(torch.cosh)
+def cosh(y, input):
+    """(exp x + exp(-x)) / 2"""
+    return pointwise(lambda e: e * torch.sinh(input))
+
+
+@rule(torch.asinh, torch.arcsinh)
+def asinh(y, input):
+    """log(x + √(x² + 1))"""
+    return pointwise(lambda e: e * torch.rsqrt(input * input + 1))
+
+
+@rule(torch.acosh, torch.arccosh)
+def acosh(y, input):
+    """log(x + √(x² - 1))"""
+    return pointwise(lambda e: e * torch.rsqrt(input * input - 1))
+
+
+@rule(torch.atanh, torch.arctanh)
+def atanh(y, input):
+    """log((1 + x) / (1 - x)) / 2"""
+    return pointwise(lambda e: e / (1 - input * input))
+
+
+@rule(torch.exp2, torch.special.exp2)
+def exp2(y, input):
+    """2ˣ"""
+    return pointwise(lambda e: e * y * math.log(2))
+
+
+@rule(torch.erf, torch.special.erf)
 def erf(y, input):
     """2 / √π ∫ exp(-u²) from 0 to x"""
     return pointwise(lambda e: e * torch.exp(-input * input) * (2 / math.sqrt(math.pi)))
+
+
+@rule(torch.erfc, torch.special.erfc)
+def erfc(y, input):
+    """1 - erf x"""
+    return pointwise(lambda e: -e * torch.exp(-input * input) * (2 / math.sqrt(math.pi)))
+
+
+@rule(torch.frac)
+def frac(y, input):
+    """x without its whole part"""
+    return pointwise(as_is)
+
+
+@rule(torch.nan_to_num)
+def nan_to_num(y, input, nan=0.0, posinf=None, neginf=None):
+    """x, and a number where x is none"""
+    return pointwise(lambda e: torch.where(torch.isfinite(input), e, 0.0))
 
 
 @rule(torch.pow, operator.pow)
@@ -199,7 +277,9 @@ constant(
     torch.ceil,
     torch.round,
     torch.trunc,
+    torch.fix,
     torch.sign,
+    torch.sgn,
     torch.floor_divide,
     operator.floordiv,
     torch.detach,
@@ -253,7 +333,20 @@ reciprocal.examples = [call(torch.reciprocal, T(4, 5))]
 abs.examples = [call(torch.abs, T(4, 5)), call(lambda x: F.relu(x).abs(), T(4, 5))]
 sin.examples = [call(torch.sin, T(4, 5))]
 cos.examples = [call(torch.cos, T(4, 5))]
+tan.examples = [call(torch.tan, T(4, 5))]
+asin.examples = [call(lambda x: torch.asin(x.tanh()), T(4, 5))]
+acos.examples = [call(lambda x: torch.acos(x.tanh()), T(4, 5))]
+atan.examples = [call(torch.atan, T(4, 5))]
+sinh.examples = [call(torch.sinh, T(4, 5))]
+cosh.examples = [call(torch.cosh, T(4, 5))]
+asinh.examples = [call(torch.asinh, T(4, 5))]
+acosh.examples = [call(lambda x: torch.acosh(1.1 + x * x), T(4, 5))]
+atanh.examples = [call(lambda x: torch.atanh(x.tanh()), T(4, 5))]
+exp2.examples = [call(torch.exp2, T(4, 5))]
 erf.examples = [call(torch.erf, T(4, 5))]
+erfc.examples = [call(torch.erfc, T(4, 5))]
+frac.examples = [call(torch.frac, T(4, 5))]
+nan_to_num.examples = [call(lambda x: torch.nan_to_num(x.where(x > 0, math.inf), posinf=2.0), T(4, 5))]
 pow.examples = [
     call(operator.pow, T(4, 5), 3),
     call(torch.pow, T(4, 5), 0),
