@@ -911,6 +911,18 @@ def interpolate(g, x):
     return g.fill(x, templates, s=size, mode=mode, c=corners, f=g.pick([1.7, 2, 1]))
 
 
+@grows("grid_sample", "affine_grid", when=proper(4))
+def sampled(g, x):
+    turned = f"{g.parameter(1, 2, 3)} + 0.3 * {x.name}.mean((1, 2, 3)).sin()[:, None, None]"
+    corners, size = g.pick([True, False]), f"[{x.name}.shape[0], 1, {g.number(1, 4)}, {g.number(1, 4)}]"
+    grids = [f"F.affine_grid({turned}, {size}, {corners})"]
+    grids += [f"torch.stack([{x.name}[:, 0].tanh() * 1.2, {x.name}[:, -1].sin() * 1.1], -1)"]
+    mode, padding = g.pick(["bilinear", "bilinear", "nearest"]), g.pick(["zeros", "border"])
+    return g.fill(
+        x, ["F.grid_sample({x}, {grid}, '{m}', '{p}', {c})"], grid=g.pick(grids), m=mode, p=padding, c=corners
+    )
+
+
 # -- reductions
 
 

@@ -20,6 +20,7 @@ from fxfeedback.rules import (  # noqa: F401  (importing a file registers its ru
     repeating,
     reshaping,
     resizing,
+    sampling,
     writing,
 )
 from fxfeedback.rules.core import RULES, Roles, Rule, constant, fused, known, roles, rule, sum_to, transpose, update
