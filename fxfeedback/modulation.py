@@ -8,8 +8,9 @@ Networks via Long-Range Modulatory Feedback Connections", NeurIPS 2023).
 
 The destination y becomes relu(y + y Σ m), the sum running over its connections (see rewrite.py).
 
-A source is mostly smaller than its destination. Then P(z) = neg_scale z + (pos_scale - neg_scale) z⁺ saves work: the
-first term is projected before it is resized, which is the same for linear maps, and z⁺ is one look at the large map.
+A source is mostly smaller than its destination. Then P(z) = pos_scale z + (neg_scale - pos_scale) min(z, 0) saves work:
+the first term is projected before it is resized, which is the same for linear maps, and min(z, 0) is one look at the
+large map.
 """
 
 import functools
@@ -162,10 +163,11 @@ class Modulation(nn.Module):
         """conv1x1(P(resize(z)))"""
         neg, pos = self._scales(strength)
         z = z.contiguous(memory_format=CHANNELS_LAST.get(z.ndim, torch.contiguous_format))  # which resizing makes of it
-        low = resize(self._mix(neg * z, self.modulation.bias), size, self.resize)
+        whole = resize(self._mix(pos * z, self.modulation.bias), size, self.resize)
         z = resize(z, size, self.resize)
-        above = z.clamp_min(0) if torch.is_grad_enabled() else z.clamp_min_(0)
-        return torch.addcmul(low, pos - neg, self._mix(above))
+        # Of the clamps only this one has the same derivative at 0, none, in every version of torch.
+        below = F.hardtanh(z, -math.inf, 0.0, inplace=not torch.is_grad_enabled())
+        return torch.addcmul(whole, neg - pos, self._mix(below))
 
     def _mix(self, z: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """The 1x1 convolution."""

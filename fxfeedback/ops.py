@@ -49,6 +49,16 @@ def without_gradient(input: Any) -> Any:
     return tree_map_only(torch.Tensor, torch.Tensor.detach, input)
 
 
+def _bounds_pass() -> bool:
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.zeros((), device="cpu", requires_grad=True)
+        return bool(torch.autograd.grad(x.clamp(min=0.0), x)[0] == 1)
+
+
+BOUNDS_PASS = _bounds_pass()
+"""Whether the gradient of torch.clamp passes where x equals a bound: torch's versions do one or the other."""
+
+
 def survival(input: torch.Tensor, p: float, mode: str) -> torch.Tensor:
     """Stochastic depth's factor: 0 or 1 / (1 - p) per sample ("row") or per batch, drawn as torchvision draws it."""
     samples = input.shape[0] if mode == "row" else 1

@@ -39,6 +39,22 @@ MODELS = {
 }
 
 
+def test_a_silent_source_has_the_formulas_gradient():
+    """Its z is 0 everywhere, where P has a kink: pos_scale counts, as `where z < 0` says."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 4, 3, stride=2, padding=1)).double()
+    block = fxfeedback.add_feedback(net, [("2", "0")], input_size=(2, 8, 8)).modulation("2", "0")
+    for parameter in block.parameters():
+        nn.init.normal_(parameter)
+    silent, y = torch.zeros(2, 4, 4, 4, dtype=torch.double, requires_grad=True), torch.randn(2, 3, 8, 8).double()
+    nn.init.zeros_(block.norm.bias)
+    z = F.interpolate(torch.tanh(block.norm(silent)), (8, 8), mode="bilinear", align_corners=True)
+    scaled = torch.where(z < 0, block.neg_scale * z, block.pos_scale * z)
+    expected = F.conv2d(scaled, block.modulation.weight, block.modulation.bias)
+    ours, theirs = (torch.autograd.grad((m * y).sum(), silent)[0] for m in (block(silent, y), expected))
+    assert theirs.any() and (ours - theirs).abs().max() <= 1e-12 * theirs.abs().max()
+
+
 @pytest.mark.parametrize("slice_size", [1, 2**24])
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("name", MODELS)

@@ -6,7 +6,7 @@ import operator
 import torch
 import torch.nn.functional as F
 
-from fxfeedback.ops import without_gradient
+from fxfeedback.ops import BOUNDS_PASS, without_gradient
 from fxfeedback.rules.activation import pointwise
 from fxfeedback.rules.core import as_is, constant, nothing, roles, rule, sum_to
 from fxfeedback.rules.examples import C, T, call
@@ -202,7 +202,36 @@ def pow(y, input, exponent):
 
 @rule(torch.clamp, torch.clip)
 def clamp(y, input, min=None, max=None):
-    """min(max(x, low), high); a number as a bound lets no error pass to its equals, a tensor shares with them"""
+    """min(max(x, low), high); where x equals a bound the error goes where this version of torch sends it"""
+    passed, to_min, to_max = (passing if BOUNDS_PASS else sharing)(y, input, min, max)
+    return {
+        "input": roles(instruct=lambda t: sum_to(t, input, y), error=passed),
+        "min": roles(instruct=lambda t: sum_to(t, min, y), error=to_min),
+        "max": roles(instruct=lambda t: sum_to(t, max, y), error=to_max),
+    }
+
+
+def passing(y, input, min, max):
+    """torch's older way: an error passes to x where it equals a bound."""
+
+    def passed(e):
+        for bound, beyond in ((min, operator.lt), (max, operator.gt)):
+            e = e if bound is None else torch.where(beyond(input, bound), 0.0, e)
+        return sum_to(e, input, y)
+
+    def to_min(e):
+        below = input < min if max is None else (input < min) & (min < max)
+        return sum_to(torch.where(below, e, 0.0), min, y)
+
+    def to_max(e):
+        above = input > max if min is None else (input > max) | (max < min)
+        return sum_to(torch.where(above, e, 0.0), max, y)
+
+    return passed, to_min, to_max
+
+
+def sharing(y, input, min, max):
+    """torch's newer way: a number as a bound lets no error pass to its equals, a tensor shares with them."""
     two_tensors = not any(isinstance(bound, (int, float, type(None))) for bound in (min, max))
 
     def passed(e):
@@ -223,11 +252,7 @@ def clamp(y, input, min=None, max=None):
         crossed = torch.where((max < min) | (input > max), e, 0.0) if two_tensors else 0.0
         return sum_to(torch.where(min < max, share, crossed) if two_tensors else share, max, y)
 
-    return {
-        "input": roles(instruct=lambda t: sum_to(t, input, y), error=passed),
-        "min": roles(instruct=lambda t: sum_to(t, min, y), error=to_min),
-        "max": roles(instruct=lambda t: sum_to(t, max, y), error=to_max),
-    }
+    return passed, to_min, to_max
 
 
 @rule(torch.clamp_min)
