@@ -51,7 +51,7 @@ def example_for(model: nn.Module, input_size: Sequence[int] | None = None) -> tu
         raise InputError(
             f"input_size={tuple(input_size)}: give the size of one input without its batch, as (3, 224, 224)"
         )
-    floating = (tensor.dtype for tensor in model.parameters() if tensor.is_floating_point())
+    floating = (t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point())
     return (torch.empty(1, *input_size, dtype=next(floating, torch.get_default_dtype()), device="meta"),)
 
 
