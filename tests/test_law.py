@@ -1,5 +1,6 @@
 """The law: Counter-Hebb updates with shared weights and GaLU equal autograd's gradients (float64, 1e-9)."""
 
+import math
 from collections.abc import Iterable
 from contextlib import nullcontext
 
@@ -41,8 +42,10 @@ class Gated(TorchFunctionMode):
         self.gates = iter(gates)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
-        gate = next(self.gates) if function in self.ACTIVATIONS else None
+        kwargs = kwargs or {}
+        output = function(*args, **kwargs)
+        in_block = kwargs.get("min_val") == -math.inf  # an LRM block takes what is below 0
+        gate = next(self.gates) if function in self.ACTIVATIONS and not in_block else None
         return output if gate is None else output * gate
 
 
