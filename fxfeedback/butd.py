@@ -15,7 +15,7 @@ from fxfeedback.errors import InputError
 from fxfeedback.instruction import distinct, read_instruction
 from fxfeedback.options import Lateral, Options
 from fxfeedback.select_task import select_task
-from fxfeedback.shapes import example_for
+from fxfeedback.shapes import examples_of
 from fxfeedback.task_heads import TaskHeads
 from fxfeedback.while_tracing import building
 from fxfeedback.wrapper import Wrapper, eval_mode
@@ -79,7 +79,7 @@ def to_butd(
         OptionError: options that do not exist or do not go together.
     """
     options = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
-    return BUTD(model, Options(**options), example_inputs or example_for(model, input_size))
+    return BUTD(model, Options(**options), examples_of(model, input_size, example_inputs))
 
 
 class BUTD(Wrapper):

@@ -14,9 +14,10 @@ from fxfeedback.layout import layout_of
 from fxfeedback.modulation import Modulation
 from fxfeedback.nodes import find_node
 from fxfeedback.open_modules import open_modules
+from fxfeedback.options import is_count
 from fxfeedback.recompute import brief, lean, segmented
 from fxfeedback.rewrite import Link, Unrolling, unroll
-from fxfeedback.shapes import Spec, annotate_shapes, example_for
+from fxfeedback.shapes import Spec, annotate_shapes, example_for, examples_of
 from fxfeedback.share import put
 from fxfeedback.trace_at_size import trace_for
 from fxfeedback.while_tracing import building
@@ -105,7 +106,7 @@ def add_feedback(
     """
     made = [_connection(connection) for connection in connections]
     try:
-        examples = example_inputs or example_for(model, input_size)
+        examples = examples_of(model, input_size, example_inputs)
         return FeedbackModel(model, made, passes, examples, checkpoint=checkpoint)
     except TraceError as error:
         return _add_feedback_inside(model, made, passes, input_size, checkpoint, error)
@@ -388,8 +389,8 @@ def _connection(given: Any) -> Connection:
 
 
 def _check_passes(passes: Any) -> None:
-    if not isinstance(passes, int) or passes < 1:
-        raise OptionError(f"passes={passes!r}: give a positive whole number")
+    if not is_count(passes):
+        raise OptionError(f"passes={passes!r}: give a whole number from 1 on")
 
 
 def _check_connections(bu: fx.GraphModule, connections: Sequence[Connection]) -> None:

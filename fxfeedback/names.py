@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import fx, nn
 
-from fxfeedback.shapes import Spec, annotate_shapes, example_for
+from fxfeedback.shapes import Spec, annotate_shapes, examples_of
 from fxfeedback.share import share
 from fxfeedback.trace_at_size import trace_for
 
@@ -33,7 +33,7 @@ def node_names(
     Raises:
         TraceError: torch.fx cannot trace the model, or it does not run at this size.
     """
-    examples = example_inputs or example_for(model, input_size)
+    examples = examples_of(model, input_size, example_inputs)
     module, _ = trace_for(share(model), examples)
     annotate_shapes(module, examples)
     names = {}

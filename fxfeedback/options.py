@@ -1,7 +1,9 @@
 """The options of a BU-TD network, checked."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 from torch import nn
@@ -24,6 +26,43 @@ CHOICES = {
     "heads": ("shared", "per_task"),
     "learning": ("counter_hebb", "backprop"),
 }
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value is a whole number from 1 on."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
+
+
+def _is_deviation(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+def _is_list(value: Any, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and all(map(fits, value))
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "n_tasks": (lambda n: n is None or is_count(n), "give the number of tasks, or None for class instructions"),
+    "embedding": (
+        lambda e: e is None or is_count(e) or isinstance(e, nn.Module) or _is_list(e, is_count),
+        "give a hidden size, a list of several, a torch.nn.Module, or None",
+    ),
+    "head": (lambda h: h is None or _is_name(h), "give the name of a node, or None"),
+    "sites": (lambda s: s is None or _is_list(s, _is_name), "give a list of names of nodes, or None"),
+    "instruction_size": (lambda n: n is None or is_count(n), "give the length of an instruction vector, or None"),
+    "td_noise": (_is_deviation, "give a standard deviation, a number from 0 on"),
+    "update_noise": (_is_deviation, "give a standard deviation, a number from 0 on"),
+    "td_bias": (lambda b: isinstance(b, bool), "give True or False"),
+    "lateral": (
+        lambda f: f in LATERALS if isinstance(f, str) else callable(f),
+        f"choose one of {', '.join(map(repr, LATERALS))}, or pass a function",
+    ),
+}
+"""Option -> what it may be, and what the error for anything else advises."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +90,11 @@ class Options:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise OptionError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(repr, choices))}")
-        if isinstance(self.lateral, str) and self.lateral not in LATERALS:
-            raise OptionError(
-                f"lateral={self.lateral!r}: choose one of {', '.join(map(repr, LATERALS))}, or pass a function"
-            )
-        if self.n_tasks is not None and (not isinstance(self.n_tasks, int) or self.n_tasks < 1):
-            raise OptionError(f"n_tasks={self.n_tasks!r}: give the number of tasks, or None for class instructions")
+        for name, (fits, wanted) in KINDS.items():
+            if not fits(getattr(self, name)):
+                raise OptionError(f"{name}={getattr(self, name)!r}: {wanted}")
         if self.n_tasks is None and (self.embedding is not None or self.instruction_size is not None):
-            raise OptionError("embedding= and instruction_size= belong to an instruction head: pass n_tasks=, too")
+            raise OptionError("embedding= and instruction_size= belong to an instruction head: pass n_tasks= as well")
         if self.n_tasks is None and self.heads == "per_task":
             raise OptionError('heads="per_task" needs n_tasks=')
         if self.instruction_size is not None and self.heads == "per_task":

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxfeedback.errors import InputError, TraceError
+from fxfeedback.errors import InputError, OptionError, TraceError
 from fxfeedback.nodes import is_users, user_line
 from fxfeedback.ops import without_gradient
 from fxfeedback.share import refuse_untraceable
@@ -38,21 +38,53 @@ class Spec:
         return tuple(None if slope else size for size, slope in zip(self.shape, self.per_sample, strict=True))
 
 
+def examples_of(
+    model: nn.Module, input_size: Sequence[int] | None = None, example_inputs: Sequence[torch.Tensor] | None = None
+) -> Sequence[torch.Tensor]:
+    """The example inputs that a user gave, or one made for `input_size` (see `example_for`).
+
+    Raises:
+        InputError: they are not what they should be, or both are given.
+        OptionError: the model is not a torch.nn.Module.
+    """
+    if example_inputs is None:
+        return example_for(model, input_size)
+    refuse_no_module(model)
+    if input_size is not None:
+        raise InputError("give input_size= or example_inputs=, not both")
+    if isinstance(example_inputs, torch.Tensor):
+        raise InputError("example_inputs= is a tensor: give a tuple with a tensor for each input, example_inputs=(x,)")
+    for x in example_inputs:
+        if not isinstance(x, torch.Tensor) or not x.ndim:
+            what = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else f"a {type(x).__name__}"
+            raise InputError(
+                f"example_inputs= holds {what}: give a tensor for each input, with a batch dimension first"
+            )
+    return example_inputs
+
+
 def example_for(model: nn.Module, input_size: Sequence[int] | None = None) -> tuple[torch.Tensor]:
     """The one-image example input for `model`: (1, *input_size), in the model's dtype.
 
     `input_size` defaults to 224 by 224 with the first convolution's channels, or, without a convolution, to the first
     linear layer's features.
     """
+    refuse_no_module(model)
     refuse_untraceable(model)
     if input_size is None:
         input_size = _default_size(model)
-    if any(not isinstance(size, int) or size < 1 for size in input_size):
-        raise InputError(
-            f"input_size={tuple(input_size)}: give the size of one input without its batch, as (3, 224, 224)"
-        )
+    if not isinstance(input_size, Sequence) or not all(isinstance(n, int) and n >= 1 for n in input_size):
+        raise InputError(f"input_size={input_size!r}: give the size of one input without its batch, as (3, 224, 224)")
     floating = (t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point())
     return (torch.empty(1, *input_size, dtype=next(floating, torch.get_default_dtype()), device="meta"),)
+
+
+def refuse_no_module(model: Any) -> None:
+    """Say what to pass instead of something that is not a model."""
+    if not isinstance(model, nn.Module):
+        what = "None" if model is None else f"a {type(model).__name__}"
+        hint = ": call it, and pass the module that it returns" if callable(model) else ""
+        raise OptionError(f"the model is {what}, not a torch.nn.Module{hint}")
 
 
 def annotate_shapes(module: fx.GraphModule, example_inputs: Sequence[torch.Tensor]) -> None:
@@ -164,7 +196,7 @@ def _shapes(module: fx.GraphModule, example_inputs: Sequence[torch.Tensor], batc
         sizes = ", ".join(str(tuple(x.shape)) for x in example_inputs)
         raise TraceError(
             f"the model does not run on an input of size {sizes}: {error} (at node {node.meta.get('name')!r}"
-            f"{user_line(node)}). Pass the size that it expects as input_size=."
+            f"{user_line(node)}). Give inputs of a size that it takes; where the network is built, as input_size=."
         ) from error
     return run.values
 

@@ -110,6 +110,6 @@ def instruction_head(
             message = f"makes {tuple(made.shape[1:])} of an instruction; the prediction head takes ({features},)"
             raise OptionError(f"embedding=: the module {message}")
         return embedding
-    hidden = [] if embedding is None else [embedding] if isinstance(embedding, int) else list(embedding)
+    hidden = [] if embedding is None else list(embedding) if isinstance(embedding, Sequence) else [embedding]
     layers = [(nn.Linear(i, o, bias=bias), nn.ReLU()) for i, o in pairwise([size, *hidden, features])]
     return nn.Sequential(*chain.from_iterable(layers))

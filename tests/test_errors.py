@@ -1,5 +1,7 @@
 """Every mistake has one clear message that says what to do, and leaves the model as it was."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -184,6 +186,63 @@ def test_mistakes_in_building(case):
         fxfeedback.to_butd(model, **options)
     assert isinstance(caught.value, fxfeedback.Error)
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+
+
+OPTIONS = [
+    *({"n_tasks": n} for n in (0, -1, 1.5, True, "2")),
+    *({"n_tasks": 2, "embedding": e} for e in (0, -3, 2.5, True, "4", [4, 0], [4, "5"], {4: 5})),
+    *({"n_tasks": 2, "instruction_size": n} for n in (0, 2.0, "2")),
+    *({"td_noise": n, "td_init": "symmetric", "weights": "separate"} for n in ("x", -1, float("nan"), None)),
+    *({"update_noise": n} for n in ("x", -0.1, float("inf"), True)),
+    *({"sites": s} for s in ("1", 1, [1])),
+    {"head": 2},
+    {"td_bias": "yes"},
+    *({"lateral": f} for f in (None, 3)),
+    *({name: "other"} for name in ("weights", "td_learning", "td_init", "norm", "gating", "heads", "learning")),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_options_of_a_wrong_kind_are_refused_by_name(options):
+    (name, value), *_ = sorted(options.items(), key=lambda item: item[0] in ("n_tasks", "weights", "td_init"))
+    with pytest.raises(OptionError, match=f"^{name}={re.escape(repr(value))}: "):
+        fxfeedback.to_butd(mlp(), input_size=(4,), **options)
+
+
+@pytest.mark.parametrize("passes", [0, -1, 1.5, True, "2", None], ids=repr)
+def test_a_number_of_passes_is_a_whole_number_from_1_on(passes):
+    with pytest.raises(OptionError, match=rf"^passes={passes!r}: give a whole number from 1 on"):
+        fxfeedback.add_feedback(mlp(), [("2", "1")], passes=passes, input_size=(4,))
+
+
+FRONTS = {
+    "to_butd": fxfeedback.to_butd,
+    "add_feedback": lambda model, **size: fxfeedback.add_feedback(model, [("2", "1")], **size),
+    "node_names": fxfeedback.node_names,
+}
+ARGUMENTS = {
+    "no model": ((None,), {}, OptionError, r"the model is None, not a torch.nn.Module"),
+    "a class": ((nn.Linear,), {}, OptionError, r"not a torch.nn.Module: call it, and pass the module"),
+    "a number as size": ((mlp(),), {"input_size": 8}, InputError, r"input_size=8: give the size of one input without"),
+    "a name as size": ((mlp(),), {"input_size": "4"}, InputError, r"input_size='4': give the size"),
+    "a tensor": ((mlp(),), {"example_inputs": torch.zeros(1, 4)}, InputError, r"a tuple with a tensor for each input"),
+    "no batch": (
+        (mlp(),),
+        {"example_inputs": (torch.zeros(()),)},
+        InputError,
+        r"shape \(\): .*a batch dimension first",
+    ),
+    "a list": ((mlp(),), {"example_inputs": ([1.0],)}, InputError, r"holds a list: give a tensor for each input"),
+    "both": ((mlp(),), {"input_size": (4,), "example_inputs": (torch.zeros(1, 4),)}, InputError, r"not both"),
+}
+
+
+@pytest.mark.parametrize("front", FRONTS)
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_mistakes_in_what_is_converted(case, front):
+    given, how, kind, message = ARGUMENTS[case]
+    with pytest.raises(kind, match=message):
+        FRONTS[front](*given, **how)
 
 
 CALLS = {

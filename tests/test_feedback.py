@@ -717,7 +717,7 @@ MISTAKES = {
     "misspelt key": ([{"source": "8", "dest": "4"}], {}, OptionError, r"dest.*give \(source, destination\)"),
     "a number": ([3], {}, OptionError, r"3 is no connection"),
     "no string": ([(8, 4)], {}, fxfeedback.Error, r"8"),
-    "no passes": (FEEDBACK, {"passes": 0}, OptionError, r"passes=0: give a positive whole number"),
+    "no passes": (FEEDBACK, {"passes": 0}, OptionError, r"passes=0: give a whole number from 1 on"),
     "half a pass": (FEEDBACK, {"passes": 1.5}, OptionError, r"passes=1.5"),
     "size": (FEEDBACK, {"input_size": (3, 6, 6)}, TraceError, r"does not run on an input of size \(1, 3, 6, 6\)"),
 }

@@ -15,7 +15,7 @@ from fxfeedback.errors import OptionError
 from fxfeedback.feedback import FeedbackModel
 from fxfeedback.names import op_name
 from fxfeedback.nodes import find_node
-from fxfeedback.shapes import Spec, annotate_shapes, example_for
+from fxfeedback.shapes import Spec, annotate_shapes, examples_of
 from fxfeedback.share import share
 from fxfeedback.trace_at_size import trace_for
 from fxfeedback.wrapper import Wrapper
@@ -116,7 +116,7 @@ def read_network(
             raise OptionError("input_size= and example_inputs= are for a plain model: this one was made with its size")
         examples: Sequence[torch.Tensor] = model._stand_ins()
     else:
-        examples = example_inputs or example_for(model, input_size)
+        examples = examples_of(model, input_size, example_inputs)
     within = model._net if isinstance(model, BUTD) else model
     plain = within._net if isinstance(within, FeedbackModel) else within
     traced, _ = trace_for(share(plain), examples)
