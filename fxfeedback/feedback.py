@@ -210,9 +210,19 @@ class FeedbackModel(Wrapper):
         steering: Any = (),
         steer_first_pass: bool = False,
         return_all: bool = True,
+        keep_graph: bool = False,
     ) -> tuple[Any, State]:
-        """As the call, from the state of an earlier call on; returns (outputs, state)."""
-        return self._run(inputs, passes, state, steering, steer_first_pass, return_all)[:2]
+        """As the call, from the state of an earlier call on; returns (outputs, state).
+
+        Args:
+            inputs, passes, steering, steer_first_pass, return_all: as in the call.
+            state: what an earlier call returned; None: there is no signal yet.
+            keep_graph: whether gradients flow through the returned state, for backpropagation through time: all values
+                of this call then live as long as the state does, and those of the calls before it. By default the state
+                has no history, so that a loop of any length needs the memory of one call.
+        """
+        outputs, state, _ = self._run(inputs, passes, state, steering, steer_first_pass, return_all)
+        return outputs, state if keep_graph else {name: value.detach() for name, value in state.items()}
 
     def readout(self, *inputs: Any, passes: int | None = None, **options: Any) -> list[dict[str, Readout]]:
         """Node name -> `Readout`, for every pass.

@@ -489,9 +489,45 @@ def test_two_calls_continue_one(connections):
     assert torch.equal(model(x)[0], whole[0])  # nothing is kept between calls
 
 
-def test_state_carries_gradients():
+def history(value):
+    """The nodes of the graph that autograd keeps for a value."""
+    seen, todo = set(), [value.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [before for before, _ in node.next_functions]
+    return seen
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_loop_over_a_stream_keeps_one_call(checkpoint):
+    """Unless it is asked for, a state brings no history along, and what is learned is each call's own."""
+    _, model, x = convnet([*FEEDBACK, ("2", "8")], checkpoint=checkpoint)
+    state, lengths = None, []
+    for _ in range(4):
+        outputs, state = model.unroll(x, passes=2, state=state)
+        assert not any(value.requires_grad for value in state.values())
+        lengths.append(len(history(outputs[-1])))
+    assert lengths[1] == lengths[2] == lengths[3]
+    kept, state = [], None
+    for _ in range(3):
+        outputs, state = model.unroll(x, passes=2, state=state, keep_graph=True)
+        kept.append(len(history(outputs[-1])))
+    assert kept[0] < kept[1] < kept[2]
+
+
+def test_a_state_may_be_optimised():
     _, model, x = convnet()
     _, state = model.unroll(x, passes=1)
+    state = {name: value.requires_grad_() for name, value in state.items()}
+    model.unroll(x, passes=1, state=state)[0][0].square().sum().backward()
+    assert all(value.grad.any() for value in state.values())
+
+
+def test_state_carries_gradients_on_request():
+    _, model, x = convnet()
+    _, state = model.unroll(x, passes=1, keep_graph=True)
     outputs, _ = model.unroll(x, passes=1, state=state)
     direct = model(x, passes=2)[1]
     weight = model.get_parameter("0.weight")
