@@ -167,7 +167,7 @@ class Modulation(nn.Module):
         z = resize(z, size, self.resize)
         # Of the clamps only this one has the same derivative at 0, none, in every version of torch.
         below = F.hardtanh(z, -math.inf, 0.0, inplace=not torch.is_grad_enabled())
-        return torch.addcmul(whole, neg - pos, self._mix(below))
+        return torch.addcmul(whole, (neg - pos).type_as(whole), self._mix(below))  # autocast has these in two dtypes
 
     def _mix(self, z: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """The 1x1 convolution."""

@@ -98,11 +98,23 @@ def laid_out_as(e: Any, x: Any) -> Any:
 
 @torch.no_grad()
 def advance_(input: torch.Tensor, running_mean: torch.Tensor, running_var: torch.Tensor, momentum: float) -> None:
-    """Advance batch norm's running statistics, in place, by the batch `input` (N, C, ...)."""
-    var, mean = torch.var_mean(input, [0, *range(2, input.ndim)])
+    """Advance batch norm's running statistics, in place, by the batch `input` (N, C, ...).
+
+    They stay in their own dtype, and are computed in float32 at the least, as the kernel of batch norm does.
+    """
+    var, mean = torch.var_mean(in_float(input), [0, *range(2, input.ndim)])
+    _advance_to_(running_mean, mean, momentum)
+    _advance_to_(running_var, var, momentum)
+
+
+def in_float(x: torch.Tensor) -> torch.Tensor:
+    """`x` in float32 at the least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _advance_to_(running: torch.Tensor, present: torch.Tensor, momentum: float) -> None:
     # Through .data, as the kernel of batch norm itself: no backward pass reads the statistics.
-    running_mean.data.lerp_(mean, momentum)
-    running_var.data.lerp_(var, momentum)
+    running.data.lerp_(present.to(running.dtype), momentum)
 
 
 # -- statistics over the batches of all processes ---------------------------------------------------------------------
@@ -152,22 +164,23 @@ def synced_batch_norm(
     if not training or input.is_meta or not (distributed.is_available() and distributed.is_initialized()):
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     dims, shape = [0, *range(2, input.ndim)], (1, -1, *(1,) * (input.ndim - 2))
-    mean = mean_over_processes(input, dims)
-    centred = input - mean
+    x = in_float(input)
+    mean = mean_over_processes(x, dims)
+    centred = x - mean
     var = mean_over_processes(centred * centred, dims)
     if running_mean is not None and running_var is not None:
-        advance_by_(running_mean, running_var, mean, var, input, momentum)
+        advance_by_(running_mean, running_var, mean, var, x, momentum)
     y = centred * (var + eps).rsqrt()
     y = y if weight is None else y * weight.view(shape)
-    return y if bias is None else y + bias.view(shape)
+    return (y if bias is None else y + bias.view(shape)).to(input.dtype)
 
 
 @torch.no_grad()
 def advance_by_(running_mean: Any, running_var: Any, mean: Any, var: Any, input: Any, momentum: float) -> None:
     """Advance running statistics, in place, by those of all processes' batches; the variance is unbiased."""
     n = sum_over_processes(input.new_tensor(input.numel() / max(input.shape[1], 1)))
-    running_mean.data.lerp_(mean.flatten(), momentum)
-    running_var.data.lerp_(var.flatten() * n / (n - 1), momentum)
+    _advance_to_(running_mean, mean.flatten(), momentum)
+    _advance_to_(running_var, var.flatten() * n / (n - 1), momentum)
 
 
 @torch.no_grad()

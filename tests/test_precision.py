@@ -9,6 +9,7 @@ from torch import nn
 
 import fxfeedback
 from networks import SMALL, build
+from test_unrolling import names_of, reference
 
 NETWORKS = ["convnet", "residual", "attention", "vit", "swin_v2", "maxvit", "mvit", "mixed"]
 
@@ -162,3 +163,72 @@ def test_a_grad_scaler_leaves_an_overflowing_step_out():
             skipped += 1
             assert all(torch.equal(before[name], value) for name, value in butd.state_dict().items())
     assert 0 < skipped < 30
+
+
+# -- passes ------------------------------------------------------------------------------------------------------------
+
+NORMS = {
+    "batch": lambda: nn.BatchNorm2d(4),
+    "batch, cumulative": lambda: nn.BatchNorm2d(4, momentum=None),
+    "batch, without statistics": lambda: nn.BatchNorm2d(4, track_running_stats=False),
+    "instance": lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True),
+    "layer": lambda: nn.LayerNorm([4, 8, 8]),
+    "group": lambda: nn.GroupNorm(2, 4),
+}
+
+
+class Passes(nn.Module):
+    """Norms before, at and after destinations; layers that several passes use; a vector and a map as outputs."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.below = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), norm(), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
+        self.above = nn.Sequential(norm(), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(4, 6, 3, padding=1), nn.ReLU())
+        self.map = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(6, 3, 1))
+        self.vector = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+
+    def forward(self, x):
+        x = self.above(self.below(x))
+        return torch.cat([self.map(x).flatten(1), self.vector(x)], 1)
+
+
+CONNECTIONS = [("vector.4", "below.3"), ("above.4", "below.3"), ("above.4", "map.1")]
+CONNECTIONS += [("vector.4", "vector.2"), ("above.3", "vector.4")]
+
+
+def passes_in(model, x, run, dtype, how):
+    """Outputs of three passes, gradients, and running statistics, in low precision; `run` takes the model and x."""
+    model, x = (model.to(dtype), x.to(dtype)) if how == "cast" else (model, x)
+    with torch.autocast("cpu", dtype, enabled=how == "autocast"):
+        outputs = run(model, x)
+    sum(output.double().square().mean() for output in outputs).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    statistics = {name: b for name, b in model.named_buffers() if b.is_floating_point()}
+    return outputs, gradients, statistics
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("how", ["autocast", "cast"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("norms", NORMS)
+def test_passes_in_low_precision(norms, train, dtype, how, checkpoint):
+    """As exact as a plain loop over passes and nodes in the same precision, and in its dtypes."""
+    torch.manual_seed(0)
+    net, x = Passes(NORMS[norms]).train(train), torch.randn(5, 2, 8, 8)
+    model = fxfeedback.add_feedback(net, CONNECTIONS, passes=3, input_size=(2, 8, 8), checkpoint=checkpoint)
+
+    def loop(model, x):
+        net = model._net.train(train)
+        return reference(net, names_of(net), model, x, 3)[0]
+
+    exact, gradients, statistics = passes_in(copy.deepcopy(model).double(), x.double(), loop, None, None)
+    theirs = passes_in(copy.deepcopy(model), x, loop, dtype, how)
+    ours = passes_in(model, x, lambda model, x: model(x), dtype, how)
+    for output, expected, y in zip(ours[0], theirs[0], exact, strict=True):
+        assert output.dtype == expected.dtype
+        assert (output - y).norm() <= 1.2 * (expected - y).norm() + torch.finfo(dtype).eps * y.norm()
+    assert error(ours[1], gradients) < 1.5 * error(theirs[1], gradients) + 2 * torch.finfo(dtype).eps
+    for name, value in statistics.items():
+        assert ours[2][name].dtype == theirs[2][name].dtype
+        assert (ours[2][name] - value).norm() <= 1.2 * (theirs[2][name] - value).norm() + 1e-3 * value.norm(), name
