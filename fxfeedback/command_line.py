@@ -8,6 +8,7 @@ import argparse
 import importlib
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -86,12 +87,26 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _say(error: Exception | str, code: int) -> int:
-    print(f"fxfeedback: error: {error}", file=sys.stderr)
+    print(f"fxfeedback: error: {in_shell(str(error))}", file=sys.stderr)
     return code
 
 
 def _say_warning(message: Warning | str, *where: Any, **more: Any) -> None:
-    print(f"fxfeedback: warning: {message}", file=sys.stderr)
+    print(f"fxfeedback: warning: {in_shell(str(message))}", file=sys.stderr)
+
+
+FLAGS = {"n_tasks": "--tasks"} | {
+    name: f"--{name.replace('_', '-')}"
+    for name in ("input_size", "passes", "embedding", "head", "gating", "task", "steerable", "dynamic_size")
+}
+"""Arguments in Python, and what they are called here."""
+
+
+def in_shell(advice: str) -> str:
+    """What a message advises, as it is done on the command line: `input_size=` becomes `--input-size`."""
+    advice = advice.replace("fxfeedback.node_names(model)", "`fxfeedback nodes MODEL`")
+    names = "|".join(FLAGS)
+    return re.sub(rf"\b({names})=(True\b)?", lambda said: FLAGS[said[1]], advice)
 
 
 # -- arguments --------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fxfeedback
 import networks
-from fxfeedback.command_line import COMMANDS, main, parser
+from fxfeedback.command_line import COMMANDS, FLAGS, in_shell, main, parser
 from fxfeedback.commands import doctor
 from fxfeedback.commands.given import torchvision_names
 
@@ -397,6 +397,27 @@ def test_mistakes_have_one_message_and_a_code(mistake, folder, capsys):
     assert last.startswith("fxfeedback") and "error: " in last
     assert re.search(message, last), last
     assert sorted(path.name for path in folder.iterdir() if path.name != "__pycache__") == before
+
+
+HINTS = {
+    ("nodes", "networks:convnet", "--input-size", "3x6x6"): r"as --input-size\.$",
+    ("butd", *CONVNET, "--tasks", "2", "--head", "nothing"): r"`fxfeedback nodes MODEL` lists all names\.$",
+    ("feedback", *CONVNET, "--connect", "8:nothing"): r"`fxfeedback nodes MODEL` lists all names\.$",
+}
+
+
+@pytest.mark.parametrize("arguments", HINTS, ids=" ".join)
+def test_what_an_error_advises_can_be_typed(capsys, arguments):
+    assert main(arguments) in (1, 2)
+    said = capsys.readouterr().err.strip()
+    assert re.search(HINTS[arguments], said) and not re.search(r"\w=\W", said), said
+
+
+def test_every_flag_that_is_advised_exists():
+    commands = parser()._subparsers._group_actions[0].choices.values()
+    flags = {flag for command in commands for action in command._actions for flag in action.option_strings}
+    assert set(FLAGS.values()) <= flags
+    assert in_shell("pass n_tasks= or steerable=True, not weights=") == "pass --tasks or --steerable, not weights="
 
 
 def test_info_refuses_foreign_and_damaged_files(files, tmp_path, capsys):
