@@ -21,7 +21,7 @@ from fxfeedback.shapes import Spec, annotate_shapes, example_for, examples_of
 from fxfeedback.share import put
 from fxfeedback.trace_at_size import trace_for
 from fxfeedback.while_tracing import building
-from fxfeedback.wrapper import Wrapper
+from fxfeedback.wrapper import Wrapper, not_finite
 
 State = dict[str, torch.Tensor]
 Sizes = tuple[tuple[int, ...], ...]
@@ -502,14 +502,26 @@ def _steering_tensors(
     given: Steering, sizes: tuple[int | None, ...], channels: int, batch: int, exact: bool, like: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(activation, alpha, strength) as the graph takes them."""
-    activation, strength, alpha = (
-        torch.as_tensor(value, dtype=like.dtype, device=like.device)
-        for value in (given.activation, given.strength, given.alpha)
-    )
+    activation, strength, alpha = (_steering_tensor(given, what, like) for what in ("activation", "strength", "alpha"))
     _check_activation(activation, given.source, sizes, channels, batch, exact)
-    if strength.numel() not in (1, 2):
-        raise InputError(f"steering {given.source!r}: strength is one number or two (negative, positive)")
-    return activation, alpha, strength.reshape(-1).expand(2)
+    if strength.numel() not in (1, 2) or alpha.numel() != 1:
+        raise InputError(f"steering {given.source!r}: strength is one number or two (negative, positive), alpha is one")
+    return activation, alpha.reshape(()), strength.reshape(-1).expand(2)
+
+
+def _steering_tensor(given: Steering, what: str, like: torch.Tensor) -> torch.Tensor:
+    """The activation, strength or alpha of a steering in our dtype, on our device."""
+    value = getattr(given, what)
+    try:
+        tensor = value if isinstance(value, torch.Tensor) else torch.as_tensor(value, dtype=like.dtype)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"steering {given.source!r}: {what}={value!r} is not a number or a tensor") from None
+    made = tensor.to(like.device, like.dtype)
+    if not_finite(tensor) or not_finite(made):
+        raise InputError(
+            f"steering {given.source!r}: {what} has values that are not finite (NaN, or too large for {like.dtype})"
+        )
+    return made
 
 
 def _check_inputs(inputs: Sequence[Any], examples: Sequence[torch.Tensor]) -> None:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from fxfeedback.errors import InputError
+from fxfeedback.wrapper import not_finite
 
 
 def read_instruction(
@@ -21,14 +22,23 @@ def read_instruction(
         takes_ids: whether ids stand for one-hot vectors.
 
     Raises:
-        InputError: a wrong shape, or an id out of range.
+        InputError: a wrong shape, an id out of range, or a vector that is not finite; the last two on the CPU only, as
+            looking would wait for another device.
     """
-    task = torch.as_tensor(task, device=like.device)
+    try:
+        task = torch.as_tensor(task, device=like.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"an instruction is made of ids or of float vectors, not of {task!r}: {error}") from None
     rows = "batch" if batch is None else batch
     if task.is_floating_point():
         if task.ndim != 2 or task.shape[1] != size or (batch is not None and len(task) not in (1, batch)):
             raise InputError(f"an instruction vector has shape ({rows}, {size}), not {tuple(task.shape)}")
-        return task.to(like.dtype), None
+        vectors = task.to(like.dtype)
+        if not_finite(vectors):
+            raise InputError(
+                "an instruction vector has values that are not finite (NaN or infinite): it opens no gates"
+            )
+        return vectors, None
     if not takes_ids:
         raise InputError(f"with instruction_size={size} an instruction is a float vector ({rows}, {size}), not ids")
     if task.dtype == torch.bool or task.ndim > 1 or (task.ndim == 1 and batch is not None and len(task) != batch):

@@ -17,13 +17,17 @@ from fxfeedback.checksums import checksum
 from fxfeedback.device_learner import Learner
 from fxfeedback.errors import CheckpointError, InputError, NodeNameError
 from fxfeedback.providers import open_session
-from fxfeedback.signature import Signature, array
+from fxfeedback.reopen import Opened
+from fxfeedback.signature import Signature, array, cast, finite
 
 __all__ = ["Learner", "Session", "checksum"]
 
 
 class Session(Signature):
     """A file that `fxfeedback.export` wrote, ready to run.
+
+    It keeps nothing between calls, so several threads may call it at once. Its pickle and its copies name the file,
+    which they open again: see `__reduce__`.
 
     providers: the providers that it runs on, as ONNX Runtime names them, the first preferred.
     note: why CUDA was not taken, where that was tried; else empty.
@@ -51,6 +55,7 @@ class Session(Signature):
         """
         if not Path(path).is_file():
             raise CheckpointError(f"there is no file {str(path)!r}: give the file that fxfeedback.export wrote")
+        self._opened = Opened(str(path), providers, options)
         self._session, self.note = open_session(Path(path), providers, options, str(path))
         self.providers: list[str] = self._session.get_providers()
         custom = self._session.get_modelmeta().custom_metadata_map
@@ -73,7 +78,8 @@ class Session(Signature):
             arrays in the order of `outputs` where there are several.
 
         Raises:
-            InputError: an input, instruction or activation of the wrong shape, dtype or range.
+            InputError: an input, instruction or activation of the wrong shape, dtype or range; an instruction or a
+                steering that is not finite.
             NodeNameError: a steered node that is no source.
         """
         feeds, batch = self.feeds(inputs, task, {})
@@ -81,6 +87,15 @@ class Session(Signature):
         results = self._session.run(None, feeds)
         several = len(results) > 1 or list(self.outputs) != ["output"]
         return results if several else results[0]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How pickle and copy make another one: from the file, which must be there and the same.
+
+        Raises:
+            OptionError: it was opened with options=, which cannot be pickled.
+            CheckpointError: the file is gone, or another one has taken its place; also where it is opened again.
+        """
+        return self._opened.reduced(type(self))
 
     def _steering(self, steering: Any, batch: int) -> dict[str, np.ndarray]:
         several = [steering] if isinstance(steering, Mapping) or hasattr(steering, "source") else list(steering or ())
@@ -98,20 +113,19 @@ class Session(Signature):
                 raise NodeNameError(f"{given['source']!r} is no source; sources: {', '.join(sources)}")
             if f"{source}.alpha" in feeds:
                 raise InputError(f"the source {source!r} is steered twice")
-            activation = array(given["activation"])
-            dtype = self.dtypes[f"{source}.activation"]
-            self.checked(f"{source}.activation", activation.astype(dtype), {})
+            dtype, name = self.dtypes[f"{source}.activation"], f"steering {source!r}"
+            activation = cast(array(given["activation"], f"{name}: activation"), dtype)
+            self.checked(f"{source}.activation", finite(activation, f"{name}: activation"), {})
             if len(activation) not in (1, batch):
-                raise InputError(
-                    f"steering {source!r} takes an activation of batch 1 or {batch}, not {len(activation)}"
-                )
-            strength, alpha = (array(given.get(name, 1.0)).astype(dtype) for name in ("strength", "alpha"))
+                raise InputError(f"{name} takes an activation of batch 1 or {batch}, not {len(activation)}")
+            strength, alpha = (
+                finite(cast(array(given.get(kind, 1.0), f"{name}: {kind}"), dtype), f"{name}: {kind}")
+                for kind in ("strength", "alpha")
+            )
             if strength.size not in (1, 2) or alpha.size != 1:
-                raise InputError(
-                    f"steering {source!r}: strength is one number or two (negative, positive), alpha is one"
-                )
+                raise InputError(f"{name}: strength is one number or two (negative, positive), alpha is one")
             feeds |= {
-                f"{source}.activation": activation.astype(dtype),
+                f"{source}.activation": activation,
                 f"{source}.strength": np.broadcast_to(strength.reshape(-1), 2).copy(),
                 f"{source}.alpha": alpha.reshape(()),
             }

@@ -1,6 +1,7 @@
 """What a file takes: its inputs' names, shapes and dtypes, and the checks of what a call brings."""
 
 import json
+import reprlib
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -53,7 +54,9 @@ class Signature:
         own = [name for name in self.inputs if name not in self.NOT_OWN]
         if len(inputs) != len(own):
             raise InputError(f"the network takes {len(own)} inputs ({', '.join(own)}), not {len(inputs)}")
-        feeds = {name: self.checked(name, array(value), sizes) for name, value in zip(own, inputs, strict=True)}
+        feeds = {
+            name: self.checked(name, array(value, repr(name)), sizes) for name, value in zip(own, inputs, strict=True)
+        }
         batch = len(feeds[own[0]])
         if "instruction" in self.inputs:
             feeds["instruction"] = self.instruction(task, batch)
@@ -81,12 +84,12 @@ class Signature:
         dtype, size = self.dtypes["instruction"], int(self.inputs["instruction"][1])
         if task is None:
             raise InputError(f"the network takes an instruction: task=ids or task=vectors (batch, {size})")
-        task = array(task)
+        task = array(task, f"instructions are ({batch},) integer ids or ({batch}, {size}) floats")
         rows = (1,) if isinstance(self.inputs["instruction"][0], int) else (1, batch)
         if np.issubdtype(task.dtype, np.floating):
             if task.ndim != 2 or task.shape[1] != size or len(task) not in rows:
                 raise InputError(f"an instruction vector has shape ({batch}, {size}), not {task.shape}")
-            return task.astype(dtype)
+            return finite(cast(task, dtype), "the instruction")
         if not self.metadata["takes_ids"]:
             raise InputError(f"an instruction is a float vector ({batch}, {size}) here, not ids")
         if not np.issubdtype(task.dtype, np.integer) or task.ndim > 1 or (task.ndim == 1 and len(task) != batch):
@@ -99,14 +102,36 @@ class Signature:
         return np.eye(size, dtype=dtype)[task.reshape(-1)]
 
 
-def array(value: Any) -> np.ndarray:
-    """A numpy array of an array, a number, a list, or a tensor on any device."""
-    if hasattr(value, "detach"):
-        value = value.detach().cpu().numpy()
+def array(value: Any, what: str) -> np.ndarray:
+    """A numpy array of an array, a number, a list, or a tensor on any device.
+
+    Raises:
+        InputError: it is not made of numbers; `what` begins the message.
+    """
     try:
-        return np.asarray(value)
-    except ValueError as error:
-        raise InputError(f"this is no array: {error}") from None
+        made = np.asarray(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
+    except (ValueError, TypeError, NotImplementedError) as error:  # a ragged list, a dtype that numpy does not have
+        raise InputError(f"{what}: this is not an array of numbers: {error}") from None
+    if made.dtype.kind not in "biuf":
+        raise InputError(f"{what}: {reprlib.repr(value)} is not a number or an array of numbers")
+    return made
+
+
+def cast(value: np.ndarray, dtype: Any) -> np.ndarray:
+    """The value in this dtype; what is too large for it becomes infinite without a warning."""
+    with np.errstate(over="ignore"):
+        return value.astype(dtype)
+
+
+def finite(value: np.ndarray, what: str) -> np.ndarray:
+    """The value, if it has no NaN and nothing infinite.
+
+    Raises:
+        InputError: it has; `what` begins the message.
+    """
+    if value.dtype.kind == "f" and not np.isfinite(value).all():
+        raise InputError(f"{what} has values that are not finite: NaN, or beyond the range of {value.dtype}")
+    return value
 
 
 def _shown(shape: Iterable[int | str], sizes: Mapping[str, int]) -> str:

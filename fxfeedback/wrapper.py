@@ -150,6 +150,15 @@ def eval_mode(model: Any, but: tuple[type, ...] = ()) -> Iterator[None]:
             module.training = mode
 
 
+def not_finite(tensor: torch.Tensor) -> bool:
+    """Whether the tensor has NaN or infinite values, as far as can be seen.
+
+    Looking would wait for a GPU; torch.compile and torch.func.vmap cannot look.
+    """
+    hidden = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return not hidden and tensor.device.type == "cpu" and not bool(tensor.isfinite().all())
+
+
 def stand_ins(example_inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """One-sample tensors without data, of the examples' sizes and dtypes."""
     return [torch.empty(1, *x.shape[1:], dtype=x.dtype, device="meta") for x in example_inputs]

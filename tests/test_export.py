@@ -1,5 +1,7 @@
 """Exported files compute what torch computes, hold every weight once, and say what they are."""
 
+import copy
+import pickle
 import re
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from torch import nn
 
 import fxfeedback
 from fxfeedback import onnx_file
-from fxfeedback.errors import Error, ExportError, OptionError
+from fxfeedback.errors import CheckpointError, Error, ExportError, InputError, OptionError
 from fxfeedback.export import export
 from networks import TRANSFORMERS, build, convnet
 
@@ -478,6 +480,26 @@ def test_an_op_without_an_onnx_form_is_named_with_its_node(tmp_path):
         export(model, tmp_path / "model.onnx")
 
 
+NO_STEERING = [
+    ({"strength": None}, "'8': strength"),
+    ({"strength": "high"}, "'8': strength"),
+    ({"strength": np.nan}, "'8': strength has values that are not finite"),
+    ({"strength": (1.0, np.inf)}, "'8': strength has values that are not finite"),
+    ({"alpha": None}, "'8': alpha"),
+    ({"alpha": np.nan}, "'8': alpha has values that are not finite"),
+    ({"alpha": (0.5, 0.5)}, "alpha is one"),
+    ({"activation": None}, "'8': activation"),
+    ({"activation": np.full((1, 7), np.nan, np.float32)}, "'8': activation has values that are not finite"),
+]
+
+
+@pytest.mark.parametrize("given, message", NO_STEERING)
+def test_a_steering_that_is_no_number_is_the_same_error_in_torch(convnet_lrm, given, message):
+    steering = {"source": "8", "activation": torch.zeros(1, 7)} | given
+    with pytest.raises(InputError, match=message):
+        convnet_lrm(torch.zeros(2, 2, 6, 6), steering=steering)
+
+
 # -- sessions ---------------------------------------------------------------------------------------------------------
 
 
@@ -504,6 +526,15 @@ def test_bad_input_is_one_clear_error_and_the_session_goes_on(convnet_lrm, steer
         (lambda: lrm_session(x, steering={"source": "8"}), "has source, activation"),
         (lambda: lrm_session(x, steering={"source": "8", "activation": activation, "strength": [1, 2, 3]}), "strength"),
         (lambda: lrm_session(x, steering=[{"source": "8", "activation": activation}] * 2), "twice"),
+        (lambda: session([["a"]], task=0), "not a number"),
+        (lambda: session(None, task=0), "not a number"),
+        (lambda: session(torch.zeros(2, 2, 6, 6, dtype=torch.bfloat16), task=0), "not an array of numbers"),
+        (lambda: session(x, task=[[0.0, np.nan, 1.0]]), "instruction has values that are not finite"),
+        (lambda: session(x, task=[[0.0, 1e300, 1.0]]), "instruction has values that are not finite"),
+        *(
+            (lambda given=given: lrm_session(x, steering={"source": "8", "activation": activation} | given), message)
+            for given, message in NO_STEERING
+        ),
     ]:
         with pytest.raises(Error, match=message):
             call()
@@ -523,6 +554,30 @@ def test_a_damaged_or_foreign_file(steerable, tmp_path):
         Session(path)
     with pytest.raises(fxfeedback.errors.CheckpointError, match="there is no file"):
         Session(tmp_path / "nothing.onnx")
+
+
+@pytest.mark.parametrize("again", [lambda one: pickle.loads(pickle.dumps(one)), copy.deepcopy])
+def test_a_session_is_pickled_and_copied_as_its_file(again, convnet_lrm, steerable):
+    session, x = again(Session(steerable, "cpu")), torch.randn(2, 2, 6, 6)
+    assert_close(session(x), convnet_lrm(x))
+    assert session.providers == ["CPUExecutionProvider"]
+
+
+def test_a_pickle_whose_file_is_another_now_is_an_error(steerable, tmp_path):
+    import onnxruntime
+
+    path = tmp_path / "model.onnx"
+    path.write_bytes(steerable.read_bytes())
+    session = Session(path, "cpu")
+    pickled = pickle.dumps(session)
+    for model, message in ((tiny(), "not the file any more"), (None, "there is no file")):
+        path.unlink() if model is None else export(model, path)
+        with pytest.raises(CheckpointError, match=message):
+            pickle.loads(pickled)
+        with pytest.raises(CheckpointError, match="is gone or has changed"):
+            pickle.dumps(session)
+    with pytest.raises(OptionError, match="options="):
+        copy.deepcopy(Session(steerable, "cpu", onnxruntime.SessionOptions()))
 
 
 def test_providers(steerable):

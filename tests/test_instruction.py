@@ -189,6 +189,17 @@ def test_an_embedding_of_the_users_own_and_vectors_that_are_not_one_hot():
         butd(x, torch.tensor([0, 1, 0, 1]))
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), "left", None])
+def test_an_instruction_that_opens_no_gates_is_an_error(bad):
+    """NaN is not above zero: every unit would be closed, and the output plausible."""
+    model, x = build("mlp", train=False)
+    butd = fxfeedback.to_butd(model, n_tasks=2, input_size=(2, 6, 6))
+    task = torch.tensor([[0.0, bad]]) if isinstance(bad, float) else [bad]
+    for call in (lambda: butd(x, task), lambda: butd.counter_neurons(task), lambda: butd.select(task)):
+        with pytest.raises(fxfeedback.errors.InputError, match="instruction"):
+            call()
+
+
 def test_sites_may_be_chosen():
     model, x = build("convnet", train=False)
     butd = fxfeedback.to_butd(model, n_tasks=2, input_size=(2, 6, 6), sites=["9", "4"])

@@ -1,8 +1,11 @@
 """The learner in ONNX Runtime takes torch's steps, keeps its state whole, and says what is wrong with a call."""
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -226,6 +229,156 @@ def test_targets_of_minus_100_are_left_out(small):
     with torch.no_grad():
         expected = F.cross_entropy(butd(x, task), target).item()  # statistics of the whole batch
     assert Learner(path).step(x, target, task=task, lr=0.1) == pytest.approx(expected, rel=TOLERANCE)
+
+
+SGD, ADAM = {"momentum": 0.9, "weight_decay": 0.1}, {"optimizer": "adam"}
+
+
+def small_mlp(folder, **how):
+    """A network without batch norms or tasks, and its learner's file."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    butd = fxfeedback.to_butd(net, input_size=(4,))
+    fxfeedback.export_learner(butd, folder / "mlp.onnx", **how)
+    return butd, folder / "mlp.onnx"
+
+
+@pytest.fixture(scope="module")
+def mlp(tmp_path_factory):
+    return small_mlp(tmp_path_factory.mktemp("mlp"), **SGD)
+
+
+def same_state(learner, before):
+    return all(np.array_equal(value, before[name]) for name, value in learner.state_dict().items())
+
+
+@pytest.mark.parametrize("how", [SGD, ADAM], ids=["sgd", "adam"])
+def test_labels_that_are_left_out_are_as_in_torch(how, tmp_path):
+    """None, some or all of a batch, in turns: what the optimizer keeps goes on moving the weights."""
+    butd, path = small_mlp(tmp_path, **how)
+    learner, reference = Learner(path, "cpu"), Torch(butd, 0.1, **how)
+    for left_out in ([], [0, 3], [0, 1, 2, 3], [1]):
+        x, target = torch.randn(4, 4), torch.randint(3, (4,))
+        target[left_out] = -100
+        loss = reference.step(x, target, None)
+        assert learner.step(x, target, lr=0.1) == pytest.approx(loss, rel=TOLERANCE, nan_ok=True)
+        assert np.isnan(loss) == (len(left_out) == 4)
+        for name, value in reference.state().items():
+            np.testing.assert_allclose(learner.state_dict()[name], value, rtol=1e-5, atol=1e-5)
+
+
+NOT_FINITE = {
+    "no rate": ({"lr": None}, "lr"),
+    "NaN as the rate": ({"lr": np.nan}, "lr=nan"),
+    "an infinite rate": ({"lr": np.inf}, "finite"),
+    "a rate too large for float32": ({"lr": 1e300}, "finite"),
+    "a negative rate": ({"lr": -0.1}, "not negative"),
+    "a rate for each sample": ({"lr": np.ones(2)}, "one number"),
+    "text as the rate": ({"lr": "0.1"}, "not a number"),
+    "NaN in one input": ({"x": np.array([[1, 2, 3, np.nan], [1, 2, 3, 4]])}, "'input' has values that are not finite"),
+    "an infinite input": ({"x": np.array([[1, 2, 3, -np.inf], [1, 2, 3, 4]])}, "'input' has values"),
+    "weights that overflow": ({"x": np.full((2, 4), 1e30), "lr": 1e30}, "make new weights NaN or infinite"),
+    "no target": ({"target": None}, "not a number"),
+    "text as a target": ({"target": ["a", "b"]}, "not a number"),
+}
+
+
+@pytest.mark.parametrize("call", NOT_FINITE)
+def test_what_is_not_finite_never_gets_into_the_weights(call, mlp):
+    given, message = NOT_FINITE[call]
+    learner = Learner(mlp[1], "cpu")
+    good = {"x": np.ones((2, 4)), "target": [0, 1], "lr": 0.1}
+    learner.step(np.ones((2, 4), np.float32), [0, 1], lr=0.1)
+    before, kept, logits = learner.state_dict(), learner.optimizer_state(), learner.logits
+    with pytest.raises(InputError, match=message):
+        bad = good | given
+        learner.step(bad["x"].astype(np.float32), bad["target"], lr=bad["lr"])
+    assert same_state(learner, before) and learner.logits is logits
+    assert all(np.array_equal(value, kept[name]) for name, value in learner.optimizer_state().items())
+    assert np.isfinite(learner.step(np.ones((2, 4), np.float32), [0, 1], lr=0.1))
+
+
+def test_who_wants_it_lets_the_weights_overflow(mlp):
+    learner, x = Learner(mlp[1], "cpu", finite=False), np.ones((2, 4), np.float32)
+    learner.step(x * np.nan, [0, 1], lr=0.1)
+    assert np.isnan(learner.state_dict()["0.weight"]).any()
+
+
+def test_weights_that_are_not_finite_are_not_taken_over(mlp):
+    learner = Learner(mlp[1], "cpu")
+    before = learner.state_dict()
+    for bad in (np.full(3, np.nan, np.float32), np.full(3, 1e300), ["a"] * 3):
+        with pytest.raises(CheckpointError, match=r"'2\.bias'"):
+            learner.load_state_dict({**before, "2.bias": bad})
+    with pytest.raises(CheckpointError, match="not a NoneType"):
+        learner.load_state_dict(None)
+    assert same_state(learner, before)
+
+
+def test_threads_may_share_a_learner(mlp):
+    """No step is lost, and every state is that between two steps: here each step moves all biases by one."""
+    path = mlp[1]
+    learner = Learner(path, "cpu")
+    start = {name: np.zeros_like(value) for name, value in learner.state_dict().items()}
+    learner.load_state_dict(start)
+    torn, failed = [], []
+
+    def step():
+        for _ in range(50):
+            learner.step(np.zeros((1, 4), np.float32), [0], lr=0.1)
+
+    def look():
+        for _ in range(100):
+            state = learner.state_dict()
+            logits = learner.predict(np.ones((1, 4), np.float32))
+            torn.append(abs(state["2.bias"].sum()) > 1e-5 or abs(logits.sum()) > 1e-5)  # the error sums up to nothing
+
+    def watched(work):
+        try:
+            work()
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=watched, args=(work,)) for work in (step, look, step, look, step)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    alone = Learner(path, "cpu")
+    alone.load_state_dict(start)
+    for _ in range(150):
+        alone.step(np.zeros((1, 4), np.float32), [0], lr=0.1)
+    assert not failed and not any(torn) and same_state(learner, alone.state_dict())
+
+
+@pytest.mark.parametrize("again", [lambda one: pickle.loads(pickle.dumps(one)), copy.deepcopy, copy.copy])
+def test_a_copy_or_pickle_brings_its_state_and_goes_its_own_way(small, again):
+    butd, size, path = small
+    learner = Learner(path, "cpu")
+    (x, target, task), *_ = batches = [a_batch(butd, size) for _ in range(2)]
+    learner.step(x, target, task=task, lr=0.1)
+    other = again(learner)
+    assert np.array_equal(other.logits, learner.logits)
+    for x, target, task in batches:  # the same weights, momentum and statistics
+        assert other.step(x, target, task=task, lr=0.1) == learner.step(x, target, task=task, lr=0.1)
+    before = learner.state_dict()
+    other.step(x, target, task=task, lr=0.1)
+    assert same_state(learner, before) and not same_state(other, before)
+
+
+def test_a_worker_process_gets_a_learner(mlp, monkeypatch):
+    """In another directory, too."""
+    monkeypatch.chdir(mlp[1].parent)
+    learner = Learner(mlp[1].name, "cpu")
+    learner.step(np.ones((2, 4), np.float32), [0, 1], lr=0.1)
+    code = """
+import pickle, sys, numpy as np
+learner = pickle.load(sys.stdin.buffer)
+sys.stdout.write(repr(learner.step(np.ones((2, 4), np.float32), [0, 1], lr=0.1)))
+"""
+    run = [sys.executable, "-c", code]
+    given = subprocess.run(run, input=pickle.dumps(learner), capture_output=True, check=True, cwd="/")
+    assert float(given.stdout) == learner.step(np.ones((2, 4), np.float32), [0, 1], lr=0.1)
 
 
 def test_saved_state_goes_on_where_it_was(small, tmp_path):
