@@ -30,11 +30,11 @@ CHOICES = {
 
 def is_count(value: Any) -> bool:
     """Whether a value is a whole number from 1 on."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 def _is_deviation(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= value < math.inf
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) < math.inf
 
 
 def _is_list(value: Any, fits: Callable[[Any], bool]) -> bool:
