@@ -17,6 +17,7 @@ from fxfeedback.options import Lateral, Options
 from fxfeedback.select_task import select_task
 from fxfeedback.shapes import examples_of
 from fxfeedback.task_heads import TaskHeads
+from fxfeedback.verify import verify_graph
 from fxfeedback.while_tracing import building
 from fxfeedback.wrapper import Wrapper, eval_mode
 
@@ -42,6 +43,7 @@ def to_butd(
     gating: str = "unit",
     heads: str = "shared",
     learning: str = "counter_hebb",
+    verify: bool = True,
 ) -> "BUTD":
     """Derive an instructed bottom-up/top-down network from a plain model.
 
@@ -71,15 +73,17 @@ def to_butd(
         gating: "unit", or "channel": a channel is on when its counter neurons' mean over positions is positive.
         heads: "shared", or "per_task": one prediction head per task, each starting as the model's own.
         learning: "counter_hebb", or "backprop": autograd differentiates the gated network.
+        verify: compare the graph with the model once, on one random sample in evaluation mode. It costs three forward
+            passes of that sample.
 
     Raises:
-        TraceError: torch.fx cannot trace the model, or it does not run at this size.
+        TraceError: torch.fx cannot trace the model, it does not run at this size, or its graph computes something else.
         RuleError: an op has no rule.
         NodeNameError: a name that no node has, or no prediction head where instructions need one.
         OptionError: options that do not exist or do not go together.
     """
     options = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
-    return BUTD(model, Options(**options), examples_of(model, input_size, example_inputs))
+    return BUTD(model, Options(**options), examples_of(model, input_size, example_inputs), verify)
 
 
 class BUTD(Wrapper):
@@ -92,9 +96,14 @@ class BUTD(Wrapper):
     OWN = ("instruction_head", "td_weights", "td_biases", "td_norms", "task_heads")
     untraceable = "is a BU-TD network already: connections come first, and to_butd takes the whole model at once"
 
-    def __init__(self, model: nn.Module, options: Options, example_inputs: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self, model: nn.Module, options: Options, example_inputs: Sequence[torch.Tensor], verify: bool = False
+    ) -> None:
         super().__init__(model, example_inputs)
         self.options = options
+        if verify:
+            with eval_mode(self):
+                verify_graph(self._graphs(self._stand_ins()).bu, self._net, example_inputs)
         self._add_td_state()
         self._graphs(self._stand_ins()).check()
 

@@ -20,8 +20,9 @@ from fxfeedback.rewrite import Link, Unrolling, unroll
 from fxfeedback.shapes import Spec, annotate_shapes, example_for, examples_of
 from fxfeedback.share import put
 from fxfeedback.trace_at_size import trace_for
+from fxfeedback.verify import verify_graph
 from fxfeedback.while_tracing import building
-from fxfeedback.wrapper import Wrapper, not_finite
+from fxfeedback.wrapper import Wrapper, eval_mode, not_finite
 
 State = dict[str, torch.Tensor]
 Sizes = tuple[tuple[int, ...], ...]
@@ -78,6 +79,7 @@ def add_feedback(
     input_size: Sequence[int] | None = None,
     example_inputs: Sequence[torch.Tensor] | None = None,
     checkpoint: bool = False,
+    verify: bool = True,
 ) -> Any:
     """Add long-range modulatory connections to a model and run it in several passes.
 
@@ -94,6 +96,8 @@ def add_feedback(
         example_inputs: instead of input_size, for several inputs: tensors with a batch dimension.
         checkpoint: train in less memory and more time, as torch.utils.checkpoint does: the backward pass computes the
             activations again. Also an attribute of what is returned. torch.compile decides for itself what it keeps.
+        verify: compare the graph with the model once, on one random sample in evaluation mode. It costs three forward
+            passes of that sample.
 
     Returns:
         A `FeedbackModel`. Where torch.fx cannot trace the whole model, but a part that has all the connections: a copy
@@ -102,14 +106,14 @@ def add_feedback(
     Raises:
         NodeNameError: a name that no node has, or one that cannot be source or destination.
         OptionError: options that do not exist or do not go together, a connection given twice.
-        TraceError: torch.fx cannot trace the model, or it does not run at this size.
+        TraceError: torch.fx cannot trace the model, it does not run at this size, or its graph computes something else.
     """
     made = [_connection(connection) for connection in connections]
     try:
         examples = examples_of(model, input_size, example_inputs)
-        return FeedbackModel(model, made, passes, examples, checkpoint=checkpoint)
+        return FeedbackModel(model, made, passes, examples, checkpoint=checkpoint, verify=verify)
     except TraceError as error:
-        return _add_feedback_inside(model, made, passes, input_size, checkpoint, error)
+        return _add_feedback_inside(model, made, passes, input_size, checkpoint, verify, error)
 
 
 def _add_feedback_inside(
@@ -118,6 +122,7 @@ def _add_feedback_inside(
     passes: int,
     input_size: Any,
     checkpoint: bool,
+    verify: bool,
     whole: TraceError,
 ) -> nn.Module:
     """A copy of a model that cannot be traced, with the largest traceable part that has all connections rewritten."""
@@ -129,7 +134,7 @@ def _add_feedback_inside(
         try:
             module = model.get_submodule(part)
             moved = [replace(c, source=c.source[inside:], destination=c.destination[inside:]) for c in connections]
-            made = FeedbackModel(module, moved, passes, example_for(module, input_size), False, checkpoint)
+            made = FeedbackModel(module, moved, passes, example_for(module, input_size), False, checkpoint, verify)
         except (AttributeError, TraceError):
             continue
         return put(model, part, made)
@@ -161,6 +166,7 @@ class FeedbackModel(Wrapper):
         examples: Sequence[torch.Tensor],
         return_all: bool = True,
         checkpoint: bool = False,
+        verify: bool = False,
     ) -> None:
         super().__init__(model, examples)
         _check_passes(passes)
@@ -169,6 +175,9 @@ class FeedbackModel(Wrapper):
         )
         bu = self._bottom_up()
         _check_connections(bu, self.connections)
+        if verify:
+            with eval_mode(self):
+                verify_graph(self._bottom_up(), self._net, examples)
         names = [_block_name(c) for c in self.connections]
         for i, name in enumerate(names):
             if name in names[:i]:

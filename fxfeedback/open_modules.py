@@ -107,6 +107,8 @@ class _Opener(fx.Tracer):
         named = value[0] if isinstance(value, tuple) and value else value
         if isinstance(named, fx.Proxy) and named.node.meta.get("origin") is node:
             named.node.meta["name"] = node.meta["name"]
+            if "module" in node.meta:
+                named.node.meta["module"] = node.meta["module"]
         self.values[node] = value
         if _is_in_place(node, self.root) and isinstance(node.args[0], fx.Node) and node.args[0].op != "get_attr":
             self.memory.check_overwriting(node)

@@ -138,6 +138,8 @@ def trace_with(tracer: PathTracer, model: nn.Module, n_inputs: int) -> fx.GraphM
         ) from error
     for node in graph.nodes:
         node.meta["name"] = tracer.node_to_qualname.get(node, node.name)
+        if node.op == "call_module":
+            node.meta["module"] = str(node.target)
     for node in [node for node in graph.nodes if node.op == "placeholder"][n_inputs:]:
         _erase_with_users(node)  # a constant argument, and torch.fx's assertion that it keeps its value
     graph.eliminate_dead_code(is_impure_node=lambda node: _has_effect(node, model))
