@@ -109,9 +109,10 @@ def _first_call(
 
 def _of_model(graph: fx.Graph, net: nn.Module, inputs: Sequence[torch.Tensor], seed: int = 0) -> Values:
     """By a call of the model, at the modules that have nodes in the graph."""
+    paths = set(_called_modules(net))
     nodes: dict[str, list[fx.Node]] = defaultdict(list)
     for node in graph.nodes:
-        if "module" in node.meta:
+        if node.meta.get("module") in paths:
             nodes[node.meta["module"]].append(node)
     called: dict[str, list[Any]] = defaultdict(list)
     hooks = [
@@ -127,6 +128,14 @@ def _of_model(graph: fx.Graph, net: nn.Module, inputs: Sequence[torch.Tensor], s
     known = [path for path in nodes if len(nodes[path]) == len(called[path])]
     values = {node: value for path in known for node, value in zip(nodes[path], called[path], strict=True)}
     return {**values, **dict(_places(returned))}
+
+
+def _called_modules(net: nn.Module, path: str = "") -> Iterator[str]:
+    """The paths of all modules but those in a network of ours, which runs its graph instead of them."""
+    if not hasattr(type(net), "as_graph"):
+        yield path
+        for name, child in net.named_children():
+            yield from _called_modules(child, f"{path}.{name}" if path else name)
 
 
 def _of_graph(graph: fx.Graph, net: nn.Module, inputs: Sequence[torch.Tensor]) -> Values:
