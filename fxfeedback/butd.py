@@ -248,10 +248,9 @@ class BUTD(Wrapper):
             kept = self._cache["gates"] = state, instructions, graphs.gates(instructions), held
         return kept[2]
 
-    def train(self, mode: bool = True) -> Self:
-        """As nn.Module.train."""
+    def _switch_own(self, mode: bool) -> Self:
         self._cache.pop("gates", None)
-        return super().train(mode)
+        return super()._switch_own(mode)
 
     def _instructions_mix(self) -> bool:
         """Whether the samples of a batch see each other in the instruction pass, as in a batch norm's statistics."""

@@ -38,7 +38,8 @@ def export(
 ) -> None:
     """Write a model with connections, or an instructed BU-TD network, as an ONNX file.
 
-    What is exported is the model in eval mode, in its dtype, at its example's size. The file's inputs and outputs:
+    What is exported is the model in its own eval mode, in its dtype, at its example's size and called as the example
+    calls it: flags have their defaults. The file's inputs and outputs:
 
     - `add_feedback`: the model's own inputs in; `output_1`, `output_2`, ...: each pass's output. With steerable=True
       also for each source, named as in the connection, `<source>.activation` (B or 1, ...), `<source>.alpha` () and

@@ -53,8 +53,10 @@ def export_learner(
     """Write one step of Counter-Hebb learning as an ONNX file, for `fxfeedback.runtime.Learner`.
 
     The step is that of torch: what has requires_grad=False stays as it is, and a batch norm in training mode uses the
-    batch's statistics and advances its running ones; freeze it with `.eval()`. Everything else is in evaluation mode:
-    dropout is off. The loss is taken at the main output ("out" of a dict), for a list of passes as the mean over all.
+    batch's statistics and advances its running ones; freeze it with `.eval()`. Everything else is in the model's own
+    evaluation mode: dropout is off, where that does not keep it on. The model is called as its example calls it: flags
+    have their defaults. The loss is taken at the main output ("out" of a dict), for a list of passes as the mean over
+    all.
 
     Inputs: the model's own; `instruction` (B or 1, instruction size), for an instructed network; `target`, (B, ...)
     int64 class ids for cross_entropy (-100: leave out), else floats shaped like the logits; `lr` (); every entry of

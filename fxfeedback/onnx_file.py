@@ -188,7 +188,13 @@ def _attention(query: Any, key: Any, value: Any, attn_mask: Any = None, *options
     )
 
 
-WITH_A_FORM = {F.scaled_dot_product_attention: _attention}
+def _dropout(input: torch.Tensor, p: float, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """torch.native_dropout in training mode, as random numbers: ONNX Runtime leaves out a Dropout that is on."""
+    kept = torch.rand_like(input) >= p
+    return input * kept * (1 / (1 - p) if p < 1 else 0.0), kept
+
+
+WITH_A_FORM = {F.scaled_dot_product_attention: _attention, torch.native_dropout: _dropout}
 """Function -> the same in ops that torch's exporter can take."""
 
 

@@ -102,9 +102,6 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> A
         parameter.requires_grad_(name not in about["frozen"])
     for name, module in made.named_modules():
         module.training = name in about["training"]
-    for module in made.modules():
-        if isinstance(module, Wrapper):
-            module._net.training = module.training
     return made
 
 

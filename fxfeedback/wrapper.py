@@ -1,7 +1,7 @@
 """What every module that fxfeedback returns has in common: it holds a model's tensors as its own, and traces it."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -35,7 +35,6 @@ class Wrapper(nn.Module):
         if taken:
             raise OptionError(f"the model's attribute {taken[0]!r} has a name that fxfeedback needs: rename it")
         _refuse_hooks("", net)
-        self.training = net.training
         self._parameters, self._buffers, self._modules = net._parameters, net._buffers, dict(net._modules)
         self._non_persistent_buffers_set = net._non_persistent_buffers_set
         root = nn.Module()
@@ -91,10 +90,31 @@ class Wrapper(nn.Module):
         path, _, leaf = name.rpartition(".")
         return getattr(self._root.get_submodule(path) if path else self._net, leaf)
 
-    def train(self, mode: bool = True) -> Self:
-        """As nn.Module.train."""
-        self._net.training = mode
-        return super().train(mode)
+    @property
+    def training(self) -> bool:
+        """The model's own mode: its code reads and sets it on `_net`."""
+        return self._net.training if "_net" in self.__dict__ else True
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if "_net" in self.__dict__:
+            self._net.training = mode
+
+    def train(self, mode: bool = True, *args: Any, **named: Any) -> Self:
+        """As the model's own train, which may keep batch norms frozen or take more arguments."""
+        self._net.train(mode, *args, **named)
+        return self._switch_own(mode)
+
+    def eval(self) -> Self:
+        """As the model's own eval, which may keep dropout on."""
+        self._net.eval()
+        return self._switch_own(False)
+
+    def _switch_own(self, mode: bool) -> Self:
+        for name in self.OWN:
+            if name in self._modules:
+                self.get_submodule(name).train(mode)
+        return self
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As nn.Module.load_state_dict; takes arrays as well, as `fxfeedback.runtime.Learner.state_dict` returns."""
@@ -137,17 +157,38 @@ def _refuse_hooks(prefix: str, module: nn.Module) -> None:
 
 @contextlib.contextmanager
 def eval_mode(model: Any, but: tuple[type, ...] = ()) -> Iterator[None]:
-    """All modules in eval mode, but for those of a kind in `but`, and afterwards each in its own mode again."""
+    """The model in its own eval mode, but for modules of a kind in `but`; afterwards all is as it was.
+
+    What learns is the same meanwhile: a model's own eval may freeze parameters.
+    """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    modules += [module._net for module in modules if isinstance(module, Wrapper)]
-    modes = [module.training for module in modules]
+    modes = [(module, module.training) for module in modules]
+    learning = [(parameter, parameter.requires_grad) for module in modules for parameter in module.parameters(False)]
+    nets = map(_innermost, modules)
+    attributes = [(net, dict(vars(net))) for net in nets if type(net).train is not nn.Module.train]
     try:
-        for module in modules:
-            module.training = module.training and isinstance(module, but)
+        if modules:
+            model.eval()
+        _put_back(((module, mode) for module, mode in modes if isinstance(module, but)), learning)
         yield
     finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
+        for net, before in attributes:
+            if net.training != before["training"]:
+                net.train(before["training"])  # it may undo what its eval did, as layers that merge weights do
+            vars(net).clear()
+            vars(net).update(before)
+        _put_back(modes, learning)
+
+
+def _innermost(module: nn.Module) -> nn.Module:
+    return _innermost(module._net) if isinstance(module, Wrapper) else module
+
+
+def _put_back(modes: Iterable[tuple[nn.Module, bool]], learning: Iterable[tuple[nn.Parameter, bool]]) -> None:
+    for module, mode in modes:
+        module.training = mode
+    for parameter, learns in learning:
+        parameter.requires_grad = learns
 
 
 def not_finite(tensor: torch.Tensor) -> bool:
