@@ -1,5 +1,6 @@
 """Read the tensors of a checkpoint, a file's or a URL's: only data, never code."""
 
+import copy
 import pickle
 import re
 from collections.abc import Mapping
@@ -9,6 +10,8 @@ from urllib.parse import urlparse
 
 import safetensors.torch
 import torch
+from torch import nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from fxfeedback.errors import CheckpointError
 
@@ -52,6 +55,16 @@ def named_tensors(content: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
         raise CheckpointError(f"{where} holds no state dict: it must map names to tensors")
     return content
+
+
+def without_prefixes(state: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:
+    """The tensors without the prefixes that a compiled or a wrapped model has before all of its names."""
+    for prefix in ("_orig_mod.", "module.", "_orig_mod."):  # compiled and then wrapped, or the other way round
+        own = prefix.removesuffix(".") in model._modules
+        if state and not own and all(name.startswith(prefix) for name in state):
+            state = copy.copy(state)
+            consume_prefix_in_state_dict_if_present(state, prefix)  # type: ignore[arg-type]
+    return state
 
 
 def _file(where: str) -> str:

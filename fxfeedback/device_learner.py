@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fxfeedback.errors import CheckpointError, InputError
-from fxfeedback.files import LARGEST, replace_whole
+from fxfeedback.files import LARGEST, as_path, replace_whole
 from fxfeedback.providers import CUDA, open_session
 from fxfeedback.reopen import Opened
 from fxfeedback.signature import Signature, array, cast, finite
@@ -81,9 +81,10 @@ class Learner(Signature):
             CheckpointError: there is no such file; it is damaged, or fxfeedback.export_learner did not write it.
             OptionError: a provider that is not there or cannot be loaded; the message says which library is missing.
         """
+        path = as_path(path)
         self._lock = threading.RLock()
         self._opened = Opened(str(path), providers, options, {"finite": finite})
-        self._model, state = _read(Path(path))
+        self._model, state = _read(path)
         self._path, self._providers, self._options, self._finite = str(path), providers, options, finite
         outputs = [output.name for output in self._model.graph.output]
         self._changing = [name.removesuffix(NEW) for name in outputs if name.endswith(NEW)]

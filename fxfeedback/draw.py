@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fxfeedback.errors import OptionError
-from fxfeedback.files import replace_whole
+from fxfeedback.files import as_path, replace_whole
 
 SUFFIXES = (".svg", ".png", ".html")
 
@@ -55,7 +55,7 @@ def draw(
         InputError: an `x` or a task that the model does not take.
         ImportError: the packages that draw are missing: pip install 'fxfeedback[draw]'.
     """
-    path = Path(path)
+    path = as_path(path)
     _check_path(path)
     _check_packages()
     if not isinstance(model, nn.Module):

@@ -5,8 +5,21 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from fxfeedback.errors import OptionError
+
 LARGEST = 2**31 - 2**24
 """Bytes of weights beyond which they lie beside an ONNX graph: a graph with its weights holds less than 2 GB."""
+
+
+def as_path(given: str | os.PathLike[str]) -> Path:
+    """A path that a user gave.
+
+    Raises:
+        OptionError: it is not a path.
+    """
+    if not isinstance(given, (str, os.PathLike)):
+        raise OptionError(f"path={given!r}: give a string or a pathlib.Path")
+    return Path(given)
 
 
 def replace_whole(path: Path, write: Callable[[str], None]) -> None:

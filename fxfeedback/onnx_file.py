@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxfeedback.errors import ExportError, OptionError
-from fxfeedback.files import LARGEST, sync
+from fxfeedback.files import LARGEST, as_path, sync
 from fxfeedback.shapes import plain
 from fxfeedback.version import __version__
 
@@ -80,7 +80,7 @@ def check_target(path: str | os.PathLike[str]) -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError(f"{error}: to export, pip install 'fxfeedback[onnx]'") from error
-    path = Path(path)
+    path = as_path(path)
     if path.is_dir() or not path.parent.is_dir():
         raise OptionError(f"path={str(path)!r}: give the name of a file in a directory that exists")
 

@@ -17,9 +17,9 @@ SHOWN = 10  # names of one kind that an error lists
 def load_lrm_steering(model: FeedbackModel, path_or_state_dict: str | os.PathLike[str] | Mapping[str, Any]) -> None:
     """Load a checkpoint of the published LRM models into `model`: all of it or, with an error, nothing.
 
-    The tensors may be at top level or under "model" or "state_dict", with `module.` before their names, and named as in
-    the older releases (`backbone.` for `feedforward.`, `features8` for `features_8`); so may those of our own
-    `state_dict()`. Only tensors are read from a file, never code.
+    The tensors may be at top level or under "model" or "state_dict", with `module.` or `_orig_mod.` before their names,
+    and named as in the older releases (`backbone.` for `feedforward.`, `features8` for `features_8`); so may those of
+    our own `state_dict()`. Only tensors are read from a file, never code.
 
     Args:
         model: made by `add_feedback`, with the checkpoint's connections and the input size it was made for.
@@ -52,7 +52,7 @@ def _match(model: FeedbackModel, tensors: Mapping[str, Any], where: str) -> dict
     ours |= {name: our_name for our_name, name in published.items()}
     matched, extra, misfits = {}, [], []
     for name, value in tensors.items():
-        present = re.sub(r"^backbone\.", "feedforward.", re.sub(r"^(module\.)+", "", name))
+        present = re.sub(r"^backbone\.", "feedforward.", re.sub(r"^((module|_orig_mod)\.)+", "", name))
         our_name = ours.get(present) or ours.get(_squeezed(present))
         if our_name is None or our_name in matched:
             extra.append(name)

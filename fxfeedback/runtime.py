@@ -7,7 +7,6 @@ logits = session(images, task=[0, 1, 1])
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ import onnxruntime as ort
 from fxfeedback.checksums import checksum
 from fxfeedback.device_learner import Learner
 from fxfeedback.errors import CheckpointError, InputError, NodeNameError
+from fxfeedback.files import as_path
 from fxfeedback.providers import open_session
 from fxfeedback.reopen import Opened
 from fxfeedback.signature import Signature, array, cast, finite
@@ -53,10 +53,11 @@ class Session(Signature):
             CheckpointError: there is no such file; it is damaged, or fxfeedback.export did not write it.
             OptionError: a provider that is not there or cannot be loaded; the message says which library is missing.
         """
-        if not Path(path).is_file():
+        path = as_path(path)
+        if not path.is_file():
             raise CheckpointError(f"there is no file {str(path)!r}: give the file that fxfeedback.export wrote")
         self._opened = Opened(str(path), providers, options)
-        self._session, self.note = open_session(Path(path), providers, options, str(path))
+        self._session, self.note = open_session(path, providers, options, str(path))
         self.providers: list[str] = self._session.get_providers()
         custom = self._session.get_modelmeta().custom_metadata_map
         super().__init__(self._session, custom, path)

@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from fxfeedback.checkpoints import without_prefixes
 from fxfeedback.errors import OptionError
 from fxfeedback.share import share
 
@@ -117,7 +118,11 @@ class Wrapper(nn.Module):
         return self
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As nn.Module.load_state_dict; takes arrays as well, as `fxfeedback.runtime.Learner.state_dict` returns."""
+        """As nn.Module.load_state_dict; takes arrays as well, as `fxfeedback.runtime.Learner.state_dict` returns.
+
+        Names may begin with what torch.compile and DistributedDataParallel put before them.
+        """
+        state_dict = without_prefixes(state_dict, self)
         if any(hasattr(value, "__array_interface__") for value in state_dict.values()):
             state_dict = {name: torch.as_tensor(value) for name, value in state_dict.items()}
         return super().load_state_dict(state_dict, strict, assign)

@@ -245,6 +245,22 @@ def test_mistakes_in_what_is_converted(case, front):
         FRONTS[front](*given, **how)
 
 
+TAKE_A_PATH = {
+    "export": lambda path: fxfeedback.export(fxfeedback.add_feedback(mlp(), [("2", "1")], input_size=(4,)), path),
+    "export_learner": lambda path: fxfeedback.export_learner(fxfeedback.to_butd(mlp(), input_size=(4,)), path),
+    "draw": lambda path: fxfeedback.draw(mlp(), path),
+    "Session": fxfeedback.runtime.Session,
+    "Learner": fxfeedback.runtime.Learner,
+}
+
+
+@pytest.mark.parametrize("path", [None, 3])
+@pytest.mark.parametrize("name", TAKE_A_PATH)
+def test_what_is_not_a_path_is_refused(name, path):
+    with pytest.raises(OptionError, match=f"path={path}: give a string or a pathlib.Path"):
+        TAKE_A_PATH[name](path)
+
+
 CALLS = {
     "id too large": (lambda b, x: b(x, torch.tensor([0, 1, 2, 3])), r"between 0 and 2; got 0 to 3"),
     "negative id": (lambda b, x: b(x, torch.tensor([0, 1, -1, 2])), r"between 0 and 2; got -1 to 2"),

@@ -335,3 +335,23 @@ def test_casting_a_converted_model():
     assert butd(x, 1).dtype == feedback(x)[1].dtype == butd.counter_neurons(1)["2"].dtype == torch.float32
     assert "update_0_weight" in butd.learner.code
     assert butd.bfloat16()(x.bfloat16(), 1).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."])
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda model: fxfeedback.to_butd(model, 2, input_size=(2, 6, 6)),
+        lambda model: fxfeedback.add_feedback(model, [("8", "2")], input_size=(2, 6, 6)),
+    ],
+    ids=["butd", "feedback"],
+)
+def test_checkpoints_of_compiled_and_distributed_networks_load(convert, prefix):
+    model, _ = build("convnet", train=False)
+    network, other = convert(model), convert(copy.deepcopy(model))
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1)
+    loaded = network.load_state_dict({prefix + name: tensor for name, tensor in other.state_dict().items()})
+    assert not loaded.missing_keys and not loaded.unexpected_keys
+    assert all(torch.equal(network.state_dict()[name], tensor) for name, tensor in other.state_dict().items())

@@ -231,12 +231,9 @@ def _said(error: Exception) -> str:
 
 def _load(model: "nn.Module", where: str) -> None:
     """Load a state_dict from a file."""
-    from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
+    from fxfeedback.checkpoints import named_tensors, read_checkpoint, without_prefixes
 
-    from fxfeedback.checkpoints import named_tensors, read_checkpoint
-
-    state = dict(named_tensors(read_checkpoint(where), where))
-    consume_prefix_in_state_dict_if_present(state, "module.")  # of a model that DistributedDataParallel trained
+    state = without_prefixes(named_tensors(read_checkpoint(where), where), model)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
