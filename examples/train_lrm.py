@@ -19,12 +19,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import default_loader
 from torchvision.transforms.functional import to_pil_image
 
 import fxfeedback
@@ -225,10 +227,24 @@ def opened(what: Digits | Path) -> tuple[Dataset[Any], Callable[[int], object]]:
     if isinstance(what, Digits):
         return DigitPictures(what), "digit {}".format
     try:
-        folder = ImageFolder(str(what))
+        folder = ImageFolder(str(what), loader=picture)
     except OSError as error:  # no folder, no classes, or a class without pictures
         raise UserError(f"{error}\n{LAYOUT}") from error
     return folder, lambda index: f"the picture {folder.samples[index][0]}"
+
+
+def picture(path: str) -> Image.Image:
+    """A picture, as torchvision loads it; a pipe would be waited for, a picture of too many pixels fill the memory.
+
+    Raises:
+        OSError: the file is not a picture.
+    """
+    if not Path(path).is_file():
+        raise OSError("it is not a regular file")
+    try:
+        return default_loader(path)
+    except Image.DecompressionBombError as error:
+        raise OSError(error) from None
 
 
 def as_list(outputs: Tensor | list[Tensor]) -> list[Tensor]:

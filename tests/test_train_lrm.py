@@ -1,7 +1,10 @@
 """Training an LRM network on a folder of pictures: its results, where it starts, its messages."""
 
 import csv
+import os
+import struct
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -285,12 +288,26 @@ def test_missing_folders(data: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "has 1 classes, and two are needed" in message(capsys, tmp_path / "one", tmp_path)
 
 
+def bomb(path: Path) -> None:
+    """A small file of 400 million pixels."""
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")]
+    parts = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    ]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+DAMAGES = {"cut short": lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\nhalf"), "a pipe": os.mkfifo, "a bomb": bomb}
+
+
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_a_damaged_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str) -> None:
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str, workers: str) -> None:
     for split in ("train", "val"):
         for name in ("a", "b"):
             (tmp_path / split / name).mkdir(parents=True)
-            (tmp_path / split / name / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nhalf")
+            DAMAGES[damage](tmp_path / split / name / "broken.png")
     assert job(tmp_path, tmp_path / "results", "--workers", workers) == 1
     printed = capsys.readouterr().err
     assert "error: cannot read the picture" in printed and "Traceback" not in printed
