@@ -25,7 +25,7 @@ from fxfeedback.openings import OPENINGS, call
 from fxfeedback.ops import same
 from fxfeedback.rules.core import CONSTANT, RULES
 from fxfeedback.shapes import plain
-from fxfeedback.trace_at_size import Shaped, Shapes, device_of_inputs, elements, same_number
+from fxfeedback.trace_at_size import Shaped, Shapes, device_of_inputs, elements
 from fxfeedback.while_tracing import running_on_proxies
 
 OUT_OF_PLACE = {
@@ -181,7 +181,7 @@ class _Opener(fx.Tracer):
                 return opened
         proxy = super().create_proxy(kind, target, args, kwargs, name, *rest)
         if not isinstance(proxy, fx.Proxy):
-            return proxy  # a size
+            return proxy  # a size, or another fact
         if self.present is not None:
             origin = self.present
             inner = f"{origin.meta['name']}.{proxy.node.name}"
@@ -207,9 +207,10 @@ class _Opener(fx.Tracer):
         values = self.shapes.of(node)
         if values and all(isinstance(value, torch.Tensor) for value in values):
             return Shaped(node, self, *values)
-        if values and same_number(*values):
+        fact = self.shapes.fact(node)
+        if fact is not NotImplemented:
             self.graph.erase_node(node)
-            return values[0]
+            return fact
         return super().proxy(node)
 
     def size_node(self, x: Shaped, dim: int) -> fx.Proxy:
@@ -250,6 +251,8 @@ class _Opener(fx.Tracer):
             self.graph.erase_node(node)
 
     def create_arg(self, a: Any) -> Any:
+        if issubclass(type(a), fx.Proxy):
+            return a.node
         if isinstance(a, torch.Tensor):
             if id(a) not in self.names and self.shapes:
                 self.names[id(a)] = self.constant(a)

@@ -8,11 +8,10 @@ model is never traced itself, only a copy that shares its tensors (share.py).
 import inspect
 import keyword
 import math
-import random
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +22,14 @@ from torchvision.models.feature_extraction import NodePathTracer
 from fxfeedback.errors import TraceError
 from fxfeedback.nodes import is_operator_in_place, is_torchs, is_users
 from fxfeedback.ops import without_gradient
-from fxfeedback.while_tracing import recording_sized, running_on_proxies, untraced
+from fxfeedback.while_tracing import (
+    random_states,
+    recording_sized,
+    refusing_draws,
+    running_on_proxies,
+    untraced,
+    watching_draws,
+)
 
 
 class PathTracer(NodePathTracer):
@@ -42,6 +48,13 @@ class PathTracer(NodePathTracer):
         if threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
         as_graph = getattr(type(m), "as_graph", None)
+        if all(m is not module for module in self.root.modules()):
+            if any(True for _ in m.parameters()):
+                raise ValueError(
+                    f"it calls a {type(m).__name__} that is not one of its modules, so that nothing learns: make "
+                    "it in __init__, as an attribute or in an nn.ModuleList"
+                )
+            return forward(*args, **kwargs)  # made on the way, as in nn.ReLU()(x)
         reason = getattr(type(m), "untraceable", "")
         if reason:
             raise ValueError(f"its part {self.path_of_module(m)!r} {reason}")
@@ -73,7 +86,7 @@ class PathTracer(NodePathTracer):
         return node
 
     def create_arg(self, a: Any) -> Any:
-        arg = super().create_arg(a)
+        arg = a.node if issubclass(type(a), fx.Proxy) else super().create_arg(a)
         if not isinstance(arg, fx.Node) or arg not in self.without_gradient or not torch.is_grad_enabled():
             return arg
         if self.without_gradient[arg] is None:
@@ -101,11 +114,11 @@ def trace(model: nn.Module, n_inputs: int = 1) -> fx.GraphModule:
     Raises:
         TraceError: torch.fx cannot trace the model.
     """
-    return trace_with(PathTracer(), model, n_inputs)
+    return trace_with(PathTracer, model, n_inputs)
 
 
-def trace_with(tracer: PathTracer, model: nn.Module, n_inputs: int) -> fx.GraphModule:
-    """As `trace`, with a tracer of the caller's."""
+def trace_with(make: Callable[[], PathTracer], model: nn.Module, n_inputs: int) -> fx.GraphModule:
+    """As `trace`, with tracers that the caller makes."""
     as_graph = getattr(type(model), "as_graph", None)
     if as_graph is not None:  # a model of ours
         return as_graph(model)
@@ -117,19 +130,8 @@ def trace_with(tracer: PathTracer, model: nn.Module, n_inputs: int) -> fx.GraphM
         raise TraceError(
             f"{type(model).__name__} takes {wanted} inputs, not {n_inputs}: pass example_inputs= with a tensor for each"
         )
-    versions = {name: buffer._version for name, buffer in model.named_buffers()}
-    drawn = torch.get_rng_state(), random.getstate()
     try:
-        with _as_they_were(model), running_on_proxies(), recording_sized():
-            graph = tracer.trace(model, concrete_args=_defaults(model, n_inputs))
-        for name, buffer in model.named_buffers():
-            if buffer._version != versions.get(name, buffer._version):
-                raise ValueError(f"its forward writes into the buffer {name!r}, and did so while it was traced")
-        if not torch.equal(drawn[0], torch.get_rng_state()) or drawn[1] != random.getstate():
-            raise ValueError(
-                "its forward draws random numbers that do not depend on its input's values or size, and would be the "
-                "same in every call: draw them with torch.rand_like(x), x.new_empty(...).bernoulli_(p) or nn.Dropout"
-            )
+        tracer, graph = _traced(make, model, n_inputs)
     except Exception as error:
         raise TraceError(
             f"torch.fx cannot trace {type(model).__name__}: {error}{_line_of(error)}. A traceable model has no control "
@@ -153,6 +155,23 @@ def trace_with(tracer: PathTracer, model: nn.Module, n_inputs: int) -> fx.GraphM
     return fx.GraphModule(model, graph, type(model).__name__)
 
 
+def _traced(
+    make: Callable[[], PathTracer], model: nn.Module, n_inputs: int, watching: bool = False
+) -> tuple[PathTracer, fx.Graph]:
+    """A tracer and what it traced, once nothing has been written and no random number drawn on the way."""
+    versions = {name: buffer._version for name, buffer in model.named_buffers()}
+    tracer, states = make(), random_states()
+    watch = watching_draws() if watching else nullcontext()
+    with _as_they_were(model), running_on_proxies(), recording_sized(), refusing_draws(model), watch:
+        graph = tracer.trace(model, concrete_args=_defaults(model, n_inputs))
+    for name, buffer in model.named_buffers():
+        if buffer._version != versions.get(name, buffer._version):
+            raise ValueError(f"its forward writes into the buffer {name!r}, and did so while it was traced")
+    if watching or random_states() == states:
+        return tracer, graph
+    return _traced(make, model, n_inputs, watching=True)  # was it the model, or another thread?
+
+
 def _line_of(error: BaseException) -> str:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not is_torchs(frame.filename)]
     return f" (at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line})" if frames else ""
@@ -174,16 +193,21 @@ def _as_they_were(model: nn.Module) -> Iterator[None]:
 
     Tensors that tracing left on the model, from torch.tensor(...) in its code, become buffers: they move with it.
     """
-    before = [(module, dict(vars(module))) for module in model.modules()]
+    before = [(attributes, dict(attributes)) for module in model.modules() for attributes in _attributes(module)]
     try:
         yield
     finally:
         constants = {name: value for name, value in vars(model).items() if name.startswith("_tensor_constant")}
-        for module, attributes in before:
-            vars(module).clear()
-            vars(module).update(attributes)
+        for attributes, kept in before:
+            attributes.update(kept)  # never empty, as another thread may be running the module
+            for name in attributes.keys() - kept.keys():
+                del attributes[name]
         for name, value in constants.items():
             model.register_buffer(name, value.clone() if value.is_inference() else value, persistent=False)
+
+
+def _attributes(module: nn.Module) -> list[dict[str, Any]]:
+    return [vars(module), module._parameters, module._buffers, module._modules]
 
 
 def _erase_with_users(node: fx.Node) -> None:

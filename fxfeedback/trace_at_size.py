@@ -3,7 +3,11 @@
 `trace_at` does so with a model; `open_modules` with attention, recurrent modules and functions of the model's.
 """
 
+import operator
+import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +16,39 @@ from torch import fx, nn
 
 from fxfeedback import einops_backend
 from fxfeedback.errors import TraceError
-from fxfeedback.nodes import is_users
+from fxfeedback.nodes import is_torchs, is_users
 from fxfeedback.ops import put_at
 from fxfeedback.shapes import EXAMPLE_BATCH, on_meta, plain
-from fxfeedback.trace import PathTracer, trace, trace_with
+from fxfeedback.trace import PathTracer, trace_with
 from fxfeedback.while_tracing import untraced
+
+BATCHES = (EXAMPLE_BATCH, 1009)
+"""Two batch sizes: what is the same at both has nothing to do with the batch, as 2 // 4 would have with 3 // 4."""
+SETTLED = (torch.dtype, torch.layout, torch.memory_format)
+"""Kinds of facts that are the same in every call of one size and dtype."""
+QUESTIONS = ("is_floating_point", "is_complex", "is_signed", "is_sparse", "is_quantized", "is_conj", "is_neg")
+"""What is asked of a tensor's dtype and layout with yes or no."""
+CHANGING = (
+    "stride",
+    "storage_offset",
+    "data_ptr",
+    "storage",
+    "untyped_storage",
+    "is_leaf",
+    "grad",
+    "grad_fn",
+    "_version",
+)
+"""What may differ from call to call at one size, and is not known."""
+OUT_OF_PLACE = {"add_": operator.add, "sub_": operator.sub, "mul_": operator.mul, "div_": operator.truediv}
+
+
+@dataclass
+class Either:
+    """What x.requires_grad and x.is_contiguous() answer, on which nothing should depend."""
+
+    answer: bool
+    asked: bool = False
 
 
 class Shapes:
@@ -28,23 +60,72 @@ class Shapes:
     def __init__(self, root: Any, examples: Sequence[torch.Tensor]) -> None:
         self.root, self.examples = root, list(examples)
         self.runs: tuple[dict[fx.Node, Any], ...] = ({}, {})
+        self.running = False
+        self.either: Either | None = None  # None: to ask for it is an error
         self.device = next((p.device for p in root.parameters()), torch.device("cpu"))
         einops_backend.register(Shaped)
 
     def run(self, node: fx.Node) -> None:
-        """Note what `node` is, as far as its arguments are known; who does not run here has no shape."""
+        """Note what `node` is, as far as its arguments are known; who does not run here has no shape.
+
+        Raises:
+            RuntimeError: called while it runs: a proxy among the values makes nodes without end, each in a device mode.
+        """
+        if self.running:
+            raise RuntimeError(f"a stand-in got among the values that it stands for, at {node}")
+        if _asked(node) in CHANGING:
+            return
         index = sum(other.op == "placeholder" for other in node.graph.nodes) - 1 if node.op == "placeholder" else 0
+        self.running = True
         try:
             with torch.device("meta"), torch.no_grad():
-                values = [self._value(node, run, EXAMPLE_BATCH + i, index) for i, run in enumerate(self.runs)]
+                values = [self._value(node, run, batch, index) for run, batch in zip(self.runs, BATCHES, strict=True)]
         except Exception:
             return
+        finally:
+            self.running = False
         for run, value in zip(self.runs, values, strict=True):
             run[node] = value
 
     def of(self, node: fx.Node) -> list[Any] | None:
         """What the node is at both batch sizes, or None."""
         return [run[node] for run in self.runs] if node in self.runs[0] else None
+
+    def fact(self, node: fx.Node) -> Any:
+        """What the node is, where it is a number or another fact that the batch has no say in; NotImplemented else."""
+        small, large = self.of(node) or (None, None)
+        if not isinstance(small, (int, *SETTLED)) or type(small) is not type(large) or small != large:
+            return NotImplemented
+        if type(small) is bool:
+            asked = _asked(node)
+            same = (asked == "eq" and small) or (asked == "ne" and not small)  # at two batch sizes, so at every one
+            return small if same or asked in QUESTIONS or self._is_beyond(node) else NotImplemented
+        return small
+
+    def _is_beyond(self, node: fx.Node) -> bool:
+        """Whether the node compares a number that grows with the batch with one that batch 1 is beyond already."""
+        if _asked(node) not in ("gt", "ge", "lt", "le", "eq", "ne") or not isinstance(node.args[0], fx.Node):
+            return False
+        small, large = self.of(node.args[0]) or (None, None)
+        if type(small) is not int or type(large) is not int or not isinstance(node.args[1], int):
+            return False
+        slope, rest = divmod(large - small, BATCHES[1] - BATCHES[0])
+        least = small - slope * (BATCHES[0] - 1)
+        exceeds = least >= node.args[1] if _asked(node) in ("ge", "lt") else least > node.args[1]
+        return rest == 0 and slope > 0 and exceeds
+
+    def answer(self, question: str) -> bool:
+        """To a question about a tensor on which nothing should depend."""
+        if self.either is None:
+            raise ValueError(f"it asks for a tensor's {question}, which may differ from call to call")
+        self.either.asked = True
+        return self.either.answer
+
+    def tensor(self, node: fx.Node) -> Any:
+        """The parameter or buffer of a get_attr node."""
+        path, _, leaf = str(node.target).rpartition(".")
+        with untraced():
+            return getattr(self.root.get_submodule(path), leaf)
 
     def _value(self, node: fx.Node, run: dict[fx.Node, Any], batch: int, index: int) -> Any:
         if node.op == "placeholder":
@@ -58,9 +139,7 @@ class Shapes:
 
         args, kwargs = (plain(fx.map_arg(a, look)) for a in (node.args, node.kwargs))
         if node.op == "get_attr":
-            path, _, leaf = str(node.target).rpartition(".")
-            with untraced():
-                return getattr(self.root.get_submodule(path), leaf).to("meta")
+            return self.tensor(node).to("meta")
         if node.target is F.batch_norm:  # its kernel for meta tensors takes milliseconds to say this
             return torch.empty_like(args[0])
         if node.op == "call_method":
@@ -73,19 +152,101 @@ class Shapes:
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-class Shaped(fx.Proxy):
-    """A proxy of a tensor whose shape is known. Sizes are ints, but for batch dimensions, which are proxies.
+def _asked(node: fx.Node) -> str:
+    """The attribute, method or function that the node is a call of."""
+    if node.target is getattr:
+        return str(node.args[1])
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
-    Writing into it makes a new value, which the proxy stands for from then on; a slice passes it on to the whole.
-    """
+
+class StandIn(fx.Proxy):
+    """A proxy that says to the model's code, in isinstance(x, torch.Tensor), what it stands for."""
 
     node: fx.Node
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        asking = sys._getframe(1).f_code
+        if is_torchs(asking.co_filename) and asking.co_name != "is_tensor":
+            return type(self)
+        values = self.tracer.values(self.node)
+        return type(values[0]) if values else type(self)
+
+    @property
+    def layout(self) -> torch.layout:
+        return torch.strided
+
+    def __getattr__(self, name: str) -> Any:
+        """As of any proxy; what no tensor has is looked for in the value, for hasattr(x, "tensors")."""
+        if not hasattr(torch.Tensor, name):
+            values = None if name.startswith("__") else self.tracer.values(self.node)
+            if name.startswith("__") or (values and not hasattr(values[0], name)):
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return super().__getattr__(name)
+
+    def written(self, method: str, other: Any) -> Any:
+        """What is left of x += y: a buffer counts in the graph, too; of others there is a new one, if it is no part."""
+        if self.node.op == "get_attr":
+            self.tracer.create_proxy("call_method", method, (self, other), {})
+            return self
+        if self.is_part():
+            raise ValueError("it writes into a part of a tensor, of which only the size says what it is")
+        return OUT_OF_PLACE[method](self, other)
+
+    def is_part(self) -> bool:
+        """Whether it is x[index] of a tensor."""
+        values = self.tracer.values(self.node) if self.node.target is operator.getitem else None
+        return values is not None and isinstance(values[0], torch.Tensor)
+
+    def __iadd__(self, other: Any) -> Any:
+        return self.written("add_", other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self.written("sub_", other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self.written("mul_", other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self.written("div_", other)
+
+
+class Shaped(StandIn):
+    """A proxy of a tensor whose shape is known. Sizes are ints, but for batch dimensions, which are proxies.
+
+    Facts about its dtype and layout are answered, and isinstance(x, torch.Tensor) is true. Writing into it makes a new
+    value, which the proxy stands for from then on; a slice passes it on to the whole.
+    """
+
     is_nested = False
     view_of: "tuple[Shaped, Any] | None" = None
 
     def __init__(self, node: fx.Node, tracer: Any, small: torch.Tensor, large: torch.Tensor) -> None:
         super().__init__(node, tracer)
         self.small, self.large = small, large
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return torch.Tensor
+
+    def __getattr__(self, name: str) -> Any:
+        """A method, which waits for its call, or the value of an attribute."""
+        what = getattr(torch.Tensor, name)
+        if callable(what):
+            return fx.proxy.Attribute(self, name)
+        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+
+    @property
+    def _is_param(self) -> bool:
+        """What isinstance(x, nn.Parameter) asks."""
+        return self.node.op == "get_attr" and isinstance(self.tracer.shapes.tensor(self.node), nn.Parameter)
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.tracer.shapes.answer("requires_grad")
+
+    def is_contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> bool:
+        return self.tracer.shapes.answer("is_contiguous()")
 
     @property
     def shape(self) -> tuple[Any, ...]:
@@ -103,6 +264,14 @@ class Shaped(fx.Proxy):
     @property
     def is_cuda(self) -> bool:
         return self.device.type == "cuda"
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.device.type == "cpu"
+
+    @property
+    def is_meta(self) -> bool:
+        return self.device.type == "meta"
 
     def dim(self) -> int:
         return self.ndim
@@ -128,23 +297,52 @@ class Shaped(fx.Proxy):
             part.view_of = self, index
         return part
 
+    def is_part(self) -> bool:
+        return False
+
+    def written(self, method: str, other: Any) -> Any:
+        if self.view_of is None:
+            return super().written(method, other)
+        self.becomes(OUT_OF_PLACE[method](self, other))
+        return self
+
     def __setitem__(self, index: Any, value: Any) -> None:
-        self.becomes(put_at(self, index, value))
+        view = value.view_of if issubclass(type(value), Shaped) else None
+        if not (view and view[0] is self and view[1] is index):  # x[i] += y, which has written already
+            self.becomes(put_at(self, index, value))
 
     def becomes(self, value: "Shaped") -> None:
         """From now on the proxy stands for `value`, as after an op in place."""
         self.node, self.small, self.large = value.node, value.small, value.large
         if self.view_of is not None:
             whole, index = self.view_of
-            whole[index] = self
+            whole.becomes(put_at(whole, index, self))
 
 
 class _Tracer(PathTracer):
-    """Traces at one size: whatever the batch has no say in is a number."""
+    """Traces at any size: its proxies know of what kind they are."""
 
     def __init__(self, model: nn.Module, examples: Sequence[torch.Tensor]) -> None:
         super().__init__()
         self.shapes = Shapes(model, examples)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return StandIn(node, self)
+
+    def values(self, node: fx.Node) -> list[Any] | None:
+        """What the node is at two batch sizes, where it is known; found out when it is first asked for."""
+        for each in node.graph.nodes:
+            if self.shapes.of(each) is None:
+                self.shapes.run(each)
+        return self.shapes.of(node)
+
+
+class _TracerAtSize(_Tracer):
+    """Traces at one size: whatever the batch has no say in is a number."""
+
+    def __init__(self, model: nn.Module, examples: Sequence[torch.Tensor], either: Either) -> None:
+        super().__init__(model, examples)
+        self.shapes.either = either
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         self.shapes.run(node)
@@ -158,10 +356,17 @@ class _Tracer(PathTracer):
         values = self.shapes.of(proxy.node)
         if values and type(values[0]) in (tuple, list) and len(values[0]) == len(values[1]):
             return type(values[0])(proxy[i] for i in range(len(values[0])))
-        return values[0] if values and same_number(*values) else proxy
+        fact = self.shapes.fact(proxy.node)
+        return proxy if fact is NotImplemented else fact
 
     def create_arg(self, a: Any) -> Any:
         return super().create_arg(device_of_inputs(self) if a is self.shapes.device else a)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        values = self.shapes.of(obj.node)
+        if values and not isinstance(values[0], torch.Tensor):
+            raise ValueError("its code branches on the batch size, which a graph leaves open")
+        return super().to_bool(obj)
 
     def size_node(self, x: Shaped, dim: int) -> Any:
         return self.create_proxy("call_method", "size", (x, dim), {})
@@ -184,27 +389,48 @@ def elements(x: fx.Proxy, shapes: Shapes | None) -> Iterator[Any] | None:
     return iter([x[i] for i in range(len(values[0]))])
 
 
-def same_number(small: Any, large: Any) -> bool:
-    """Whether a node is one whole number at both batch sizes."""
-    return type(small) is type(large) is int and small == large
-
-
 def trace_at(model: nn.Module, examples: Sequence[torch.Tensor]) -> fx.GraphModule:
-    """As `trace`, for inputs of the examples' sizes: the model's code may look at sizes, but for the batch's.
+    """As `trace`, for inputs of the examples' sizes and dtypes: the model's code may look at them, but for the batch's.
 
     Raises:
-        TraceError: torch.fx cannot trace the model at this size, either.
+        TraceError: torch.fx cannot trace the model at this size, either, or not the same whatever x.requires_grad and
+            x.is_contiguous() are.
     """
-    return trace_with(_Tracer(model, examples), model, len(examples))
+    made = []
+    for either in (Either(True), Either(False)):
+        made.append(trace_with(partial(_TracerAtSize, model, examples, either), model, len(examples)))
+        if not either.asked:
+            return made[0]
+    if _meaning(made[0]) != _meaning(made[1]):
+        raise TraceError(
+            f"{type(model).__name__} computes something else where x.requires_grad or x.is_contiguous() is False. They "
+            "may differ from call to call: let nothing but x.contiguous() or checkpointing depend on them"
+        )
+    return made[1]
+
+
+def _meaning(module: fx.GraphModule) -> list[Any]:
+    """What a graph computes, to compare it with another's; copies into other memory layouts do not count."""
+    rows: list[Any] = []
+    numbers: dict[fx.Node, Any] = {}
+    for node in module.graph.nodes:
+        args, kwargs = (fx.map_arg(a, numbers.__getitem__) for a in (node.args, node.kwargs))
+        if node.target == "contiguous":
+            numbers[node] = args[0]
+            continue
+        constant = node.op == "get_attr" and str(node.target).startswith("_tensor_constant")
+        numbers[node] = f"value {len(rows)}"
+        rows.append((node.op, getattr(module, node.target).tolist() if constant else node.target, args, kwargs))
+    return rows
 
 
 def trace_for(model: nn.Module, examples: Sequence[torch.Tensor]) -> tuple[fx.GraphModule, bool]:
-    """The model's graph, and whether it is one for inputs of the examples' sizes only.
+    """The model's graph, and whether it is one for inputs of the examples' sizes and dtypes only.
 
     Raises:
         TraceError: torch.fx cannot trace the model, not even at this size.
     """
     try:
-        return trace(model, len(examples)), False
+        return trace_with(partial(_Tracer, model, examples), model, len(examples)), False
     except TraceError:
         return trace_at(model, examples), True

@@ -1,12 +1,17 @@
 """Models whose code looks at sizes: traced at the inputs' size, by both rewritings, and again at another size."""
 
+import contextlib
 import random
+import threading
+from random import random as a_random_number
 
 import einops
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fxfeedback
 from fxfeedback.errors import TraceError
@@ -158,14 +163,166 @@ def test_code_that_looks_at_values_cannot_be_traced():
             convert(Branches())
 
 
+class Asks(nn.Module):
+    """A linear layer whose input goes through code that asks what a tensor is."""
+
+    def __init__(self, ask) -> None:
+        super().__init__()
+        self.first, self.head, self.ask = nn.Linear(6, 6), nn.Linear(6, 3), ask
+        self.register_buffer("scale", torch.rand(6))
+
+    def forward(self, x):
+        x = self.ask(self, x)
+        return self.head(torch.relu(self.ask(self, self.first(x))))
+
+
+def checked(model, x):
+    if not isinstance(x, torch.Tensor) or isinstance(x, (list, str)) or not torch.is_tensor(x) or x.numel() == 0:
+        raise TypeError("a tensor, please")
+    return x * 2
+
+
+def cast(model, x):
+    return x.to(torch.float32) if x.dtype not in (model.scale.dtype, torch.float16) else x * model.scale
+
+
+def of_kind(model, x):
+    if x.is_floating_point() and torch.is_floating_point(x) and not x.is_complex() and x.is_signed():
+        x = x * torch.finfo(x.dtype).bits
+    return x + len(x.shape) + x.element_size() + x.itemsize
+
+
+def made_alike(model, x):
+    own = torch.full((x.shape[-1],), 2.0, dtype=x.dtype, device=x.device) * x.new_tensor([0.5])
+    return x * own + torch.tensor(1.5, dtype=x.dtype).to(device=x.device, dtype=x.dtype)
+
+
+def made_dense(model, x):
+    return (x if x.is_contiguous() else x.contiguous()).view(-1, 6) if x.layout is torch.strided else x.to_dense()
+
+
+def cheaper(model, x):
+    layer = nn.ReLU()  # a module made on the way
+    return checkpoint(layer, x, use_reentrant=True) * 2 if x.requires_grad else layer(x) * 2
+
+
+def of_parts(model, x):
+    if hasattr(x, "tensors") or isinstance(x, tuple) or not isinstance(model.first.weight, nn.Parameter):
+        x = x.tensors
+    size = x.shape[1]
+    return x / size if isinstance(size, int) and x.device.type != "cuda" and not x.is_cuda else x
+
+
+def in_part(model, x):
+    y = x * 2
+    part = y[:, 1]
+    part += 1
+    y[:, 2:4] *= 3
+    return y
+
+
+def in_groups(model, x):
+    batch = x.shape[0]
+    if batch < 1 or x.size(0) != batch or (2 * x).shape != x.shape:
+        raise ValueError
+    return x.repeat(2, 1).view(batch, -1, 6)[:, x.repeat(2, 1).shape[0] // batch - 1]
+
+
+@pytest.mark.parametrize("ask", [checked, cast, of_kind, made_alike, made_dense, cheaper, of_parts, in_part, in_groups])
+def test_code_may_ask_what_a_tensor_is(ask):
+    torch.manual_seed(0)
+    model, x = Asks(ask).double(), torch.randn(4, 6, dtype=torch.double)
+    butd = fxfeedback.to_butd(model, n_tasks=2, input_size=(6,))
+    feedback = fxfeedback.add_feedback(model, [("head", "head")], input_size=(6,))
+    for rows in (4, 1):
+        x = x[:rows]
+        gradients, updates = learned(model, model(x)), learned(model, butd(x))
+        for update, gradient in zip(updates, gradients, strict=True):
+            assert (update - gradient).abs().max() <= 1e-9 * gradient.abs().max()
+        assert torch.equal(feedback(x)[0], model(x))
+
+
+def learned(model, output):
+    model.zero_grad()
+    output.square().sum().backward()
+    return [parameter.grad for parameter in model.parameters()]
+
+
+UNASKED = {
+    "requires_grad or x.is_contiguous": [
+        lambda model, x: x * 2 if x.requires_grad else x,
+        lambda model, x: x * 2 if x.is_contiguous() else x,
+    ],
+    "control flow": [lambda model, x: x * 2 if x.stride(0) == 6 else x, lambda model, x: x if x.grad_fn else -x],
+    "branches on the batch size": [
+        lambda model, x: x * 2 if x.shape[0] > 2 else x,
+        lambda model, x: x * 2 if x.shape[0] // 4 == 0 else x,
+        lambda model, x: x * 2 if x.numel() > 12 else x,
+    ],
+    "Linear that is not one of its modules": [lambda model, x: layers[0](x)],
+}
+layers = [nn.Linear(6, 6)]
+
+
+@pytest.mark.parametrize("message, ask", [(message, ask) for message, asks in UNASKED.items() for ask in asks])
+def test_what_may_change_from_call_to_call_is_not_answered(message, ask):
+    with pytest.raises(TraceError, match=f"Asks.*{message}"):
+        fxfeedback.to_butd(Asks(ask), input_size=(6,))
+
+
+def test_a_counter_counts_the_calls():
+    class Counts(nn.Linear):
+        def __init__(self):
+            super().__init__(6, 5)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x)
+
+    model = nn.Sequential(Counts())
+    butd, x = fxfeedback.to_butd(model, input_size=(6,)), torch.randn(2, 6)
+    assert model[0].calls == 0 and torch.equal(butd(x), butd(x))
+    butd(x).sum().backward()
+    assert model[0].calls == 3 and type(model[0].calls) is torch.Tensor
+
+
+def test_a_proxy_among_the_values_ends_the_tracing():
+    """Else it makes nodes without end, each in one more device mode, until the interpreter dies."""
+
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(4, 3)
+            self.register_buffer("kept", torch.ones(1, 4))
+
+        def forward(self, x):
+            if x.shape[1] > 2 and isinstance(x, torch.fx.Proxy):
+                for run in x.tracer.shapes.runs:
+                    run[x.node] = torch.fx.proxy.Attribute(x, "node")
+            return self.head(x if x.nbytes else -x)
+
+    with pytest.raises(TraceError, match="cannot trace Keeps"):
+        fxfeedback.to_butd(Keeps(), input_size=(4,))
+
+
 UNKEPT = {
-    "draws random numbers": [lambda x: x * torch.rand(3), lambda x: x * 2 if random.random() < 2 else x],
+    "draws random numbers": [
+        lambda x: x * torch.rand(3),
+        lambda x: x * 2 if random.random() < 2 else x,
+        lambda x: x * 2 if a_random_number() < 2 else x,
+        lambda x: x * np.random.rand(),
+        lambda x: x * np.random.default_rng().normal(),
+        lambda x: x * torch.manual_seed(torch.initial_seed() + 1).initial_seed(),
+        lambda x: x * torch.bernoulli(torch.ones(3)),
+    ],
     "switches autocast on": [lambda x: torch.autocast("cpu", torch.bfloat16)(torch.relu)(x)],
 }
 
 
+@pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("what, last", [(what, last) for what, lasts in UNKEPT.items() for last in lasts])
-def test_what_a_graph_would_lose_is_an_error(what, last):
+def test_what_a_graph_would_lose_is_an_error(what, last, beside):
     class Loses(nn.Module):
         def __init__(self):
             super().__init__()
@@ -174,9 +331,51 @@ def test_what_a_graph_would_lose_is_an_error(what, last):
         def forward(self, x):
             return last(self.head(x))
 
-    for convert in (fxfeedback.to_butd, lambda model: fxfeedback.add_feedback(model, [("head", "head")])):
-        with pytest.raises(TraceError, match=f"cannot trace Loses: its? .*{what}"):
-            convert(Loses())
+    model = Loses()
+    with drawing() if beside else contextlib.nullcontext():
+        for convert in (fxfeedback.to_butd, lambda model: fxfeedback.add_feedback(model, [("head", "head")])):
+            with pytest.raises(TraceError, match=f"cannot trace Loses: its? .*{what}"):
+                convert(model)
+
+
+@contextlib.contextmanager
+def drawing():
+    """While other threads draw random numbers of all kinds."""
+    draws = [a_random_number, lambda: random.randint(0, 9), lambda: torch.rand(1), lambda: np.random.rand()]
+    done = threading.Event()
+
+    def run(draw):
+        while not done.wait(1e-4):
+            draw()
+
+    threads = [threading.Thread(target=run, args=(draw,)) for draw in draws]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+
+
+@pytest.mark.parametrize("ask", [lambda model, x: x, cast])
+def test_others_may_draw_random_numbers(ask):
+    with drawing():
+        for _ in range(3):
+            fxfeedback.to_butd(Asks(ask), input_size=(6,))
+            fxfeedback.add_feedback(Asks(ask), [("head", "head")], input_size=(6,))
+
+
+def test_tracing_draws_no_random_numbers():
+    def states():
+        return torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())
+
+    for ask in (cast, lambda model, x: x * torch.rand(6)):
+        model, before = Asks(ask), states()
+        with contextlib.suppress(TraceError):
+            fxfeedback.to_butd(model, input_size=(6,))
+        assert states() == before
 
 
 def test_a_model_with_passes_inside_another_learns():
