@@ -193,7 +193,8 @@ class Graphs:
         return learner(self.predicting(instructed, by_row), self.butd._root, learning)
 
     def _make_halves(self, instructed: bool, by_row: bool, wanted: frozenset[str], autocast: bool) -> Halves:
-        return cut(self._get("learner", instructed, by_row, wanted, (("autocast", True),) if autocast else ()))
+        how = (("autocast", True),) if autocast else ()
+        return cut(self._get("learner", instructed, by_row, wanted, how), self.options.inexact)
 
     def _make_call(self, instructed: bool, by_row: bool) -> "Call":
         module = self.predicting(instructed, by_row)

@@ -25,6 +25,10 @@ class InputError(Error, ValueError):
     """An input or an instruction of the wrong shape, dtype or range."""
 
 
+class GradientError(Error, RuntimeError):
+    """A derivative that autograd was asked for and that would not be right."""
+
+
 class ExportError(Error, RuntimeError):
     """An op of the model has no ONNX form, or the model cannot be exported as it was asked for."""
 

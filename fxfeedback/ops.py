@@ -38,6 +38,11 @@ def applying(kind: Any) -> Callable[..., Any]:
     return apply
 
 
+def is_recorded() -> bool:
+    """Whether autograd records what is computed: the error pass, with create_graph=True."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 def same(input: torch.Tensor) -> torch.Tensor:
     """The input itself: what is left of dropout in evaluation mode, and of nn.Identity."""
     return input

@@ -108,5 +108,14 @@ class Options:
         return self.lateral == "galu"
 
     @property
+    def inexact(self) -> str:
+        """The option with which updates are not gradients; empty where they are."""
+        for name, exact in (("weights", "shared"), ("lateral", "galu"), ("update_noise", 0)):
+            value = getattr(self, name)
+            if value != exact:
+                return f"{name}={getattr(value, '__name__', repr(value))}"
+        return ""
+
+    @property
     def lateral_function(self) -> Lateral:
         return LATERALS[self.lateral] if isinstance(self.lateral, str) else self.lateral

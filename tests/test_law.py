@@ -178,12 +178,3 @@ def test_the_learner_is_explicit_nodes():
     assert set(updates) == {name for name, _ in model.named_parameters()}
     assert all(node.name == "update_" + name.replace(".", "_") for name, node in updates.items())
     assert all(node.name in learner.code for node in updates.values())
-
-
-def test_double_backward_is_refused():
-    model, x = build("mlp", train=False)
-    x.requires_grad_()
-    butd = fxfeedback.to_butd(model, input_size=(2, 6, 6))
-    (gradient,) = torch.autograd.grad(butd(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="twice"):
-        gradient.sum().backward()

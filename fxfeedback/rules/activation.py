@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from fxfeedback.rules.core import as_is, channelwise, fused, roles, rule, spatial, update
+from fxfeedback.rules.core import as_is, channelwise, fused, roles, rule, spatial, update, without_derivative
 from fxfeedback.rules.examples import Example, T, call
 
 aten = torch.ops.aten
@@ -111,7 +111,10 @@ def silu(y, input, inplace=False):
 
 @fused(silu)
 def silu_backward(e, y, saved, wanted, input, inplace=False):
-    return {"input": aten.silu_backward(e, input)}
+    return {"input": _silu_error(e, input)}
+
+
+_silu_error = without_derivative(aten.silu_backward, lambda e, x: silu.table(None, x)["input"].error(e))
 
 
 @rule(F.mish, rectifies=True)
@@ -150,7 +153,12 @@ def hardsigmoid(y, input, inplace=False):
 
 @fused(hardsigmoid)
 def hardsigmoid_backward(e, y, saved, wanted, input, inplace=False):
-    return {"input": aten.hardsigmoid_backward(e, input)}
+    return {"input": _hardsigmoid_error(e, input)}
+
+
+_hardsigmoid_error = without_derivative(
+    aten.hardsigmoid_backward, lambda e, x: hardsigmoid.table(None, x)["input"].error(e)
+)
 
 
 @rule(F.softplus, rectifies=True)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fxfeedback.errors import RuleError
+from fxfeedback.ops import is_recorded
 from fxfeedback.rules.core import dtype_of, fused, nothing, roles, rule, sum_to
 from fxfeedback.rules.examples import C, T, call
 from fxfeedback.rules.matmul import sum_batch_to
@@ -39,7 +40,8 @@ def attention(y, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=Fal
         if attn_mask is None:
             return torch.softmax(scores, -1)
         scores = torch.where(attn_mask, scores, -math.inf) if dtype_of(attn_mask) == torch.bool else scores + attn_mask
-        return torch.where(scores == -math.inf, 0.0, torch.softmax(scores, -1))  # a token may see nothing at all
+        blind = scores.amax(-1, keepdim=True) == -math.inf  # a token may see nothing at all
+        return torch.softmax(torch.where(blind, 0.0, scores), -1).masked_fill(blind, 0.0)
 
     @functools.cache
     def to_scores(e):
@@ -60,8 +62,12 @@ def attention(y, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=Fal
 
 
 def attend(query, key, value, is_causal, scale):
-    """y and, from PyTorch's kernel for CPUs, what its backward needs; nothing on other devices."""
-    if query.is_cpu and all(x.stride(-1) == 1 for x in (query, key, value)) and not torch.is_autocast_enabled("cpu"):
+    """y and, from PyTorch's kernel for CPUs, what its backward needs; nothing on other devices.
+
+    Nothing either where autograd looks on: the kernel's backward has no derivative.
+    """
+    fast = query.is_cpu and not is_recorded()
+    if fast and all(x.stride(-1) == 1 for x in (query, key, value)) and not torch.is_autocast_enabled("cpu"):
         return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, scale=scale)
     y = F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale)
     return y, y.new_empty(0)

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from fxfeedback.ops import applying
+from fxfeedback.ops import applying, is_recorded, one_node
 from fxfeedback.rules.examples import Example
 
 Counter = Any
@@ -147,6 +147,16 @@ def fused(of: Rule, *, forward: Callable | None = None, applies: Callable[..., b
         return error
 
     return register
+
+
+def without_derivative(kernel: Callable[..., Any], formula: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel` as one node, for one that torch cannot differentiate: where autograd records it, `formula` runs."""
+
+    @one_node
+    def run(*args: Any) -> Any:
+        return formula(*args) if is_recorded() else kernel(*args)
+
+    return run
 
 
 CONSTANT: set[Any] = set()

@@ -168,7 +168,7 @@ def norm(y, input, p="fro", dim=None, keepdim=False, **options):
 def slope_of_norm(x, n, p, dims):
     """∂n / ∂x of n = (Σ |x|ᵖ)^(1/p) over dims, n in x's shape."""
     if p == 2:
-        return torch.where(n == 0, 0.0, x / n)
+        return torch.where(n == 0, 0.0, x / torch.where(n == 0, 1.0, n))  # 0 / 0 would spoil the derivative
     if p == 1:
         return torch.sign(x)
     if p in (math.inf, -math.inf):
