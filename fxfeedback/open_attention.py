@@ -9,9 +9,42 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 from fxfeedback.trace_at_size import Shaped
+
+
+def encoder(
+    module: nn.TransformerEncoder, src: Any, mask: Any = None, src_key_padding_mask: Any = None, is_causal: Any = None
+) -> Any:
+    """Layer by layer, as the module does with gradients; whether a mask is causal, which it looks up, is only a hint.
+
+    Without gradients torch may leave padded tokens out, which then come back as zeros.
+    """
+    for layer in module.layers:
+        kwargs = {"src_mask": mask, "src_key_padding_mask": src_key_padding_mask, "is_causal": bool(is_causal)}
+        src = src.tracer.open_module(layer, src, **kwargs)
+    return src if module.norm is None else src.tracer.open_module(module.norm, src)
+
+
+def decoder(
+    module: nn.TransformerDecoder,
+    tgt: Any,
+    memory: Any,
+    tgt_mask: Any = None,
+    memory_mask: Any = None,
+    tgt_key_padding_mask: Any = None,
+    memory_key_padding_mask: Any = None,
+    tgt_is_causal: Any = None,
+    memory_is_causal: bool = False,
+) -> Any:
+    """Layer by layer, as `encoder`."""
+    masks = {"tgt_mask": tgt_mask, "memory_mask": memory_mask}
+    paddings = {"tgt_key_padding_mask": tgt_key_padding_mask, "memory_key_padding_mask": memory_key_padding_mask}
+    hints = {"tgt_is_causal": bool(tgt_is_causal), "memory_is_causal": memory_is_causal}
+    for layer in module.layers:
+        tgt = tgt.tracer.open_module(layer, tgt, memory, **masks, **paddings, **hints)
+    return tgt if module.norm is None else tgt.tracer.open_module(module.norm, tgt)
 
 
 def multi_head(
@@ -38,7 +71,7 @@ def multi_head(
         padding = _additive(key_padding_mask, q).unsqueeze(1).unsqueeze(1)
         mask = padding if mask is None else mask + padding
     if module.bias_k is not None:  # one more key and value, the same for all
-        both = [query.tracer.parameter(bias).expand(batch, 1, heads * size) for bias in (module.bias_k, module.bias_v)]
+        both = [_proxy(bias, query).expand(batch, 1, heads * size) for bias in (module.bias_k, module.bias_v)]
         k, v = (torch.cat([x, _heads(bias, heads)], 2) for x, bias in zip((k, v), both, strict=True))
     if module.add_zero_attn:
         k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
@@ -61,13 +94,17 @@ def _projected(module: nn.MultiheadAttention, query: Any, key: Any, value: Any) 
     if module.in_proj_weight is not None and query is key is value:
         projected = F.linear(query, module.in_proj_weight, module.in_proj_bias).chunk(3, -1)
         return [projected[i] for i in range(3)]
-    parameter = query.tracer.parameter
     if module.in_proj_weight is not None:
-        weights = parameter(module.in_proj_weight).chunk(3)
+        weights = _proxy(module.in_proj_weight, query).chunk(3)
     else:
         weights = [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
-    biases = [None] * 3 if module.in_proj_bias is None else parameter(module.in_proj_bias).chunk(3)
+    biases = [None] * 3 if module.in_proj_bias is None else _proxy(module.in_proj_bias, query).chunk(3)
     return [F.linear(x, weights[i], biases[i]) for i, x in enumerate((query, key, value))]
+
+
+def _proxy(parameter: Any, like: Any) -> Any:
+    """The node of a parameter; inside a module that is being opened it is one already."""
+    return parameter if issubclass(type(parameter), fx.Proxy) else like.tracer.parameter(parameter)
 
 
 def dot_product(

@@ -88,6 +88,7 @@ class _Opener(fx.Tracer):
         self.values: dict[fx.Node, Any] = {}
         self.present: Any = None  # the node that is being opened
         self.shapes = None if examples is None else Shapes(module, examples)
+        self.opening = False  # a module
         self.inside = False  # the user's own function
         self.kept: list[torch.Tensor] = []
 
@@ -117,6 +118,7 @@ class _Opener(fx.Tracer):
     def open_module(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         opening = next((OPENINGS[kind] for kind in type(module).__mro__ if kind in OPENINGS), None)
         last = self.last_node()
+        outermost, self.opening = not self.opening, True
         try:
             if opening:
                 return opening(module, *args, **kwargs)
@@ -125,6 +127,8 @@ class _Opener(fx.Tracer):
         except Exception as error:
             node = self.present
             if not self.strict:
+                if not outermost:
+                    raise
                 self.erase_behind(last)
                 return self.create_proxy("call_module", node.target, args, kwargs)
             raise RuleError(
@@ -132,6 +136,8 @@ class _Opener(fx.Tracer):
                 f"(at node {node.meta['name']!r}{user_line(node)}). Write that part in torch functions, or leave it "
                 "outside of what is converted."
             ) from error
+        finally:
+            self.opening = not outermost
 
     @contextmanager
     def _going_in(self) -> Iterator[None]:

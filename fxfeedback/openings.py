@@ -13,7 +13,7 @@ from torch import fx, nn
 from torchvision.ops import stochastic_depth
 
 from fxfeedback.errors import TraceError
-from fxfeedback.open_attention import dot_product, multi_head
+from fxfeedback.open_attention import decoder, dot_product, encoder, multi_head
 from fxfeedback.open_recurrent import cell, sequence
 from fxfeedback.ops import ADVANCES, cumulative_momentum, survival, surviving_channels, synced_batch_norm
 from fxfeedback.rules.core import as_tuple
@@ -127,6 +127,8 @@ OPENINGS: dict[Any, Callable[..., Any]] = {
     nn.modules.batchnorm._BatchNorm: _batch_norm,
     nn.modules.instancenorm._InstanceNorm: _instance_norm,
     nn.MultiheadAttention: multi_head,
+    nn.TransformerEncoder: encoder,
+    nn.TransformerDecoder: decoder,
     nn.RNNBase: sequence,
     nn.RNNCellBase: cell,
     F.scaled_dot_product_attention: dot_product,

@@ -1,5 +1,6 @@
 """What a traced graph's nodes are: `annotate_shapes` writes a `Spec` per tensor into `node.meta["spec"]`."""
 
+import inspect
 import operator
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -254,10 +255,17 @@ class _Drawing(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+SHAPED_LIKE = {nn.TransformerEncoder: "src", nn.TransformerDecoder: "tgt", nn.Transformer: "tgt"}
+"""Modules that look into their masks, and the argument that their output has the shape of."""
+
+
 def on_meta(module: nn.Module, args: Any, kwargs: Any) -> Any:
     """What a module makes of tensors on the meta device."""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):  # a cumulative average would ask for a number
         return torch.empty_like(args[0])
+    like = next((like for kind, like in SHAPED_LIKE.items() if isinstance(module, kind)), None)
+    if like is not None:
+        return torch.empty_like(inspect.signature(module.forward).bind(*args, **kwargs).arguments[like])
     tensors = dict(module.named_parameters()) | dict(module.named_buffers())
     return torch.func.functional_call(module, {name: t.to("meta") for name, t in tensors.items()}, args, kwargs)
 

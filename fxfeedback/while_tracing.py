@@ -49,7 +49,7 @@ def _in_forked_child() -> None:
         return
     _ONE_AT_A_TIME = threading.RLock()
     while _REPLACED:
-        _REPLACED.pop().close()
+        _REPLACED[-1].close()
     for name, value in UNTRACED[nn.Module].items():  # which torch.fx replaces
         setattr(nn.Module, name, value)
 

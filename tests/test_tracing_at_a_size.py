@@ -378,6 +378,48 @@ def test_tracing_draws_no_random_numbers():
         assert states() == before
 
 
+class Translates(nn.Module):
+    """torch's transformers, whole: a causal mask, and padding that depends on values."""
+
+    def __init__(self, first: bool, norm_first: bool, causal: bool | None) -> None:
+        super().__init__()
+        self.first, self.causal = first, causal
+        how = {"dropout": 0.0, "batch_first": first, "norm_first": norm_first}
+        self.embed, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, **how), 2, nn.LayerNorm(8))
+        self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 12, **how), 1)
+        self.whole = nn.Transformer(8, 2, 1, 1, 12, **how)
+        self.query = nn.Parameter(torch.randn(1, 4, 8))
+
+    def forward(self, x):
+        padding = x[..., 0] > 1
+        x, query = self.embed(x), self.query.expand(x.shape[0], -1, -1)
+        causal, float_causal = (torch.ones(n, n, dtype=torch.bool, device=x.device).triu(1) for n in (5, 4))
+        float_causal = torch.zeros_like(float_causal, dtype=x.dtype).masked_fill(float_causal, -torch.inf)
+        if not self.first:
+            x, query = x.transpose(0, 1), query.transpose(0, 1)
+        memory = self.encoder(x, causal, padding, **({} if self.causal is None else {"is_causal": self.causal}))
+        paddings = {"memory_key_padding_mask": padding}
+        y = self.decoder(query, memory, float_causal, tgt_is_causal=self.causal, **paddings)
+        y = y + self.whole(x, query, tgt_mask=float_causal, src_key_padding_mask=padding, **paddings)
+        return self.head(y.mean(1 if self.first else 0))
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("first, norm_first, causal", [(True, False, None), (False, True, True)])
+def test_torchs_transformers_open(first, norm_first, causal, train):
+    torch.manual_seed(0)
+    model, x = Translates(first, norm_first, causal).double().train(train), torch.randn(3, 5, 6, dtype=torch.double)
+    butd = fxfeedback.to_butd(model, n_tasks=2, input_size=(5, 6))
+    feedback = fxfeedback.add_feedback(model, [("head", "embed")], input_size=(5, 6))
+    gradients, updates = learned(model, model(x)), learned(model, butd(x))
+    largest = max(gradient.abs().max() for gradient in gradients)
+    for update, gradient in zip(updates, gradients, strict=True):
+        assert (update - gradient).abs().max() <= 1e-9 * max(gradient.abs().max(), 1e-4 * largest)
+    torch.testing.assert_close(feedback(x)[0], model(x), rtol=1e-9, atol=0)
+    assert butd(x, torch.tensor([0, 1, 1])).shape == (3, 3)
+
+
 def test_a_model_with_passes_inside_another_learns():
     class Outer(nn.Module):
         def __init__(self):

@@ -1,8 +1,11 @@
 """What users of torch expect of learning: hooks, optimizers, autograd's functions, threads, rules of their own."""
 
 import ast
+import contextlib
 import copy
+import os
 import re
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -474,6 +477,71 @@ def test_two_threads_make_the_first_call(convnet):
             butd(x, i).sum().backward()
 
     assert not together(lambda: job(0), lambda: job(1), lambda: job(0))
+
+
+class Waits(nn.Module):
+    """Traced, it stays in its forward until it may go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.inside, self.go_on = nn.Linear(4, 3), threading.Event(), threading.Event()
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def forward(self, x):
+        self.inside.set()
+        self.go_on.wait(60)
+        return torch.relu(self.fc(x)) * torch.ones(3)
+
+
+@contextlib.contextmanager
+def building_in_another_thread():
+    model = Waits()
+    thread = threading.Thread(target=lambda: fxfeedback.to_butd(model, input_size=(4,)))
+    thread.start()
+    model.inside.wait(60)
+    try:
+        yield
+    finally:
+        model.go_on.set()
+        thread.join()
+
+
+def test_other_threads_run_as_always_while_one_builds():
+    """Modules, functions of autograd's, tensors of a size and parametrizations."""
+
+    def trained() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model, x = mlp(parametrizations.weight_norm(nn.Linear(4, 6))), torch.randn(5, 4, dtype=torch.double)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            y = checkpoint(model, x, use_reentrant=False) + torch.rand(5, 1) * torch.ones(1).expand(3)
+            StraightThrough.apply(F.dropout(y)).sum().backward()
+            optimizer.step()
+        return [p.detach() for p in model.parameters()]
+
+    expected = trained()
+    with building_in_another_thread():
+        assert all(map(torch.equal, trained(), expected))
+
+
+def test_a_child_that_is_forked_while_another_thread_builds_can_build():
+    replaced = [(nn.Module, "__call__"), (torch, "zeros"), (torch.autograd.Function, "apply")]
+    before = [getattr(owner, name) for owner, name in replaced]
+    with building_in_another_thread():
+        child = os.fork()
+        if child == 0:
+            try:
+                signal.alarm(60)  # rather than to wait for ever
+                assert [getattr(owner, name) for owner, name in replaced] == before
+                fxfeedback.to_butd(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), input_size=(4,))
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0
+    assert [getattr(owner, name) for owner, name in replaced] == before
 
 
 # -- passes compose ----------------------------------------------------------------------------------------------------
