@@ -124,7 +124,8 @@ def dot_product(
     if not dropout_p or not isinstance(query, Shaped):
         return NotImplemented
     if enable_gqa:
-        raise ValueError("scaled_dot_product_attention with enable_gqa and dropout is not supported")
+        shared = query.shape[-3] // key.shape[-3]  # query heads per head of keys and values
+        key, value = key.repeat_interleave(shared, -3), value.repeat_interleave(shared, -3)
     if is_causal:
         ones = query.new_ones((query.shape[-2], key.shape[-2]), dtype=torch.bool)
         attn_mask = ones.tril()

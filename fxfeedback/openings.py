@@ -16,7 +16,9 @@ from fxfeedback.errors import TraceError
 from fxfeedback.open_attention import decoder, dot_product, encoder, multi_head
 from fxfeedback.open_recurrent import cell, sequence
 from fxfeedback.ops import ADVANCES, cumulative_momentum, survival, surviving_channels, synced_batch_norm
+from fxfeedback.rules.convolution import CONV
 from fxfeedback.rules.core import as_tuple
+from fxfeedback.trace_at_size import Shaped
 
 
 def call(function: Callable[..., Any], input: fx.Proxy, *args: Any) -> fx.Proxy:
@@ -55,6 +57,8 @@ def _batch_norm(module: Any, input: fx.Proxy) -> fx.Proxy:
 
 def _instance_norm(module: Any, input: fx.Proxy) -> fx.Proxy:
     """Forward itself looks at the input's dimensions."""
+    if lacks_batch(input, module._get_no_batch_dim() + 1):
+        return _instance_norm(module, input.unsqueeze(0)).squeeze(0)
     own = module.training or not module.track_running_stats
     momentum = 0.0 if module.momentum is None else module.momentum
     statistics = (module.running_mean, module.running_var)
@@ -72,6 +76,17 @@ def _stochastic_depth(input: fx.Proxy, p: float, mode: str, training: bool = Tru
 
 def _feature_dropout(input: fx.Proxy, p: float = 0.5, training: bool = True, inplace: bool = False) -> fx.Proxy:
     return input * call(surviving_channels, input, p) if training and p > 0 else input
+
+
+def _dropout_of_maps(ndim: int) -> Callable[..., Any]:
+    """Channel dropout of maps that have `ndim` dimensions with their batch."""
+
+    def dropout(input: fx.Proxy, p: float = 0.5, training: bool = True, inplace: bool = False) -> fx.Proxy:
+        if lacks_batch(input, ndim):
+            return _feature_dropout(input.unsqueeze(0), p, training).squeeze(0)
+        return _feature_dropout(input, p, training)
+
+    return dropout
 
 
 def _alpha_dropout(input: fx.Proxy, p: float = 0.5, training: bool = False, inplace: bool = False) -> fx.Proxy:
@@ -96,7 +111,21 @@ def _gumbel_softmax(logits: fx.Proxy, tau: float = 1, hard: bool = False, eps: f
     return one - soft.detach() + soft
 
 
-def _named_padding(
+def lacks_batch(input: Any, ndim: int) -> bool:
+    """Whether a value is known to have one dimension less than `ndim`: torch takes it for a batch of one."""
+    return isinstance(input, Shaped) and input.ndim == ndim - 1
+
+
+def _batched(function: Callable[..., Any], ndim: int) -> Callable[..., Any]:
+    """The opening of an op of maps that have `ndim` dimensions with their batch."""
+
+    def opening(input: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(input.unsqueeze(0), *args, **kwargs).squeeze(0) if lacks_batch(input, ndim) else NotImplemented
+
+    return opening
+
+
+def _convolution(
     input: fx.Proxy,
     weight: Any,
     bias: Any = None,
@@ -106,22 +135,31 @@ def _named_padding(
     groups: int = 1,
 ) -> Any:
     """padding="same" and "valid" in numbers; an uneven "same" pads once more at the far end, as torch does."""
+    ndim = weight.ndim if isinstance(weight, (Shaped, torch.Tensor)) else 0
+    if lacks_batch(input, ndim):
+        return CONV[ndim](input.unsqueeze(0), weight, bias, stride, padding, dilation, groups).squeeze(0)
     if not isinstance(padding, str):
         return NotImplemented
     kernel = _shape(weight)[2:]
-    convolution = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}[len(kernel)]
     total = [
         0 if padding == "valid" else d * (k - 1) for d, k in zip(as_tuple(dilation, len(kernel)), kernel, strict=True)
     ]
     if any(t % 2 for t in total):
         input = F.pad(input, [extra for t in reversed(total) for extra in (0, t % 2)])
-    return convolution(input, weight, bias, stride, [t // 2 for t in total], dilation, groups)
+    return CONV[len(kernel) + 2](input, weight, bias, stride, [t // 2 for t in total], dilation, groups)
 
 
 def _shape(weight: Any) -> tuple[int, ...]:
     """The shape of a parameter, as a tensor or as its node."""
     return tuple(weight.tracer.tensors[weight.node.target].shape if isinstance(weight, fx.Proxy) else weight.shape)
 
+
+OPS_OF_MAPS = {
+    3: (F.conv_transpose1d, F.avg_pool1d, F.max_pool1d, torch.max_pool1d, F.adaptive_avg_pool1d, F.adaptive_max_pool1d),
+    4: (F.conv_transpose2d, F.avg_pool2d, F.max_pool2d, torch.max_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d),
+    5: (F.conv_transpose3d, F.avg_pool3d, F.max_pool3d, torch.max_pool3d, F.adaptive_avg_pool3d, F.adaptive_max_pool3d),
+}
+"""How many dimensions a map has with its batch -> ops that take it without, too; their rules do not."""
 
 OPENINGS: dict[Any, Callable[..., Any]] = {
     nn.modules.batchnorm._BatchNorm: _batch_norm,
@@ -135,9 +173,9 @@ OPENINGS: dict[Any, Callable[..., Any]] = {
     nn.ReLU6: lambda module, input: F.relu6(input),  # its own forward is a hardtanh
     F.dropout: _dropout,
     torch.dropout: _dropout,
-    F.dropout1d: _feature_dropout,
-    F.dropout2d: _feature_dropout,
-    F.dropout3d: _feature_dropout,
+    F.dropout1d: _dropout_of_maps(3),
+    F.dropout2d: _feature_dropout,  # which takes three dimensions for a batch of sequences
+    F.dropout3d: _dropout_of_maps(5),
     torch.feature_dropout: _feature_dropout,
     F.alpha_dropout: _alpha_dropout,
     torch.alpha_dropout: _alpha_dropout,
@@ -145,9 +183,8 @@ OPENINGS: dict[Any, Callable[..., Any]] = {
     torch.fliplr: lambda input: input.flip(1),
     torch.flipud: lambda input: input.flip(0),
     stochastic_depth: _stochastic_depth,
-    torch.conv1d: _named_padding,
-    torch.conv2d: _named_padding,
-    torch.conv3d: _named_padding,
+    **dict.fromkeys(CONV.values(), _convolution),
+    **{op: _batched(op, ndim) for ndim, ops in OPS_OF_MAPS.items() for op in ops},
 }
 """nn.Module class or function -> the same in ops that have rules, or NotImplemented.
 

@@ -32,6 +32,130 @@ def test_the_checker_finds_a_wrong_rule(monkeypatch):
         fxfeedback.check_rule(wrong)
 
 
+def check(*examples):
+    """The law, for calls that are no rule's examples."""
+    fxfeedback.check_rule(Rule("mul", RULES[torch.mul].table, examples=list(examples)))
+
+
+ONE, TWO, THREE = (3, 7), (3, 6, 7), (3, 4, 5, 4)  # maps without a batch
+WITHOUT_BATCH = {
+    "conv1d": (lambda m, w, b: F.conv1d(m, w, b, 2, padding=1), ONE, T(4, 3, 3), T(4)),
+    "conv1d, same": (lambda m, w: F.conv1d(m, w, padding="same"), ONE, T(4, 3, 2)),
+    "conv2d": (F.conv2d, TWO, T(4, 3, 3, 2), T(4)),
+    "conv2d, same": (lambda m, w: F.conv2d(m, w, padding="same", dilation=2), TWO, T(4, 3, 3, 2)),
+    "conv2d, groups": (lambda m, w: F.conv2d(m, w, groups=3), TWO, T(6, 1, 3, 3)),
+    "conv3d": (lambda m, w: F.conv3d(m, w, stride=(2, 1, 1)), THREE, T(2, 3, 2, 2, 2)),
+    "conv_transpose1d": (lambda m, w: F.conv_transpose1d(m, w, None, 2, output_padding=1), ONE, T(3, 2, 3)),
+    "conv_transpose2d": (F.conv_transpose2d, TWO, T(3, 4, 3, 2), T(4)),
+    "conv_transpose3d": (F.conv_transpose3d, THREE, T(3, 2, 2, 2, 2)),
+    "avg_pool1d": (lambda m: F.avg_pool1d(m, 3, 2, 1), ONE),
+    "avg_pool2d": (lambda m: F.avg_pool2d(m, (3, 2), ceil_mode=True), TWO),
+    "avg_pool3d": (lambda m: F.avg_pool3d(m, 2, 1), THREE),
+    "max_pool1d": (lambda m: F.max_pool1d(m, 3, 2), ONE),
+    "max_pool2d": (lambda m: F.max_pool2d(m, 3, 2, 1), TWO),
+    "max_pool3d": (lambda m: F.max_pool3d(m, 2), THREE),
+    "adaptive_avg_pool1d": (lambda m: F.adaptive_avg_pool1d(m, 1), ONE),
+    "adaptive_avg_pool2d": (lambda m: F.adaptive_avg_pool2d(m, (4, None)), TWO),
+    "adaptive_avg_pool3d": (lambda m: F.adaptive_avg_pool3d(m, (2, 3, 1)), THREE),
+    "adaptive_max_pool1d": (lambda m: F.adaptive_max_pool1d(m, 4), ONE),
+    "adaptive_max_pool2d": (lambda m: F.adaptive_max_pool2d(m, (None, 3)), TWO),
+    "adaptive_max_pool3d": (lambda m: F.adaptive_max_pool3d(m, (2, None, 3)), THREE),
+    "lp_pool2d": (lambda m: F.avg_pool2d(m.abs() ** 3, 2) ** (1 / 3), TWO),
+    "layer_norm": (lambda m, w, b: F.layer_norm(m, m.shape, w, b), ONE, T(*ONE), T(*ONE)),
+    "rms_norm": (lambda m, w: F.rms_norm(m, m.shape, w), ONE, T(*ONE)),
+    "pixel_shuffle": (lambda m: F.pixel_shuffle(m, 2), (8, 3, 2)),
+    "unfold": (lambda m: F.unfold(m, 2), TWO),
+    "fold": (lambda m: F.fold(m, (4, 3), 2), (8, 6)),
+    "pad": (lambda m: F.pad(m, (1, -2, 2, 1), "reflect"), TWO),
+    "prelu": (F.prelu, (5,), T()),
+    "linear": (F.linear, (3,), T(2, 3), T(2)),
+}
+
+
+@pytest.mark.parametrize("of", ["a parameter", "a sample", "the batch"])
+@pytest.mark.parametrize("name", WITHOUT_BATCH)
+def test_maps_without_a_batch(name, of):
+    """As torch takes them: what a parameter, one sample, or the batch in the place of channels is."""
+    function, shape, *more = WITHOUT_BATCH[name]
+    if of == "a parameter":
+        check(call(lambda x, m, *more: x.sum() * function(m, *more), T(2, 2), T(*shape), *more))
+    elif of == "a sample":
+        check(call(lambda x, *more: function(x[1], *more) * x.sum(), T(2, *shape), *more))
+    elif "pool" in name or name == "pad":
+        check(call(function, T(*shape)))
+
+
+POWERS = [0, 0.0, 0.5, 1, 1.5, 2, 3, math.inf, -math.inf, -1]
+NORMS = {
+    "normalize": lambda x, p: F.normalize(x, p, -1),
+    "normalize, at eps": lambda x, p: F.normalize(x.sign() * 0.5 + 0 * x, p, -1, eps=0.5),
+    "norm": lambda x, p: torch.norm(x, p, -1),
+    "vector_norm": lambda x, p: torch.linalg.vector_norm(x, p, (1, 2), keepdim=True),
+    "linalg.norm": lambda x, p: torch.linalg.norm(x, p, 1),
+    "cdist": lambda x, p: torch.cdist(x, x * 0.5 + x.flip(1), p),
+}
+
+
+@pytest.mark.parametrize("p", POWERS)
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_by_every_power(name, p):
+    """Also where values are zero, or equal: the slope that torch takes there."""
+    norm = NORMS[name]
+    if name != "cdist" or p >= 0:
+        check(call(lambda x: norm(x, p), T(4, 3, 5)))
+    if p >= 0:
+        check(call(lambda x: norm(torch.relu(x - 0.3), p), T(12, 2, 3)))
+        check(call(lambda x: norm(torch.cat([x, -x, x], -1), p), T(4, 3, 2)))
+
+
+CALLS = {
+    "div, rounded": call(lambda x, w: x * torch.div(x, w, rounding_mode="floor") + w, T(4, 5), T(5)),
+    "index_fill with a value, twice": call(lambda x, z: x.index_fill(1, torch.tensor([2, 0, 2]), z), T(4, 5), T()),
+    "linalg.norm, fro": call(lambda x: torch.linalg.norm(x, "fro", (1, 2)), T(4, 5, 3)),
+    "take_along_dim of all": call(lambda x: torch.take_along_dim(x, x.argmax()) * x, T(4, 5)),
+    "take_along_dim from the end": call(lambda x: torch.take_along_dim(x, torch.tensor([[-1, 0]]), 1), T(4, 5)),
+    "repeat_interleave, unevenly": call(
+        lambda x: x.repeat_interleave(torch.tensor([2, 0, 1]), 1, output_size=3), T(4, 3, 2)
+    ),
+    "cosine_similarity below eps": call(lambda x, w: F.cosine_similarity(torch.relu(x), w, eps=2.0), T(9, 2), T(1, 2)),
+    "pad that takes away": call(lambda x: F.pad(x, (-1, 1, -2, 1), "circular"), T(3, 2, 4, 5)),
+    "a number by all": call(lambda x, w: x * w.sum(0) * w.mean(-1, keepdim=True) * w.amax(0), T(4, 5), T()),
+    "products of a number": call(lambda x, w: x * w.prod(0) * w.cumprod(0), T(4), T()),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_at_the_edges(name):
+    check(CALLS[name])
+
+
+class Unbatched(nn.Module):
+    """Modules that look at how many dimensions their input has, on what is no batch of maps."""
+
+    def __init__(self):
+        super().__init__()
+        self.map, self.drop = nn.Parameter(torch.randn(3, 5, 5)), nn.Dropout3d(0.5)
+        self.conv, self.norm = nn.Conv2d(3, 4, 3, padding="same", bias=False), nn.InstanceNorm2d(4, affine=True)
+        self.pool, self.plain = nn.MaxPool2d(2), nn.InstanceNorm2d(3)
+
+    def forward(self, x):
+        y = self.pool(self.norm(self.conv(self.map))).sum() + F.dropout1d(self.map.flatten(1), 0.5, self.training).sum()
+        return x.flatten(1).sum(1, keepdim=True) * y * self.drop(self.plain(x).unsqueeze(1)).square().mean()
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_modules_on_maps_without_a_batch(train):
+    torch.manual_seed(0)
+    model, x = Unbatched().double().train(train), torch.randn(3, 3, 4, 5, dtype=torch.double)
+    results = []
+    for network in (model, fxfeedback.to_butd(model, input_size=(3, 4, 5))):
+        torch.manual_seed(1)
+        y = network(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), list(model.parameters()))])
+    for theirs, ours in zip(*results, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-9 * theirs.abs().max()
+
+
 class Gated(TorchFunctionMode):
     """Multiplies the output of every activation function, in the order of the calls, by the next of `gates`, if any."""
 

@@ -5,7 +5,7 @@ import operator
 import torch
 import torch.nn.functional as F
 
-from fxfeedback.rules.core import after, is_one, known, mean_to, roles, rule, sum_to, transpose
+from fxfeedback.rules.core import after, is_one, known, mean_to, nothing, roles, rule, sum_to, transpose
 from fxfeedback.rules.examples import T, call
 
 
@@ -47,8 +47,13 @@ def mul(y, input, other):
 
 
 @rule(torch.div, torch.true_divide, operator.truediv)
-def div(y, input, other):
-    """x / z"""
+def div(y, input, other, *, rounding_mode=None):
+    """x / z; nothing passes where it is rounded"""
+    if rounding_mode is not None:
+        return {
+            "input": roles(instruct=nothing, error=lambda e: sum_to(torch.zeros_like(e), input, y)),
+            "other": roles(instruct=nothing, error=lambda e: sum_to(torch.zeros_like(e), other, y)),
+        }
     return {
         "input": roles(
             instruct=lambda t: sum_to(t / other, input, y) if known(other) else mean_to(t, input, y),
@@ -122,8 +127,9 @@ def cosine_similarity(y, x1, x2, dim=1, eps=1e-8):
     def to(x, z):
         def error(e):
             a, b = x.expand(wide), z.expand(wide)
-            a_size, b_size = (torch.linalg.vector_norm(v, 2, dim, True).clamp_min(eps) for v in (a, b))
-            return sum_to(e.unsqueeze(dim) * (b / b_size - y.unsqueeze(dim) * a / a_size) / a_size, x, wide)
+            a_size, b_size = (torch.linalg.vector_norm(v, 2, dim, True) for v in (a, b))
+            along_a = y.unsqueeze(dim) * torch.where(a_size == 0, 0.0, a / a_size)  # torch clamps past autograd
+            return sum_to(e.unsqueeze(dim) * (b / b_size.clamp_min(eps) - along_a) / a_size.clamp_min(eps), x, wide)
 
         return roles(instruct=lambda t: sum_to(t.unsqueeze(dim).expand(wide) / length, x, wide), error=error)
 

@@ -130,7 +130,7 @@ def narrow(y, input, dim, start, length=None):
 @rule(torch.index_select)
 def index_select(y, input, dim, index):
     """x at the positions `index` along dim"""
-    dim = dim % input.ndim
+    dim = dim % (input.ndim or 1)
     return {
         "input": roles(
             instruct=lambda t: from_rows(t, input, dim, index) if known(index) else evenly(t, input, dim),
@@ -151,13 +151,20 @@ def gather(y, input, dim, index, **options):
 
 
 @rule(torch.take_along_dim)
-def take_along_dim(y, input, indices, dim):
-    """The same, where x and the positions broadcast but for that dimension"""
+def take_along_dim(y, input, indices, dim=None):
+    """The same, where x and the positions broadcast but for that dimension; without one, of the flat x"""
+    if dim is None:
+
+        def put_back(t):
+            return from_places(t, input, lambda places: torch.take_along_dim(places, indices))
+
+        return {"input": roles(instruct=put_back if known(indices) else nothing, error=put_back)}
     wide = list(y.shape)
     wide[dim] = input.shape[dim]
 
     def back(t):
-        return sum_to(to_positions(t, wide, dim, indices.expand(y.shape)), input, wide)
+        positions = torch.where(indices < 0, indices + input.shape[dim], indices)
+        return sum_to(to_positions(t, wide, dim, positions.expand(y.shape)), input, wide)
 
     return {"input": roles(instruct=lambda t: back(t) if known(indices) else evenly(t, input, dim), error=back)}
 

@@ -9,7 +9,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from fxfeedback.ops import laid_out_as, mean_over_processes, synced_batch_norm
+from fxfeedback.ops import BOUNDS_PASS, laid_out_as, mean_over_processes, synced_batch_norm
 from fxfeedback.rules.core import along, as_is, channelwise, dtype_of, eye_like, fused, roles, rule, spatial, update
 from fxfeedback.rules.examples import C, T, call
 from fxfeedback.rules.reduction import slope_of_norm
@@ -18,6 +18,11 @@ from fxfeedback.rules.reduction import slope_of_norm
 def mean_over(x, dims):
     """The mean over `dims`, which are kept."""
     return x.mean(dims, keepdim=True)
+
+
+def summed(x, dims):
+    """The sum over `dims`, which may be none."""
+    return x.sum(dims) if dims else x
 
 
 def standardized(input, dims, eps, mean=mean_over):
@@ -117,8 +122,8 @@ def layer_norm(y, input, normalized_shape, weight=None, bias=None, eps=1e-5):
 
     return {
         "input": roles(instruct=scaled, error=lambda e: through_statistics(scaled(e), normal(), over)),
-        "weight": update(lambda e: (e * normal()[0]).sum(others)),
-        "bias": update(lambda e: e.sum(others)),
+        "weight": update(lambda e: summed(e * normal()[0], others)),
+        "bias": update(lambda e: summed(e, others)),
     }
 
 
@@ -199,7 +204,7 @@ def rms_norm(y, input, normalized_shape, weight=None, eps=None):
 
     return {
         "input": roles(instruct=scaled, error=error),
-        "weight": update(lambda e: (e * statistics()[0]).sum(others)),
+        "weight": update(lambda e: summed(e * statistics()[0], others)),
     }
 
 
@@ -211,7 +216,8 @@ def normalize(y, input, p=2.0, dim=1, eps=1e-12, out=None):
         size = torch.linalg.vector_norm(input, p, dim, keepdim=True)
         n = size.clamp_min(eps)
         along_n = (e * y).sum(dim, keepdim=True)
-        return (e - torch.where(size >= eps, along_n, 0.0) * slope_of_norm(input, size, p, dim)) / n
+        above = size >= eps if BOUNDS_PASS else size > eps
+        return (e - torch.where(above, along_n, 0.0) * slope_of_norm(input, size, p, dim)) / n
 
     return {"input": roles(instruct=as_is, error=error)}
 

@@ -71,7 +71,7 @@ def adaptive_max_pool(y, input, output_size, return_indices=False):
     """The greatest of every one of output_size windows that cover the map; instructed, as if it were their mean"""
 
     def to_winner(e):
-        _, winners = ADAPTIVE_MAX_POOL[input.ndim - 2](input, output_size, True)
+        _, winners = ADAPTIVE_MAX_POOL[input.ndim - 2](input, y.shape[2:], True)
         return scatter(e, winners, input)
 
     return adaptive_avg_pool.table(y, input, output_size) | {

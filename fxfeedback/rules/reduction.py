@@ -5,7 +5,7 @@ import math
 import torch
 
 from fxfeedback.errors import RuleError
-from fxfeedback.rules.core import as_is, eye_like, roles, rule, sum_to, transpose
+from fxfeedback.rules.core import as_is, eye_like, nothing, roles, rule, sum_to, transpose
 from fxfeedback.rules.elementwise import maximum, minimum
 from fxfeedback.rules.examples import T, call
 from fxfeedback.rules.indexing import picked
@@ -27,7 +27,7 @@ def sum(y, input, dim=None, keepdim=False, **options):
 
 def dimensions(input, dim):
     """`dim` as torch takes it (None, a number, several) -> sorted non-negative dimensions."""
-    if dim is None or dim == ():
+    if dim is None or dim in ((), []) or input.ndim == 0:
         return list(range(input.ndim))
     return sorted(d % input.ndim for d in (dim if isinstance(dim, (tuple, list)) else (dim,)))
 
@@ -148,25 +148,29 @@ def vector_norm(y, input, ord=2, dim=None, keepdim=False, **options):
         e, n = spread(e, input, dims, keepdim), spread(y, input, dims, keepdim)
         return e * slope_of_norm(input, n, ord, dims)
 
-    return averaging(input, dim, keepdim, error)
+    return averaging(input, dim, keepdim, nothing if ord == 0 else error)  # a count
 
 
 @rule(torch.linalg.norm)
 def linalg_norm(y, input, ord=None, dim=None, keepdim=False, **options):
-    """vector_norm, where it is not a matrix norm"""
-    if ord is not None and not isinstance(dim, int) and input.ndim > 1:
+    """vector_norm, where it is not a matrix norm; "fro" is the one with p = 2"""
+    if ord not in (None, "fro") and not isinstance(dim, int) and input.ndim > 1:
         raise RuleError(f"no rule for a matrix norm: torch.linalg.norm with ord={ord!r}")
-    return vector_norm.table(y, input, 2 if ord is None else ord, dim, keepdim)
+    return vector_norm.table(y, input, 2 if ord in (None, "fro") else ord, dim, keepdim)
 
 
 @rule(torch.norm)
 def norm(y, input, p="fro", dim=None, keepdim=False, **options):
     """vector_norm; "fro" is the one with p = 2"""
+    if p == "nuc":
+        raise RuleError("no rule for a matrix norm: torch.norm with p='nuc'")
     return vector_norm.table(y, input, 2 if p in ("fro", None) else p, dim, keepdim)
 
 
 def slope_of_norm(x, n, p, dims):
-    """∂n / ∂x of n = (Σ |x|ᵖ)^(1/p) over dims, n in x's shape."""
+    """∂n / ∂x of n = (Σ |x|ᵖ)^(1/p) over dims, n in x's shape. Where p < 1 it has no bound at 0, and torch takes 0."""
+    if p == 0:
+        return torch.zeros_like(x)
     if p == 2:
         return torch.where(n == 0, 0.0, x / torch.where(n == 0, 1.0, n))  # 0 / 0 would spoil the derivative
     if p == 1:
@@ -174,7 +178,8 @@ def slope_of_norm(x, n, p, dims):
     if p in (math.inf, -math.inf):
         ties = (x.abs() == n).to(x.dtype)
         return torch.sign(x) * ties / ties.sum(dims, keepdim=True)
-    return torch.where(n == 0, 0.0, torch.sign(x) * (x.abs() / n) ** (p - 1))
+    none = (n == 0) | (x == 0) if p < 1 else n == 0
+    return torch.where(none, 0.0, torch.sign(x) * (x.abs() / n) ** (p - 1))
 
 
 @rule(torch.cdist)
@@ -222,6 +227,8 @@ def cumsum(y, input, dim, **options):
 @rule(torch.cumprod)
 def cumprod(y, input, dim, **options):
     """Π of the values so far along dim; instructed, as it is"""
+    if input.ndim == 0:
+        return {"input": transpose(as_is)}
     size = input.shape[dim]
 
     def error(e):
@@ -234,6 +241,7 @@ def cumprod(y, input, dim, **options):
 @rule(torch.prod)
 def prod(y, input, dim=None, keepdim=False, **options):
     """Π x over dim, or of all; the product of the others is computed as such, as a value may be zero"""
+    dim = None if input.ndim == 0 else dim
     dims, size = dimensions(input, dim), math.prod(input.shape) if dim is None else input.shape[dim]
 
     def others(x, dim):

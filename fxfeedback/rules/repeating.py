@@ -1,8 +1,10 @@
 """Ops that repeat values: their transposes sum the copies."""
 
+import math
+
 import torch
 
-from fxfeedback.rules.core import is_one, listed, nothing, rule, sum_to, transpose
+from fxfeedback.rules.core import is_one, known, listed, nothing, roles, rule, sum_to, transpose
 from fxfeedback.rules.examples import T, call
 
 Tensor = torch.Tensor
@@ -41,11 +43,17 @@ def repeat(y, input, *times, repeats=None, dims=None):
 
 @rule(torch.repeat_interleave)
 def repeat_interleave(y, input, repeats, dim=None, **options):
-    """Every value of x several times in succession, along dim or of the flat x"""
-    if dim is None:
-        return {"input": transpose(lambda t: t.unflatten(0, (-1, repeats)).sum(1).reshape(input.shape))}
-    d = dim % input.ndim
-    return {"input": transpose(lambda t: t.unflatten(d, (-1, repeats)).sum(d + 1))}
+    """Every value of x several times in succession, as often as the others or not, along dim or of the flat x"""
+    shape = (math.prod(input.shape),) if dim is None else input.shape
+    d = 0 if dim is None else dim % input.ndim
+
+    def copies_summed(t):
+        if isinstance(repeats, int):
+            return t.unflatten(d, (-1, repeats)).sum(d + 1).reshape(input.shape)
+        sources = torch.arange(shape[d], device=t.device).repeat_interleave(repeats, output_size=y.shape[d])
+        return t.new_zeros(shape).index_add(d, sources, t).reshape(input.shape)
+
+    return {"input": roles(instruct=copies_summed if known(repeats) else nothing, error=copies_summed)}
 
 
 expand.examples = [

@@ -129,11 +129,11 @@ def pad(y, input, pad, mode="constant", value=None):
     def cut(t):
         if mode == "constant":
             return F.pad(t, [-width for pair in widths.values() for width in pair])
+        sizes = list(y.shape)
         for dim, (before, after) in widths.items():
-            size = input.shape[dim]
+            sizes[dim] = size = input.shape[dim]
             copied = F.pad(torch.arange(size, device=t.device).view(1, 1, -1).to(t.dtype), (before, after), mode)
-            zeros = torch.zeros_like(t.narrow(dim, 0, size))
-            t = zeros.index_add(dim, copied.flatten().long(), t)
+            t = t.new_zeros(sizes).index_add(dim, copied.flatten().long(), t)
         return t
 
     return {"input": transpose(cut)}

@@ -77,7 +77,11 @@ def around(grid, sizes, mode, padding_mode, align_corners):
         yield place.flatten(1).unsqueeze(1), (there * math.prod(weights)).unsqueeze(1), by_position
 
 
-@fused(grid_sample, applies=lambda y, input, *rest, **options: input.ndim == 4)
+def _has_kernel(y, input, grid, mode="bilinear", padding_mode="zeros", align_corners=None):
+    return input.ndim == 4 and mode in MODES and padding_mode in PADDING
+
+
+@fused(grid_sample, applies=_has_kernel)
 def grid_sample_backward(e, y, saved, wanted, input, grid, mode="bilinear", padding_mode="zeros", align_corners=None):
     how = MODES.index(mode), PADDING.index(padding_mode), bool(align_corners)
     both = aten.grid_sampler_2d_backward(e, input, grid, *how, ["input" in wanted, "grid" in wanted])

@@ -55,7 +55,7 @@ def index_fill(y, input, dim, index, value):
     """x with a number at the positions `index` along dim"""
     return {
         "input": transpose(lambda t: t.index_fill(dim, index, 0) if known(index) else t),
-        "value": transpose(lambda t: (t.index_select(dim, index) if known(index) else t).sum()),
+        "value": transpose(lambda t: (t * torch.zeros_like(t).index_fill(dim, index, 1) if known(index) else t).sum()),
     }
 
 
