@@ -15,21 +15,23 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "examples"))
 
 from multi_mnist import TASKS  # noqa: E402
-from train_multi_mnist import Run, parse_arguments  # noqa: E402
+from train_multi_mnist import build, flags  # noqa: E402
+from training.flags import parse  # noqa: E402
+from training.job import job  # noqa: E402
 
 
 def resnet50(path: Path) -> None:
     """ResNet-50 whose last stage feeds back into the stage before."""
-    model = fxfeedback.add_feedback(torchvision.models.resnet50(), [("layer4", "layer3.0.conv1")])
+    model = fxfeedback.add_feedback(torchvision.models.resnet50(), [("layer4", "layer3.0.relu")])
     fxfeedback.draw(model, path, depth=0)
 
 
 def multi_mnist(path: Path) -> None:
     """The network of examples/train_multi_mnist.py, after five epochs."""
+    tasks = {task: i for i, task in enumerate(TASKS)}
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(parse_arguments(["--epochs", "5", "--device", "cpu", "--out", folder]))
-        run.train()
-        fxfeedback.draw(run.butd, path, tasks={task: i for i, task in enumerate(TASKS)})
+        arguments = parse(flags(), ["--epochs", "5", "--device", "cpu", "--out", folder])
+        job(arguments, build, lambda run: fxfeedback.draw(run.experiment.model, path, tasks=tasks))
 
 
 if __name__ == "__main__":

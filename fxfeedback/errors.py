@@ -35,3 +35,7 @@ class ExportError(Error, RuntimeError):
 
 class CheckpointError(Error, ValueError):
     """A checkpoint that cannot be read, or whose tensors are not the model's."""
+
+
+class ActivationWarning(UserWarning):
+    """A connection's default activation rectifies a value in some passes that is not rectified in the others."""

@@ -1,6 +1,7 @@
 """`add_feedback`: long-range modulatory connections between named nodes of any traceable model."""
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -8,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from fxfeedback.bottom_up import channel_dim, has_effect
-from fxfeedback.errors import InputError, NodeNameError, OptionError, TraceError
+from fxfeedback.bottom_up import channel_dim, has_effect, never_negative
+from fxfeedback.errors import ActivationWarning, InputError, NodeNameError, OptionError, TraceError
 from fxfeedback.layout import layout_of
 from fxfeedback.modulation import Modulation
 from fxfeedback.nodes import find_node
@@ -17,6 +18,7 @@ from fxfeedback.open_modules import open_modules
 from fxfeedback.options import is_count
 from fxfeedback.recompute import brief, lean, segmented
 from fxfeedback.rewrite import Link, Unrolling, unroll
+from fxfeedback.rules import RULES
 from fxfeedback.shapes import Spec, annotate_shapes, example_for, examples_of
 from fxfeedback.share import put
 from fxfeedback.trace_at_size import trace_for
@@ -33,8 +35,10 @@ class Connection:
     """One LRM connection, from the node `source` to the node `destination`.
 
     order: "norm-squash-resize", or "resize-norm-squash"; norm: "layer", or "channel"; resize: "bilinear", "bicubic" or
-    "area" (see `Modulation`). activation: "relu" or "none" behind the modulated destination; "auto": ReLU for vectors
-    and channel-first maps, as published, none for tokens and channel-last maps.
+    "area" (see `Modulation`). activation: "relu" or "none" after the modulated destination; "auto": ReLU for vectors
+    and channel-first maps, as published, none for tokens and channel-last maps. A pass without a signal has no such
+    ReLU: choose a destination that is rectified anyway, the ReLU after a convolution rather than the convolution, or
+    "none"; with "auto" `add_feedback` warns of others.
     """
 
     source: str
@@ -107,13 +111,21 @@ def add_feedback(
         NodeNameError: a name that no node has, or one that cannot be source or destination.
         OptionError: options that do not exist or do not go together, a connection given twice.
         TraceError: torch.fx cannot trace the model, it does not run at this size, or its graph computes something else.
+
+    Warns:
+        ActivationWarning: a destination is rectified in the passes that have a signal, and in no others (see
+            `Connection`).
     """
     made = [_connection(connection) for connection in connections]
     try:
         examples = examples_of(model, input_size, example_inputs)
-        return FeedbackModel(model, made, passes, examples, checkpoint=checkpoint, verify=verify)
+        whole: nn.Module
+        whole = rewritten = FeedbackModel(model, made, passes, examples, checkpoint=checkpoint, verify=verify)
     except TraceError as error:
-        return _add_feedback_inside(model, made, passes, input_size, checkpoint, verify, error)
+        whole, rewritten = _add_feedback_inside(model, made, passes, input_size, checkpoint, verify, error)
+    for message in _new_rectifications(rewritten):
+        warnings.warn(message, ActivationWarning, stacklevel=2)
+    return whole
 
 
 def _add_feedback_inside(
@@ -124,8 +136,11 @@ def _add_feedback_inside(
     checkpoint: bool,
     verify: bool,
     whole: TraceError,
-) -> nn.Module:
-    """A copy of a model that cannot be traced, with the largest traceable part that has all connections rewritten."""
+) -> tuple[nn.Module, "FeedbackModel"]:
+    """A copy of a model that cannot be traced, with the largest traceable part that has all connections rewritten.
+
+    And that part.
+    """
     names = [name for c in connections for name in (c.source, c.destination)]
     steps = zip(*(name.split(".")[:-1] for name in names), strict=False)
     path = [step[0] for step in itertools.takewhile(lambda step: len(set(step)) == 1, steps)]
@@ -137,7 +152,7 @@ def _add_feedback_inside(
             made = FeedbackModel(module, moved, passes, example_for(module, input_size), False, checkpoint, verify)
         except (AttributeError, TraceError):
             continue
-        return put(model, part, made)
+        return put(model, part, made), made
     raise TraceError(
         f"{whole} Or let all connections lie inside one part of the model that can be traced, such as its backbone: "
         "that part is then rewritten alone."
@@ -490,6 +505,36 @@ def _activation(connection: Connection, destination: fx.Node) -> str:
     if connection.activation != "auto":
         return connection.activation
     return "relu" if layout_of(destination).kind in ("vector", "map") else "none"
+
+
+def _new_rectifications(model: FeedbackModel) -> list[str]:
+    """A warning of each destination that only the default activation rectifies, and only where there is a signal."""
+    graph = model._bottom_up().graph
+    rectified, messages = never_negative(graph), {}
+    for connection in model.connections:
+        node = find_node(graph, connection.destination)
+        if connection.activation == "auto" and _activation(connection, node) == "relu" and node not in rectified:
+            after = _next_rectified(node, rectified)
+            messages[node] = (
+                f"the destination {connection.destination!r} is not rectified in the model, but is in every pass that "
+                "has a signal, as published, so that such passes differ from the first by this ReLU, too. Say "
+                'activation="none", or connect to '
+                + (f"{after.meta['name']!r}, which is rectified" if after else "a node after a ReLU")
+                + '; activation="relu" keeps it, without this warning'
+            )
+    return list(messages.values())
+
+
+def _next_rectified(node: fx.Node, rectified: set[fx.Node]) -> fx.Node | None:
+    """The first rectified node that reads `node`, directly or through norms and the like that nothing else reads."""
+    while len(node.users) == 1:
+        (node,) = node.users
+        if node in rectified:
+            return node
+        rule = RULES.get(node.target) if node.op == "call_function" else None
+        if rule is None or rule.weight:
+            return None
+    return None
 
 
 def _several(steering: Any) -> list[Steering]:

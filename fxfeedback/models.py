@@ -9,7 +9,7 @@ import torchvision
 from PIL import Image
 from torchvision import transforms as T
 
-from fxfeedback.feedback import FeedbackModel, add_feedback
+from fxfeedback.feedback import Connection, FeedbackModel, add_feedback
 from fxfeedback.published import load_lrm_steering
 
 CONNECTIONS = (
@@ -65,7 +65,8 @@ def alexnet_lrm3(weights: str | os.PathLike[str] | None = None, passes: int = 2)
 
 
 def _alexnet(n_connections: int, weights: str | os.PathLike[str] | None, passes: int) -> FeedbackModel:
-    model = add_feedback(torchvision.models.alexnet(weights=None), CONNECTIONS[:n_connections], passes)
+    connections = [Connection(*ends, activation="relu") for ends in CONNECTIONS[:n_connections]]
+    model = add_feedback(torchvision.models.alexnet(weights=None), connections, passes)
     if weights is not None:
         load_lrm_steering(model, weights)
     return model

@@ -13,7 +13,8 @@ from torch import nn
 
 import fxfeedback
 from fxfeedback import Connection, Steering
-from fxfeedback.errors import InputError, NodeNameError, OptionError, TraceError
+from fxfeedback.bottom_up import never_negative
+from fxfeedback.errors import ActivationWarning, InputError, NodeNameError, OptionError, TraceError
 from networks import Attention, build
 
 SIZE = (2, 6, 6)
@@ -935,3 +936,83 @@ def test_mistakes_name_the_nearest_nodes():
     with pytest.raises(NodeNameError) as caught:
         fxfeedback.add_feedback(torchvision.models.resnet18(), [("layer4.1.relu_2", "layer1")], input_size=(3, 64, 64))
     assert re.search(r"did you mean 'layer4\.1\.relu_?1?'", str(caught.value))
+
+
+# -- the closing ReLU --------------------------------------------------------------------------------------------------
+
+
+class Signs(nn.Module):
+    """Rectified values, what keeps their signs, and what does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.relu, self.six, self.drop = nn.ReLU(inplace=True), nn.ReLU6(), nn.Dropout(0.5)
+        self.pool, self.mean, self.flat = nn.MaxPool2d(2), nn.AvgPool2d(2, ceil_mode=True), nn.Flatten()
+        self.up = nn.Upsample(scale_factor=2, mode="bilinear")
+        self.over = nn.Upsample(scale_factor=2, mode="bicubic")
+        self.linear, self.gelu, self.last = nn.Linear(32, 8), nn.GELU(), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.relu(self.norm(self.conv(x)))
+        y = self.pool(x + self.six(x - 1)) * torch.sigmoid(x[:, :, ::2, ::2])
+        y = torch.cat([self.drop(y), self.over(self.mean(y)), self.up(y)[:, :, 2:6, 2:6] - 1], 1)[:, :8]
+        y = self.linear(F.adaptive_avg_pool2d(y.clamp(min=0.0), 2).flatten(1))
+        return self.last(self.gelu(y) + y.softmax(-1) + y.relu())
+
+
+RECTIFIED = {
+    "signs": (Signs, (2, 8, 8)),
+    "convnet": (lambda: build("convnet", False)[0], (2, 6, 6)),
+    "residual": (lambda: build("residual", False)[0], (2, 6, 6)),
+    "resnet18": (lambda: torchvision.models.resnet18(num_classes=5), (3, 32, 32)),
+    "alexnet": (lambda: torchvision.models.alexnet(num_classes=5), (3, 64, 64)),
+    "densenet": (lambda: torchvision.models.DenseNet(4, (2, 2), 8, num_classes=5), (3, 32, 32)),
+}
+
+
+def destinations(net, size):
+    """The names of all destinations, and those which the model rectifies."""
+    graph = fxfeedback.feedback.FeedbackModel(net, [], 2, [torch.empty(1, *size)])._bottom_up().graph
+    rectified = never_negative(graph)
+    legal = [node for node in graph.nodes if node in fxfeedback.feedback.legal_ends(graph)[1]]
+    return [node.meta["name"] for node in legal], [node.meta["name"] for node in legal if node in rectified]
+
+
+@pytest.mark.parametrize("activation", ["auto", "none"])
+@pytest.mark.parametrize("name", RECTIFIED)
+def test_with_all_modulations_at_zero_every_pass_is_the_model(name, activation):
+    """Bit for bit, and without a warning: for all destinations that are rectified; with "none" for all."""
+    torch.manual_seed(0)
+    make, size = RECTIFIED[name]
+    net, x = make().double().eval(), torch.randn(3, *size, dtype=torch.double)
+    names, rectified = destinations(net, size)
+    assert len(names) > len(rectified) > 2
+    chosen = names if activation == "none" else rectified
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ActivationWarning)
+        connections = [Connection(names[-1], destination, activation=activation) for destination in chosen]
+        model = fxfeedback.add_feedback(net, connections, passes=3, input_size=size)
+    for block in model.modulations.values():
+        nn.init.zeros_(block.modulation.weight)
+        nn.init.zeros_(block.modulation.bias)
+    assert all(torch.equal(output, net(x)) for output in model(x))
+    read = model.readout(x, rectified, passes=1)[0]
+    assert all((values.value >= 0).all() for values in read.values())
+
+
+@pytest.mark.parametrize(
+    "destination, instead", [("0", "'2', which"), ("1", "'2', which"), ("8", "'9', which"), ("10", "a node")]
+)
+def test_a_destination_that_is_rectified_in_some_passes_only(destination, instead):
+    """The default says so where the user calls, with what to do; a choice says nothing."""
+    with pytest.warns(
+        ActivationWarning, match=f"destination '{destination}' is not rectified.*connect to {instead}"
+    ) as seen:
+        convnet([("10", destination)])
+    assert [warning.filename for warning in seen] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ActivationWarning)
+        for activation in ("relu", "none"):
+            convnet([Connection("10", destination, activation=activation)])
+        fxfeedback.models.alexnet_lrm3()

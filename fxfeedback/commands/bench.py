@@ -18,7 +18,7 @@ WARM_UP = 2
 """Rounds that are not counted."""
 
 EXAMPLES = [
-    "fxfeedback bench resnet50 --connect layer4:layer3.0.conv1",
+    "fxfeedback bench resnet50 --connect layer4:layer3.0.relu",
     "fxfeedback bench resnet18 --tasks 2 --batch 32 --input-size 3x64x64",
     "OMP_WAIT_POLICY=passive fxfeedback bench steered --threads 2 --repeats 31",
 ]

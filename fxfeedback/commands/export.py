@@ -13,7 +13,7 @@ from fxfeedback.commands.given import add_connections, add_model, add_tasks, rea
 from fxfeedback.errors import OptionError
 
 EXAMPLES = [
-    "fxfeedback export alexnet lrm.onnx --connect classifier.6:features.8 --steerable",
+    "fxfeedback export alexnet lrm.onnx --connect classifier.6:features.9 --steerable",
     "fxfeedback export resnet18 instructed.onnx --tasks 2",
     "fxfeedback export resnet18 left.onnx --tasks 2 --gating channel --task 0",
     "fxfeedback export resnet18 learner.onnx --tasks 2 --learner --optimizer adam",

@@ -12,8 +12,8 @@ from fxfeedback.commands.given import add_connections, add_model, read_network
 from fxfeedback.commands.text import Count, Percent, operations, sizes, table
 
 EXAMPLES = [
-    "fxfeedback feedback resnet50 --connect layer4:layer3.0.conv1",
-    "fxfeedback feedback alexnet --connect classifier.6:features.8 features.9:features.0 --passes 3",
+    "fxfeedback feedback resnet50 --connect layer4:layer3.0.relu",
+    "fxfeedback feedback alexnet --connect classifier.6:features.9 features.12:features.1 --passes 3",
     "fxfeedback feedback alexnet --connect classifier.6:features.8 --save steered",
     "fxfeedback feedback mnist:net --input-size 1x28x28 --connect 8:0 --code",
 ]
