@@ -41,6 +41,8 @@ class PathTracer(NodePathTracer):
         super().__init__(leaf_modules=[], autowrap_modules=(math, torchvision.ops))
         self.thread = threading.get_ident()
         self.without_gradient: dict[fx.Node, fx.Node | None] = {}
+        self.given: dict[int, torch.Tensor] = {}
+        self.constants: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     # torch.fx replaces methods of nn.Module while it traces; other threads may run modules in the meantime.
 
@@ -85,7 +87,13 @@ class PathTracer(NodePathTracer):
             self.without_gradient[node] = None
         return node
 
+    def trace(self, root: Any, *args: Any, **kwargs: Any) -> fx.Graph:
+        self.given = {id(tensor): tensor for tensor in (*root.parameters(), *root.buffers())}
+        return super().trace(root, *args, **kwargs)
+
     def create_arg(self, a: Any) -> Any:
+        if isinstance(a, torch.Tensor) and not issubclass(type(a), fx.Proxy) and id(a) not in self.given:
+            a = self.constant(a)
         arg = a.node if issubclass(type(a), fx.Proxy) else super().create_arg(a)
         if not isinstance(arg, fx.Node) or arg not in self.without_gradient or not torch.is_grad_enabled():
             return arg
@@ -95,6 +103,14 @@ class PathTracer(NodePathTracer):
             self.proxy(node)
             self.without_gradient[arg] = node
         return self.without_gradient[arg]
+
+    def constant(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor that forward has made, as a constant; also where it lies in a buffer's place by now."""
+        if isinstance(tensor, nn.Parameter):
+            return tensor
+        if tensor.requires_grad:
+            raise ValueError("it computes with a parameter that is not one of the model's: make it one in __init__")
+        return self.constants.setdefault(id(tensor), (tensor, tensor.clone()))[1]
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if threading.get_ident() != self.thread:

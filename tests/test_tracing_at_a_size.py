@@ -270,6 +270,33 @@ def test_what_may_change_from_call_to_call_is_not_answered(message, ask):
         fxfeedback.to_butd(Asks(ask), input_size=(6,))
 
 
+class KeepsTable(nn.Module):
+    """Makes a table of positions where the one that it has is of another size, as ConViT does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.register_buffer("table", torch.zeros(1, 1), persistent=False)
+
+    def forward(self, x):
+        if self.table.shape[1] != x.shape[1]:
+            table = torch.arange(x.shape[1], dtype=torch.float32)[None].repeat(1, 1)
+            self.table = table.to(device=self.first.weight.device, dtype=self.first.weight.dtype)
+        return self.head(torch.relu(self.first(x) + self.table.expand(x.shape[0], -1)))
+
+
+def test_what_forward_puts_into_a_buffer_is_what_later_code_reads():
+    torch.manual_seed(0)
+    model, x = KeepsTable().double(), torch.randn(4, 6, dtype=torch.double)
+    butd = fxfeedback.to_butd(model, n_tasks=2, input_size=(6,))
+    feedback = fxfeedback.add_feedback(model, [("head", "head")], input_size=(6,))
+    assert model.table.shape == (1, 1)
+    expected = KeepsTable().double()
+    expected.load_state_dict(model.state_dict())
+    torch.testing.assert_close(butd(x), expected(x), rtol=1e-12, atol=0)
+    assert torch.equal(feedback(x)[0], expected(x))
+
+
 def test_a_counter_counts_the_calls():
     class Counts(nn.Linear):
         def __init__(self):
