@@ -53,7 +53,14 @@ def lift(module: fx.GraphModule, more: Sequence[str] = ()) -> tuple[fx.GraphModu
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     names = list(dict.fromkeys([str(node.target) for node in module.graph.nodes if node.op == "get_attr"] + list(more)))
     copies = {node: graph.node_copy(node) for node in inputs}
-    lifted = {name: graph.placeholder(identifier(name)) for name in names}
+    taken = {str(node.target) for node in inputs}
+    lifted = {}
+    for name in names:
+        free = identifier(name)
+        while free in taken:  # an input of the model may be called like a parameter
+            free += "_"
+        taken.add(free)
+        lifted[name] = graph.placeholder(free)
     for node in module.graph.nodes:
         if node.op == "get_attr":
             copies[node] = lifted[str(node.target)]

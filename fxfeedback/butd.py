@@ -1,13 +1,14 @@
 """`to_butd`: an instructed BU-TD network around any traceable model."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
 from torch import fx, nn
 
 from fxfeedback import td_state
+from fxfeedback.arguments import Form, describe, example_form
 from fxfeedback.autograd_bridge import CounterHebb
 from fxfeedback.bottom_up import operand
 from fxfeedback.butd_graphs import Graphs
@@ -30,7 +31,7 @@ def to_butd(
     head: str | None = None,
     sites: Sequence[str] | None = None,
     input_size: Sequence[int] | None = None,
-    example_inputs: Sequence[torch.Tensor] | None = None,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     instruction_size: int | None = None,
     weights: str = "shared",
     td_learning: str = "mirror",
@@ -61,7 +62,8 @@ def to_butd(
             output crosses.
         sites: names of the gating sites; None: every rectifying activation that the instruction reaches.
         input_size: size of one input without its batch; default 224 by 224 with the first convolution's channels.
-        example_inputs: instead of input_size, for several inputs: tensors with a batch dimension.
+        example_inputs: instead of input_size, for several inputs: tensors with a batch dimension; a dict gives them by
+            name.
         instruction_size: length of the instruction vector where it is not one-hot over tasks.
         weights: "shared", or "separate": TD has its own weight per BU weight, in `td_weights`.
         td_learning: "mirror" gives TD weights the BU weights' updates, "fixed" none (feedback alignment).
@@ -93,17 +95,16 @@ class BUTD(Wrapper):
     ask for it, under `instruction_head`, `td_weights`, `td_biases`, `td_norms` and `task_heads`.
     """
 
+    OPTIONS = ("task",)
     OWN = ("instruction_head", "td_weights", "td_biases", "td_norms", "task_heads")
     untraceable = "is a BU-TD network already: connections come first, and to_butd takes the whole model at once"
 
-    def __init__(
-        self, model: nn.Module, options: Options, example_inputs: Sequence[torch.Tensor], verify: bool = False
-    ) -> None:
+    def __init__(self, model: nn.Module, options: Options, example_inputs: Any, verify: bool = False) -> None:
         super().__init__(model, example_inputs)
         self.options = options
         if verify:
             with eval_mode(self):
-                verify_graph(self._graphs(self._stand_ins()).bu, self._net, example_inputs)
+                verify_graph(self._graphs(self._stand_ins()).bu, self._net, *example_form(self._net, example_inputs))
         self._add_td_state()
         self._graphs(self._stand_ins()).check()
 
@@ -135,31 +136,30 @@ class BUTD(Wrapper):
 
     # -- calls --------------------------------------------------------------------------------------------------------
 
-    def forward(self, *inputs: Any, task: Any = None) -> Any:
+    def forward(self, *inputs: Any, task: Any = None, **named: Any) -> Any:
         """What the model returns, from the sub-network that the instruction selects.
 
         Args:
-            inputs: the model's own inputs, batch first; behind them `task` may follow.
+            inputs: the model's own, batch first. Behind as many as the example had, `task` may follow; what the model
+                takes further is given by name.
             task: (B,) integer ids or one integer; or (B, instruction size) floats; None: no instruction, no gates.
+            named: the model's own, by name. Tensors are inputs; of other values each has graphs of its own.
 
         Raises:
-            InputError: an instruction of the wrong shape, or an id out of range.
+            InputError: arguments that the model does not take, an instruction of the wrong shape, an id out of range.
             TraceError: the model does not run on inputs of this size.
         """
-        expected = len(self._examples)
-        if len(inputs) == expected + 1 and task is None:
-            inputs, task = inputs[:-1], inputs[-1]
-        if len(inputs) != expected:
-            raise InputError(f"the model takes {expected} inputs and an instruction, not {len(inputs)} inputs")
+        inputs, task = self._without_task(inputs, task)
+        form, tensors = self._called(inputs, named)
         per_task = self.options.heads == "per_task"
         if task is None and per_task:
             raise InputError("there is one prediction head per task: give the call a task")
-        graphs = self._graphs(inputs)
+        graphs = self._graphs(tensors, form)
         if task is None:
-            return self._run(graphs, False, False, list(inputs))
-        instruction, ids = self._instruction(task, graphs, len(inputs[0]))
-        rows, gates = self._gates(graphs, instruction, ids, len(inputs[0]))
-        return self._run(graphs, True, len(rows) > 0, [*inputs, *([instruction] if per_task else []), *rows, *gates])
+            return self._run(graphs, False, False, tensors)
+        instruction, ids = self._instruction(task, graphs, len(tensors[0]))
+        rows, gates = self._gates(graphs, instruction, ids, len(tensors[0]))
+        return self._run(graphs, True, len(rows) > 0, [*tensors, *([instruction] if per_task else []), *rows, *gates])
 
     def counter_neurons(self, task: Any) -> dict[str, torch.Tensor]:
         """Site name -> counter neurons of the instruction pass, (B, ...) like the site's value; B is 1 for one id."""
@@ -210,6 +210,18 @@ class BUTD(Wrapper):
         return graphs.learner(graphs.can_instruct, graphs.learning_parameters())
 
     # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _without_task(self, inputs: tuple[Any, ...], task: Any) -> tuple[tuple[Any, ...], Any]:
+        """The model's own positional arguments, and the instruction, which may be behind them."""
+        own = self._form.n_positional
+        if task is not None or len(inputs) <= own or all(isinstance(value, (bool, str)) for value in inputs[own:]):
+            return inputs, task  # no bool or string is an instruction
+        if len(inputs) > own + 1:
+            raise InputError(
+                f"the model takes {own} inputs and an instruction, not {len(inputs)} inputs: give what else it takes "
+                f"by name; {describe(self._net)}"
+            )
+        return inputs[:-1], inputs[-1]
 
     def _run(self, graphs: Graphs, instructed: bool, by_row: bool, values: list[torch.Tensor]) -> Any:
         call = graphs.call(instructed, by_row)
@@ -263,13 +275,16 @@ class BUTD(Wrapper):
     def _of(self, node: fx.Node) -> torch.Tensor:
         return self._fetch(str(node.target))
 
-    def _graphs(self, inputs: Sequence[torch.Tensor]) -> Graphs:
-        """The graphs for inputs of this size and dtype in the present mode of every module; built once."""
+    def _graphs(self, inputs: Sequence[torch.Tensor], form: Form | None = None) -> Graphs:
+        """The graphs for inputs of this size and dtype in the present mode of every module; built once.
+
+        form: of the call; None: the example's.
+        """
         sizes = [tuple([operator.index(size) for size in x.shape[1:]]) for x in inputs]  # under torch.compile, numbers
-        key = (self._modes(), tuple([(size, x.dtype) for size, x in zip(sizes, inputs, strict=True)]))
+        key = (self._modes(), tuple([(size, x.dtype) for size, x in zip(sizes, inputs, strict=True)]), form)
         self._make(key)
         graphs = self._cache.get(key)
-        return self._graphs(inputs) if graphs is None else graphs  # another thread may have cleared the cache
+        return self._graphs(inputs, form) if graphs is None else graphs  # another thread may have cleared the cache
 
     @torch.compiler.assume_constant_result  # making a graph is nothing that torch.compile could trace
     def _make(self, key: tuple[Any, ...]) -> None:
@@ -277,4 +292,4 @@ class BUTD(Wrapper):
             with building(self._net):
                 if key not in self._cache:
                     examples = [torch.empty(1, *sizes, dtype=dtype, device="meta") for sizes, dtype in key[1]]
-                    self._cache[key] = Graphs(self, examples)
+                    self._cache[key] = Graphs(self, examples, key[2] or self._form)

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from fxfeedback import td_state
+from fxfeedback.arguments import Form
 from fxfeedback.autograd_bridge import Halves, cut, lift
 from fxfeedback.bottom_up import BottomUp, channels_of, positions_of, weight_of
 from fxfeedback.counter_hebb_pass import Learning, key_of, learner
@@ -29,9 +30,9 @@ if TYPE_CHECKING:
 class Graphs:
     """All graphs of a BU-TD network for one input size and mode; each is built when it is first used."""
 
-    def __init__(self, butd: "BUTD", examples: Sequence[torch.Tensor]) -> None:
+    def __init__(self, butd: "BUTD", examples: Sequence[torch.Tensor], form: Form) -> None:
         self.butd, self.options = butd, butd.options
-        traced, _ = trace_for(butd._net, examples)
+        traced, _ = trace_for(butd._net, examples, form)
         self.bu = open_modules(traced, example_inputs=examples, owner=butd._net)
         task_heads = butd._modules.get("task_heads")
         if isinstance(task_heads, TaskHeads):

@@ -23,7 +23,7 @@ def draw(
     tasks: Sequence[int] | Mapping[str, Any] | None = None,
     depth: int | None = None,
     input_size: Sequence[int] | None = None,
-    example_inputs: Sequence[torch.Tensor] | None = None,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
 ) -> None:
     """Draw a network, in evaluation mode, as .svg, .png or .html, by the path's suffix.
 
@@ -47,7 +47,8 @@ def draw(
             or ends are open in any case.
         input_size: of a plain model, the size of one input without its batch; default 224 by 224 with the first
             convolution's channels.
-        example_inputs: instead of input_size, for several inputs: tensors with a batch dimension.
+        example_inputs: instead of input_size, for several inputs: tensors with a batch dimension; a dict gives them by
+            name.
 
     Raises:
         OptionError: another suffix, no directory for the file, no model, or options that do not belong to it.

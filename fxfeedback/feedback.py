@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
+from fxfeedback.arguments import Form, example_form
 from fxfeedback.bottom_up import channel_dim, has_effect, never_negative
 from fxfeedback.errors import ActivationWarning, InputError, NodeNameError, OptionError, TraceError
 from fxfeedback.layout import layout_of
@@ -21,13 +22,13 @@ from fxfeedback.rewrite import Link, Unrolling, unroll
 from fxfeedback.rules import RULES
 from fxfeedback.shapes import Spec, annotate_shapes, example_for, examples_of
 from fxfeedback.share import put
-from fxfeedback.trace_at_size import trace_for
+from fxfeedback.trace_at_size import Shaped, trace_for
 from fxfeedback.verify import verify_graph
 from fxfeedback.while_tracing import building
 from fxfeedback.wrapper import Wrapper, eval_mode, not_finite
 
 State = dict[str, torch.Tensor]
-Sizes = tuple[tuple[int, ...], ...]
+Sizes = tuple[tuple[tuple[int, ...], torch.dtype | None], ...]  # of each input; no dtype: the example's
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def add_feedback(
     passes: int = 2,
     *,
     input_size: Sequence[int] | None = None,
-    example_inputs: Sequence[torch.Tensor] | None = None,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     checkpoint: bool = False,
     verify: bool = True,
 ) -> Any:
@@ -97,7 +98,8 @@ def add_feedback(
         connections: pairs (source, destination), dicts, or `Connection`s; names as `node_names` gives them.
         passes: how many passes a call makes unless it says otherwise.
         input_size: size of one input without its batch; default 224 by 224 with the first convolution's channels.
-        example_inputs: instead of input_size, for several inputs: tensors with a batch dimension.
+        example_inputs: instead of input_size, for several inputs: tensors with a batch dimension; a dict gives them by
+            name.
         checkpoint: train in less memory and more time, as torch.utils.checkpoint does: the backward pass computes the
             activations again. Also an attribute of what is returned. torch.compile decides for itself what it keeps.
         verify: compare the graph with the model once, on one random sample in evaluation mode. It costs three forward
@@ -167,6 +169,7 @@ class FeedbackModel(Wrapper):
     """
 
     OWN = ("modulations",)
+    OPTIONS = ("passes", "state", "steering", "steer_first_pass", "return_all", "keep_graph")
     connections: tuple[Connection, ...]
     passes: int
     return_all: bool
@@ -178,7 +181,7 @@ class FeedbackModel(Wrapper):
         model: nn.Module,
         connections: Sequence[Connection],
         passes: int,
-        examples: Sequence[torch.Tensor],
+        examples: Sequence[Any] | Mapping[str, Any],
         return_all: bool = True,
         checkpoint: bool = False,
         verify: bool = False,
@@ -192,7 +195,7 @@ class FeedbackModel(Wrapper):
         _check_connections(bu, self.connections)
         if verify:
             with eval_mode(self):
-                verify_graph(self._bottom_up(), self._net, examples)
+                verify_graph(self._bottom_up(), self._net, *example_form(self._net, examples))
         names = [_block_name(c) for c in self.connections]
         for i, name in enumerate(names):
             if name in names[:i]:
@@ -210,6 +213,7 @@ class FeedbackModel(Wrapper):
         steering: Any = (),
         steer_first_pass: bool = False,
         return_all: bool | None = None,
+        **named: Any,
     ) -> Any:
         """The model's output of every pass, a list; with return_all=False that of the last pass.
 
@@ -218,13 +222,14 @@ class FeedbackModel(Wrapper):
             passes: how many; default as the model was made.
             steering: a `Steering` or a dict, or several; applied after every pass.
             steer_first_pass: apply it before the first pass, too.
+            named: the model's own inputs by name, and its other arguments, of which each value has graphs of its own.
 
         Raises:
-            InputError: a steering activation of the wrong shape.
+            InputError: arguments that the model does not take, a steering activation of the wrong shape.
             NodeNameError: a steered node that is no source.
         """
         return_all = self.return_all if return_all is None else return_all
-        return self._run(inputs, passes, None, steering, steer_first_pass, return_all)[0]
+        return self._run(inputs, named, passes, None, steering, steer_first_pass, return_all)[0]
 
     def unroll(
         self,
@@ -235,31 +240,33 @@ class FeedbackModel(Wrapper):
         steer_first_pass: bool = False,
         return_all: bool = True,
         keep_graph: bool = False,
+        **named: Any,
     ) -> tuple[Any, State]:
         """As the call, from the state of an earlier call on; returns (outputs, state).
 
         Args:
-            inputs, passes, steering, steer_first_pass, return_all: as in the call.
+            inputs, passes, steering, steer_first_pass, return_all, named: as in the call.
             state: what an earlier call returned; None: there is no signal yet.
             keep_graph: whether gradients flow through the returned state, for backpropagation through time: all values
                 of this call then live as long as the state does, and those of the calls before it. By default the state
                 has no history, so that a loop of any length needs the memory of one call.
         """
-        outputs, state, _ = self._run(inputs, passes, state, steering, steer_first_pass, return_all)
+        outputs, state, _ = self._run(inputs, named, passes, state, steering, steer_first_pass, return_all)
         return outputs, state if keep_graph else {name: value.detach() for name, value in state.items()}
 
-    def readout(self, *inputs: Any, passes: int | None = None, **options: Any) -> list[dict[str, Readout]]:
+    def readout(self, *inputs: Any, passes: int | None = None, **named: Any) -> list[dict[str, Readout]]:
         """Node name -> `Readout`, for every pass.
 
         Args:
             inputs: the model's own, and behind them the names of the nodes; a module's name stands for its last node.
-            passes, options: as in the call.
+            passes, named: as in the call.
         """
         *own, names = inputs
         graph = self._bottom_up().graph
         found = {name: find_node(graph, name).meta["name"] for name in names}
         destinations = {find_node(graph, c.destination).meta["name"] for c in self.connections}
-        read = self._run(own, passes, None, readout=tuple(found.values()), **options)[2]
+        options = {name: named.pop(name) for name in ("steering", "steer_first_pass") if name in named}
+        read = self._run(own, named, passes, readout=tuple(found.values()), **options)[2]
 
         def at(node: str, value: torch.Tensor, before: torch.Tensor, modulation: torch.Tensor | None) -> Readout:
             return Readout(value, before, modulation, value) if node in destinations else Readout(value)
@@ -284,12 +291,29 @@ class FeedbackModel(Wrapper):
         """Set `checkpoint`, as timm's models do."""
         vars(self)["checkpoint"] = enable
 
-    def as_graph(self) -> fx.GraphModule:
-        """A call as a graph with names, for whoever traces a model that has this one inside: inputs -> outputs.
+    def as_graph(
+        self, args: Sequence[Any], named: Mapping[str, Any], tensors: Any = torch.Tensor
+    ) -> tuple[fx.GraphModule, list[Any]]:
+        """A call as a graph with names, for whoever traces a model that has this one inside, and the graph's inputs.
 
         What a later pass n computes anew is called as in the first, with `.pass{n}` behind.
+
+        Args:
+            args, named: of the call; tensors without data, or proxies.
+            tensors: their classes.
         """
-        module = self._unrolled(Unrolling(self.passes, self.return_all))
+        options = {name: named[name] for name in self.OPTIONS if name in named}
+        for name in options.keys() - {"passes", "return_all"}:
+            raise ValueError(f"a model with connections takes no {name}= inside another one")
+        passes, return_all = (
+            getattr(self, name) if options.get(name) is None else options[name] for name in ("passes", "return_all")
+        )
+        _check_passes(passes)
+        found, inputs = self._bind(args, {name: named[name] for name in named if name not in options}, tensors)
+        form = None if found == self._form else found
+        self._bottom_up()  # which says whether the model looks at sizes
+        sizes = self._sizes([_known(x) for x in inputs], form) if self._by_size or form else None
+        module = self._unrolled(Unrolling(passes, return_all), sizes, form)
         graph = module.graph
         for node in graph.nodes:
             name, number = node.meta.get("name", str(node.target) if node.op == "call_module" else node.name), node.meta
@@ -297,15 +321,16 @@ class FeedbackModel(Wrapper):
         graph.output_node().args = (graph.output_node().args[0][0],)  # type: ignore[index]
         graph.eliminate_dead_code(is_impure_node=has_effect)
         module.recompile()
-        return module
+        return module, inputs
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _run(
         self,
-        inputs: Sequence[torch.Tensor],
+        inputs: Sequence[Any],
+        named: Mapping[str, Any],
         passes: int | None,
-        state: State | None,
+        state: State | None = None,
         steering: Any = (),
         steer_first_pass: bool = False,
         return_all: bool = True,
@@ -313,35 +338,47 @@ class FeedbackModel(Wrapper):
     ) -> tuple[Any, State, list[dict[str, Any]]]:
         passes = self.passes if passes is None else passes
         _check_passes(passes)
-        _check_inputs(inputs, self._examples)
+        if taken := [name for name in self.OPTIONS if name in named]:
+            raise InputError(f"{taken[0]}= is an option of unroll, and not of this call")
+        form, inputs = self._called(inputs, named)
+        if form is None:
+            _check_inputs(inputs, self._examples)
         state, several = state or {}, _several(steering)
         steered = tuple([one.source for one in several])
-        sizes = tuple([tuple(x.shape[1:]) for x in inputs]) if self._by_size else None
+        sizes = self._sizes(inputs, form)
         what = (passes, return_all, tuple(state), steered, steer_first_pass, readout)
-        plan = self._plan(self._modes(), self._steps(), sizes, *what)
-        at_example_size = all(x.shape[1:] == y.shape[1:] for x, y in zip(inputs, self._examples, strict=True))
+        plan = self._plan(self._modes(), self._steps(), sizes, form, *what)
+        if sizes is None and self._by_size:  # as only tracing in this mode has shown
+            sizes = self._sizes(inputs, form)
+            plan = self._plan(self._modes(), self._steps(), sizes, form, *what)
+        at_example_size = form is None and all(
+            x.shape[1:] == y.shape[1:] for x, y in zip(inputs, self._examples, strict=True)
+        )
         signals, like = list(state.values()), self._like()
         for one, (shape, channels) in zip(several, plan.steered, strict=True):
             signals += _steering_tensors(one, shape, channels, len(inputs[0]), at_example_size, like)
         return plan.run(self._root, *inputs, *signals)
 
-    def _bottom_up(self, sizes: Sizes | None = None) -> fx.GraphModule:
+    def _sizes(self, inputs: Sequence[torch.Tensor], form: Form | None) -> Sizes | None:
+        """The sizes for which a graph is made; None: a graph serves all."""
+        if form is None and not self._by_size:
+            return None
+        return tuple([(tuple(x.shape[1:]), x.dtype if form else None) for x in inputs])
+
+    def _bottom_up(self, sizes: Sizes | None = None, form: Form | None = None) -> fx.GraphModule:
         """The opened graph in the present mode, with shapes; for inputs of these sizes where that makes a difference.
 
         It does where the model's code branches on sizes, and where its functions write into their arguments: these must
-        be opened, and look at sizes.
+        be opened, and look at sizes. And where a call has not the form of the example.
         """
-        key = ("bottom up", self._modes(), sizes)
+        key = ("bottom up", self._modes(), sizes, form)
         if key not in self._cache:
-            examples = (
-                self._stand_ins()
-                if sizes is None
-                else [
-                    torch.empty(1, *size, dtype=x.dtype, device="meta")
-                    for size, x in zip(sizes, self._stand_ins(), strict=True)
-                ]
-            )
-            traced, by_size = trace_for(self._net, examples)
+            examples = self._stand_ins()
+            if sizes is not None:
+                dtypes = [x.dtype for x in examples] if form is None else [dtype for _, dtype in sizes]
+                given = zip(sizes, dtypes, strict=True)
+                examples = [torch.empty(1, *size, dtype=dtype, device="meta") for (size, _), dtype in given]
+            traced, by_size = trace_for(self._net, examples, form or self._form)
             module = open_modules(traced, strict=False)
             annotate_shapes(module, examples)
             writes = any("writes" in node.meta for node in module.graph.nodes)
@@ -352,8 +389,8 @@ class FeedbackModel(Wrapper):
             self._cache[key] = module
         return self._cache[key]
 
-    def _unrolled(self, what: Unrolling, sizes: Sizes | None = None) -> fx.GraphModule:
-        bu = self._bottom_up(sizes)
+    def _unrolled(self, what: Unrolling, sizes: Sizes | None = None, form: Form | None = None) -> fx.GraphModule:
+        bu = self._bottom_up(sizes, form)
         return unroll(bu, self._root, [_link(bu, connection) for connection in self.connections], what)
 
     def _steps(self) -> tuple[Callable[[fx.GraphModule], fx.GraphModule], ...]:
@@ -381,8 +418,8 @@ class FeedbackModel(Wrapper):
                 self._cache[key] = self._planned(key)
 
     def _planned(self, key: tuple[Any, ...]) -> "_Plan":
-        *_, steps, sizes, (passes, return_all, state, steered, steer_first, readout) = key
-        graph = self._bottom_up(sizes).graph
+        *_, steps, sizes, (form, passes, return_all, state, steered, steer_first, readout) = key
+        graph = self._bottom_up(sizes, form).graph
         nodes = [find_node(graph, c.source) for c in self.connections]
         sources = {node.meta["name"]: (node.meta["spec"].sizes, channel_dim(node)) for node in nodes}
         names = {name: find_node(graph, name).meta["name"] for name in steered}
@@ -392,7 +429,7 @@ class FeedbackModel(Wrapper):
         if len(set(names.values())) < len(steered):
             raise OptionError(f"a source is steered twice, in {', '.join(steered)}: give each one steering")
         what = Unrolling(passes, return_all, state, tuple(names.values()), steer_first, readout)
-        module = self._unrolled(what, sizes)
+        module = self._unrolled(what, sizes, form)
         for step in steps:
             module = step(module)
         return _Plan(type(module).forward, [sources[name] for name in names.values()])
@@ -578,13 +615,16 @@ def _steering_tensor(given: Steering, what: str, like: torch.Tensor) -> torch.Te
     return made
 
 
-def _check_inputs(inputs: Sequence[Any], examples: Sequence[torch.Tensor]) -> None:
-    """As many tensors as the model takes, each with as many dimensions as its example."""
-    if len(inputs) != len(examples):
-        raise InputError(f"the model takes {len(examples)} inputs, not {len(inputs)}")
+def _known(x: Any) -> torch.Tensor:
+    """A tensor with the size and the dtype of an input of a traced call."""
+    if isinstance(x, fx.Proxy) and not isinstance(x, Shaped):
+        raise ValueError("a model with connections inside another one looks at the size of its input")
+    return x.small if isinstance(x, Shaped) else x
+
+
+def _check_inputs(inputs: Sequence[torch.Tensor], examples: Sequence[torch.Tensor]) -> None:
+    """Tensors with as many dimensions as their examples."""
     for x, example in zip(inputs, examples, strict=True):
-        if not isinstance(x, torch.Tensor):
-            raise InputError(f"the model takes tensors, not a {type(x).__name__}")
         if x.ndim != example.ndim:
             wanted = ", ".join(["batch", *map(str, example.shape[1:])])
             raise InputError(f"an input of shape {tuple(x.shape)} has not the dimensions of ({wanted})")

@@ -1,11 +1,11 @@
 """`node_names`: what a model's nodes are called, for whoever connects, gates or reads them."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-import torch
 from torch import fx, nn
 
+from fxfeedback.arguments import example_form
 from fxfeedback.shapes import Spec, annotate_shapes, examples_of
 from fxfeedback.share import share
 from fxfeedback.trace_at_size import trace_for
@@ -21,20 +21,21 @@ class NodeInfo(NamedTuple):
 def node_names(
     model: nn.Module,
     input_size: Sequence[int] | None = None,
-    example_inputs: Sequence[torch.Tensor] | None = None,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
 ) -> dict[str, NodeInfo]:
     """The names of the model's nodes, as torchvision gives them, in execution order.
 
     Args:
         model: any module that torch.fx can trace; it stays as it is.
         input_size: size of one input without its batch; default 224 by 224 with the first convolution's channels.
-        example_inputs: instead of input_size, for several inputs: tensors with a batch dimension.
+        example_inputs: instead of input_size, for several inputs: tensors with a batch dimension; a dict gives them by
+            name.
 
     Raises:
         TraceError: torch.fx cannot trace the model, or it does not run at this size.
     """
-    examples = examples_of(model, input_size, example_inputs)
-    module, _ = trace_for(share(model), examples)
+    form, examples = example_form(model, examples_of(model, input_size, example_inputs))
+    module, _ = trace_for(share(model), examples, form)
     annotate_shapes(module, examples)
     names = {}
     for node in module.graph.nodes:

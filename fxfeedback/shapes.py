@@ -2,7 +2,7 @@
 
 import inspect
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, is_dataclass
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fxfeedback.errors import InputError, OptionError, TraceError
 from fxfeedback.nodes import is_users, user_line
@@ -40,8 +41,10 @@ class Spec:
 
 
 def examples_of(
-    model: nn.Module, input_size: Sequence[int] | None = None, example_inputs: Sequence[torch.Tensor] | None = None
-) -> Sequence[torch.Tensor]:
+    model: nn.Module,
+    input_size: Sequence[int] | None = None,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+) -> Sequence[Any] | Mapping[str, Any]:
     """The example inputs that a user gave, or one made for `input_size` (see `example_for`).
 
     Raises:
@@ -55,12 +58,15 @@ def examples_of(
         raise InputError("give input_size= or example_inputs=, not both")
     if isinstance(example_inputs, torch.Tensor):
         raise InputError("example_inputs= is a tensor: give a tuple with a tensor for each input, example_inputs=(x,)")
-    for x in example_inputs:
+    leaves: list[Any] = tree_leaves(example_inputs)
+    for x in [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)] or [*example_inputs, None][:1]:
         if not isinstance(x, torch.Tensor) or not x.ndim:
             what = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else f"a {type(x).__name__}"
             raise InputError(
                 f"example_inputs= holds {what}: give a tensor for each input, with a batch dimension first"
             )
+    if isinstance(example_inputs, Mapping):  # one tensor under two names is two inputs
+        return {name: x.detach() if isinstance(x, torch.Tensor) else x for name, x in example_inputs.items()}
     return example_inputs
 
 

@@ -117,6 +117,13 @@ def _unwrap(model: nn.Module) -> tuple[nn.Module, list[tuple[str, str, dict[str,
             return model, wrappers
         path, wrapper = found
         how: dict[str, Any] = {"examples": [(tuple(x.shape), x.dtype) for x in wrapper._examples]}
+        if wrapper._example_names:
+            how["names"] = wrapper._example_names
+        elif not wrapper._form.is_positional:
+            raise OptionError(
+                "example_inputs= with other values than tensors cannot be saved: make the model with a tuple or a dict "
+                "of tensors"
+            )
         if isinstance(wrapper, FeedbackModel):
             connections = [asdict(connection) for connection in wrapper.connections]
             how |= {"connections": connections, "passes": wrapper.passes, "return_all": wrapper.return_all}
@@ -131,12 +138,14 @@ def _wrap(model: nn.Module, wrappers: list[tuple[str, str, dict[str, Any]]]) -> 
     for path, kind, how in reversed(wrappers):
         part = model.get_submodule(path) if path else model
         examples = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in how.pop("examples")]
+        names = how.pop("names", None)
+        given: Any = dict(zip(names, examples, strict=True)) if names else examples
         if kind == "FeedbackModel":
             connections = [Connection(**connection) for connection in how["connections"]]
             checkpoint = how.get("checkpoint", False)  # which older files do not have
-            made: Wrapper = FeedbackModel(part, connections, how["passes"], examples, how["return_all"], checkpoint)
+            made: Wrapper = FeedbackModel(part, connections, how["passes"], given, how["return_all"], checkpoint)
         else:
-            made = BUTD(part, Options(**how), examples)
+            made = BUTD(part, Options(**how), given)
         model = put(model, path, made)
     return model
 

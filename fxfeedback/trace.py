@@ -5,7 +5,6 @@
 model is never traced itself, only a copy that shares its tensors (share.py).
 """
 
-import inspect
 import keyword
 import math
 import threading
@@ -19,6 +18,7 @@ import torchvision
 from torch import fx, nn
 from torchvision.models.feature_extraction import NodePathTracer
 
+from fxfeedback.arguments import PROXIES, Form, form_of
 from fxfeedback.errors import TraceError
 from fxfeedback.nodes import is_operator_in_place, is_torchs, is_users
 from fxfeedback.ops import without_gradient
@@ -37,12 +37,19 @@ class PathTracer(NodePathTracer):
 
     record_stack_traces = True
 
-    def __init__(self) -> None:
+    def __init__(self, form: Form) -> None:
         super().__init__(leaf_modules=[], autowrap_modules=(math, torchvision.ops))
+        self.form = form
         self.thread = threading.get_ident()
         self.without_gradient: dict[fx.Node, fx.Node | None] = {}
         self.given: dict[int, torch.Tensor] = {}
         self.constants: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """A call in the tracer's form: torch.fx knows positional arguments of undecorated functions only."""
+        inputs = [self.create_proxy("placeholder", name, (), {}) for name in self.form.names]
+        args, named = self.form.fill(inputs)
+        return lambda: self.root.forward(*args, **named), []
 
     # torch.fx replaces methods of nn.Module while it traces; other threads may run modules in the meantime.
 
@@ -62,9 +69,10 @@ class PathTracer(NodePathTracer):
             raise ValueError(f"its part {self.path_of_module(m)!r} {reason}")
         if as_graph is None:
             return super().call_module(m, forward, args, kwargs)
+        path = self.path_of_module(m)
         with untraced():
-            graph = as_graph(m).graph
-        path, inputs = self.path_of_module(m), iter(args)
+            module, given = as_graph(m, args, kwargs, PROXIES)
+        graph, inputs = module.graph, iter(given)
         values: dict[fx.Node, Any] = {}
         for node in graph.nodes:
             if node.op == "placeholder":
@@ -120,34 +128,27 @@ class PathTracer(NodePathTracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
-def trace(model: nn.Module, n_inputs: int = 1) -> fx.GraphModule:
+def trace(model: nn.Module, n_inputs: int = 1, form: Form | None = None) -> fx.GraphModule:
     """The graph of `model` in its present mode, with torch.nn modules as leaves and names.
 
     Args:
         model: traced as it stands; tracing may leave constants on it, so pass a copy made by `share`.
         n_inputs: how many positional arguments of `forward` are inputs; the others keep their defaults.
+        form: how the model is called, instead.
 
     Raises:
         TraceError: torch.fx cannot trace the model.
     """
-    return trace_with(PathTracer, model, n_inputs)
+    return trace_with(PathTracer, model, form or form_of(model, n_inputs))
 
 
-def trace_with(make: Callable[[], PathTracer], model: nn.Module, n_inputs: int) -> fx.GraphModule:
-    """As `trace`, with tracers that the caller makes."""
-    as_graph = getattr(type(model), "as_graph", None)
-    if as_graph is not None:  # a model of ours
-        return as_graph(model)
+def trace_with(make: Callable[[Form], PathTracer], model: nn.Module, form: Form) -> fx.GraphModule:
+    """As `trace`, with tracers that the caller makes for a form."""
     reason = getattr(type(model), "untraceable", "")
     if reason:
         raise TraceError(f"{type(model).__name__} {reason}.")
-    wanted = len([a for a in _arguments(model) if a.default is a.empty and a.kind is a.POSITIONAL_OR_KEYWORD])
-    if wanted > n_inputs:
-        raise TraceError(
-            f"{type(model).__name__} takes {wanted} inputs, not {n_inputs}: pass example_inputs= with a tensor for each"
-        )
     try:
-        tracer, graph = _traced(make, model, n_inputs)
+        tracer, graph = _traced(make, model, form)
     except Exception as error:
         raise TraceError(
             f"torch.fx cannot trace {type(model).__name__}: {error}{_line_of(error)}. A traceable model has no control "
@@ -158,8 +159,6 @@ def trace_with(make: Callable[[], PathTracer], model: nn.Module, n_inputs: int) 
         node.meta["name"] = tracer.node_to_qualname.get(node, node.name)
         if node.op == "call_module":
             node.meta["module"] = str(node.target)
-    for node in [node for node in graph.nodes if node.op == "placeholder"][n_inputs:]:
-        _erase_with_users(node)  # a constant argument, and torch.fx's assertion that it keeps its value
     graph.eliminate_dead_code(is_impure_node=lambda node: _has_effect(node, model))
     for node in graph.nodes:
         words = [word for word in str(node.target).split(".") if keyword.iskeyword(word)]
@@ -172,35 +171,25 @@ def trace_with(make: Callable[[], PathTracer], model: nn.Module, n_inputs: int) 
 
 
 def _traced(
-    make: Callable[[], PathTracer], model: nn.Module, n_inputs: int, watching: bool = False
+    make: Callable[[Form], PathTracer], model: nn.Module, form: Form, watching: bool = False
 ) -> tuple[PathTracer, fx.Graph]:
     """A tracer and what it traced, once nothing has been written and no random number drawn on the way."""
     versions = {name: buffer._version for name, buffer in model.named_buffers()}
-    tracer, states = make(), random_states()
+    tracer, states = make(form), random_states()
     watch = watching_draws() if watching else nullcontext()
     with _as_they_were(model), running_on_proxies(), recording_sized(), refusing_draws(model), watch:
-        graph = tracer.trace(model, concrete_args=_defaults(model, n_inputs))
+        graph = tracer.trace(model)
     for name, buffer in model.named_buffers():
         if buffer._version != versions.get(name, buffer._version):
             raise ValueError(f"its forward writes into the buffer {name!r}, and did so while it was traced")
     if watching or random_states() == states:
         return tracer, graph
-    return _traced(make, model, n_inputs, watching=True)  # was it the model, or another thread?
+    return _traced(make, model, form, watching=True)  # was it the model, or another thread?
 
 
 def _line_of(error: BaseException) -> str:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not is_torchs(frame.filename)]
     return f" (at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line})" if frames else ""
-
-
-def _arguments(model: nn.Module) -> list[inspect.Parameter]:
-    """What forward takes."""
-    return list(inspect.signature(model.forward).parameters.values())
-
-
-def _defaults(model: nn.Module, n_inputs: int) -> dict[str, Any]:
-    """forward's arguments beyond the inputs stay at their defaults and are no inputs of the graph."""
-    return {a.name: a.default for a in _arguments(model)[n_inputs:] if a.default is not a.empty}
 
 
 @contextmanager
@@ -224,12 +213,6 @@ def _as_they_were(model: nn.Module) -> Iterator[None]:
 
 def _attributes(module: nn.Module) -> list[dict[str, Any]]:
     return [vars(module), module._parameters, module._buffers, module._modules]
-
-
-def _erase_with_users(node: fx.Node) -> None:
-    for user in list(node.users):
-        _erase_with_users(user)
-    node.graph.erase_node(node)
 
 
 def _has_effect(node: fx.Node, model: nn.Module) -> bool:

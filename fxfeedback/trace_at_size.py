@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxfeedback import einops_backend
+from fxfeedback.arguments import Form, form_of
 from fxfeedback.errors import TraceError
 from fxfeedback.nodes import is_torchs, is_users
 from fxfeedback.ops import put_at
@@ -322,8 +323,8 @@ class Shaped(StandIn):
 class _Tracer(PathTracer):
     """Traces at any size: its proxies know of what kind they are."""
 
-    def __init__(self, model: nn.Module, examples: Sequence[torch.Tensor]) -> None:
-        super().__init__()
+    def __init__(self, model: nn.Module, examples: Sequence[torch.Tensor], form: Form) -> None:
+        super().__init__(form)
         self.shapes = Shapes(model, examples)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -340,8 +341,8 @@ class _Tracer(PathTracer):
 class _TracerAtSize(_Tracer):
     """Traces at one size: whatever the batch has no say in is a number."""
 
-    def __init__(self, model: nn.Module, examples: Sequence[torch.Tensor], either: Either) -> None:
-        super().__init__(model, examples)
+    def __init__(self, model: nn.Module, examples: Sequence[torch.Tensor], either: Either, form: Form) -> None:
+        super().__init__(model, examples, form)
         self.shapes.either = either
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -389,16 +390,16 @@ def elements(x: fx.Proxy, shapes: Shapes | None) -> Iterator[Any] | None:
     return iter([x[i] for i in range(len(values[0]))])
 
 
-def trace_at(model: nn.Module, examples: Sequence[torch.Tensor]) -> fx.GraphModule:
+def trace_at(model: nn.Module, examples: Sequence[torch.Tensor], form: Form | None = None) -> fx.GraphModule:
     """As `trace`, for inputs of the examples' sizes and dtypes: the model's code may look at them, but for the batch's.
 
     Raises:
         TraceError: torch.fx cannot trace the model at this size, either, or not the same whatever x.requires_grad and
             x.is_contiguous() are.
     """
-    made = []
+    made, form = [], form or form_of(model, len(examples))
     for either in (Either(True), Either(False)):
-        made.append(trace_with(partial(_TracerAtSize, model, examples, either), model, len(examples)))
+        made.append(trace_with(partial(_TracerAtSize, model, examples, either), model, form))
         if not either.asked:
             return made[0]
     if _meaning(made[0]) != _meaning(made[1]):
@@ -424,13 +425,25 @@ def _meaning(module: fx.GraphModule) -> list[Any]:
     return rows
 
 
-def trace_for(model: nn.Module, examples: Sequence[torch.Tensor]) -> tuple[fx.GraphModule, bool]:
-    """The model's graph, and whether it is one for inputs of the examples' sizes and dtypes only.
+def trace_for(
+    model: nn.Module, examples: Sequence[torch.Tensor], form: Form | None = None
+) -> tuple[fx.GraphModule, bool]:
+    """The model's graph for a call of this form, and whether it is one for the examples' sizes and dtypes only.
 
     Raises:
         TraceError: torch.fx cannot trace the model, not even at this size.
     """
+    form = form or form_of(model, len(examples))
+    as_graph = getattr(type(model), "as_graph", None)
+    if as_graph is not None:  # a model of ours
+        args, named = form.fill(examples)
+        module, inputs = as_graph(model, args, named)
+        places = [node for node in module.graph.nodes if node.op == "placeholder"]
+        place_of = {id(x): node for x, node in zip(inputs, places, strict=True)}
+        for x in reversed(examples):  # in the order of this form
+            next(iter(module.graph.nodes)).prepend(place_of[id(x)])
+        return module, bool(getattr(model, "_by_size", True))
     try:
-        return trace_with(partial(_Tracer, model, examples), model, len(examples)), False
+        return trace_with(partial(_Tracer, model, examples), model, form), False
     except TraceError:
-        return trace_at(model, examples), True
+        return trace_at(model, examples, form), True

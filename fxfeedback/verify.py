@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxfeedback.arguments import Form
 from fxfeedback.errors import TraceError
 from fxfeedback.nodes import user_line
 from fxfeedback.share import share
@@ -23,7 +24,7 @@ Values = dict[Any, Any]
 """What was computed: by node, for torch.nn's modules; by its place ("output[0]"), for what is returned."""
 
 
-def verify_graph(graph: fx.GraphModule, net: nn.Module, examples: Sequence[torch.Tensor]) -> None:
+def verify_graph(graph: fx.GraphModule, net: nn.Module, form: Form, examples: Sequence[torch.Tensor]) -> None:
     """Refuse a graph that does not compute what its model does, on one random sample: three forward passes.
 
     What is compared is the output of every torch.nn module, and what is returned: a head that starts at zero would hide
@@ -33,6 +34,7 @@ def verify_graph(graph: fx.GraphModule, net: nn.Module, examples: Sequence[torch
     Args:
         graph: the model's graph in the mode of `net`.
         net: the model, in evaluation mode. It stays as it is.
+        form: how the model is called.
         examples: one tensor per input, batch first. Floating-point inputs are drawn anew; they keep their values only
             where the model does not run on random ones.
 
@@ -47,22 +49,22 @@ def verify_graph(graph: fx.GraphModule, net: nn.Module, examples: Sequence[torch
     devices = [device] if device.type == "cuda" else []
     with torch.no_grad(), torch.autocast(device.type, enabled=False), torch.random.fork_rng(devices):
         net = _private(net)
-        inputs, first = _first_call(graph.graph, net, examples, device)
-        if changed := _differences(first, _of_model(graph.graph, net, inputs)):
+        inputs, first = _first_call(graph.graph, net, form, examples, device)
+        if changed := _differences(first, _of_model(graph.graph, net, form, inputs)):
             raise TraceError(
                 f"{type(net).__name__} computes something else when it is called again with the same input "
                 f"({_shown(changed)}): it keeps something between calls, which a graph does not. Return it, and take "
                 "it as an input of the next call. verify=False skips this check."
             )
         if _differences(first, _of_graph(graph.graph, net, inputs)):
-            _compare_exactly(graph.graph, net, inputs)
+            _compare_exactly(graph.graph, net, form, inputs)
 
 
-def _compare_exactly(graph: fx.Graph, net: nn.Module, inputs: Sequence[torch.Tensor]) -> None:
+def _compare_exactly(graph: fx.Graph, net: nn.Module, form: Form, inputs: Sequence[torch.Tensor]) -> None:
     """In float64, and without what depends on random numbers, which a graph may draw in another order."""
     net, inputs = copy.deepcopy(net).double(), [x.double() if x.is_floating_point() else x for x in inputs]
-    first = _of_model(graph, net, inputs)
-    by_chance = _differences(first, _of_model(graph, net, inputs, seed=1))
+    first = _of_model(graph, net, form, inputs)
+    by_chance = _differences(first, _of_model(graph, net, form, inputs, seed=1))
     differences = _differences(first, _of_graph(graph, net, inputs))
     wrong = {place: size for place, size in differences.items() if place not in by_chance}
     if wrong:
@@ -85,7 +87,7 @@ def _private(net: nn.Module) -> nn.Module:
 
 
 def _first_call(
-    graph: fx.Graph, net: nn.Module, examples: Sequence[torch.Tensor], device: torch.device
+    graph: fx.Graph, net: nn.Module, form: Form, examples: Sequence[torch.Tensor], device: torch.device
 ) -> tuple[list[torch.Tensor], Values]:
     """A sample on which the model runs, and what it computes."""
     given = [torch.zeros(x.shape, dtype=x.dtype, device=device) if x.is_meta else x.to(device) for x in examples]
@@ -93,10 +95,10 @@ def _first_call(
     torch.manual_seed(0)
     random = [torch.randn_like(x) if x.is_floating_point() else x for x in given]
     try:
-        return random, _of_model(graph, net, random)
+        return random, _of_model(graph, net, form, random)
     except Exception:
         try:
-            return given, _of_model(graph, net, given)
+            return given, _of_model(graph, net, form, given)
         except Exception as error:
             raise TraceError(
                 f"{type(net).__name__} runs neither on a random sample nor on its example: {error}. Pass "
@@ -107,7 +109,7 @@ def _first_call(
 # -- what is computed -------------------------------------------------------------------------------------------------
 
 
-def _of_model(graph: fx.Graph, net: nn.Module, inputs: Sequence[torch.Tensor], seed: int = 0) -> Values:
+def _of_model(graph: fx.Graph, net: nn.Module, form: Form, inputs: Sequence[torch.Tensor], seed: int = 0) -> Values:
     """By a call of the model, at the modules that have nodes in the graph."""
     paths = set(_called_modules(net))
     nodes: dict[str, list[fx.Node]] = defaultdict(list)
@@ -119,8 +121,13 @@ def _of_model(graph: fx.Graph, net: nn.Module, inputs: Sequence[torch.Tensor], s
         net.get_submodule(path).register_forward_hook(lambda *call, path=path: called[path].append(_first_of(call[2])))
         for path in nodes
     ]
+
+    def call(*given: torch.Tensor) -> Any:
+        args, named = form.fill(given)
+        return net(*args, **named)
+
     try:
-        returned = _run(net, inputs, seed)
+        returned = _run(call, inputs, seed)
     finally:
         for hook in hooks:
             hook.remove()

@@ -7,8 +7,9 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from fxfeedback.arguments import Form, arguments_of, bind, example_form
 from fxfeedback.checkpoints import without_prefixes
-from fxfeedback.errors import OptionError
+from fxfeedback.errors import InputError, OptionError
 from fxfeedback.share import share
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -24,14 +25,26 @@ class Wrapper(nn.Module):
 
     OWN: tuple[str, ...] = ()
     """Names of the submodules that the wrapper adds."""
+    OPTIONS: tuple[str, ...] = ()
+    """Names of the call's arguments that are not the model's own."""
 
     _net: nn.Module  # like the user's model, with the same tensors and our modes
     _root: nn.Module  # our tensors and modules without our methods, whose names the model's children may have, too
 
-    def __init__(self, model: nn.Module, example_inputs: Sequence[torch.Tensor]) -> None:
+    def __init__(self, model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any]) -> None:
         super().__init__()
-        self._examples = stand_ins(example_inputs)
         net = share(model)
+        self._form, examples = example_form(net, example_inputs)
+        self._examples = stand_ins(examples)
+        by_name = isinstance(example_inputs, Mapping) and len(example_inputs) == len(examples)
+        names = {id(x): name for name, x in example_inputs.items()} if by_name else {}  # type: ignore[union-attr]
+        self._example_names = [names[id(x)] for x in examples] if by_name else []
+        taken = sorted(set() if isinstance(net, Wrapper) else arguments_of(net) & set(self.OPTIONS))
+        if taken:
+            raise OptionError(
+                f"{type(net).__name__}.forward has an argument {taken[0]!r}, which is an option of the call here: "
+                "rename it, or wrap the model in a module of yours whose forward has other names"
+            )
         taken = [name for name in self.OWN if hasattr(net, name)]
         if taken:
             raise OptionError(f"the model's attribute {taken[0]!r} has a name that fxfeedback needs: rename it")
@@ -58,6 +71,29 @@ class Wrapper(nn.Module):
         if isinstance(value, nn.Module) and name in self.__dict__.get("_net", self)._modules and name not in self.OWN:
             setattr(self._net, name, value)  # another head, say
             self._cache.clear()
+
+    def _bind(
+        self, args: Sequence[Any], named: Mapping[str, Any], tensors: Any = torch.Tensor
+    ) -> tuple[Form, list[Any]]:
+        """The form and the inputs of a call with the model's own arguments."""
+        try:
+            form, inputs = bind(self._net, args, named, tensors)
+        except InputError as error:
+            n, given = len(self._examples), len([x for x in (*args, *named.values()) if isinstance(x, torch.Tensor)])
+            raise InputError(
+                f"the model takes {n} inputs, not {given} inputs: {error}" if n != given else str(error)
+            ) from None
+        if not inputs:
+            raise InputError(f"the model takes {len(self._examples)} inputs, not 0 inputs: give the call a tensor")
+        return form, inputs
+
+    def _called(self, args: Sequence[Any], named: Mapping[str, Any]) -> tuple[Form | None, list[torch.Tensor]]:
+        """As `_bind`; None for the form of the example."""
+        usual = not named and len(args) == len(self._examples) and self._form.is_positional
+        if usual and all(isinstance(x, torch.Tensor) for x in args):
+            return None, list(args)
+        form, inputs = self._bind(args, named)
+        return (None if form == self._form else form), inputs
 
     def _stand_ins(self) -> list[torch.Tensor]:
         """Tensors without data like the example inputs, in our present dtype."""

@@ -2,12 +2,13 @@
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-import torch
 from torch import fx, nn
 
+from fxfeedback.arguments import example_form
 from fxfeedback.bottom_up import BottomUp
 from fxfeedback.butd import BUTD
 from fxfeedback.butd_graphs import Graphs
@@ -103,7 +104,9 @@ def converted(model: nn.Module) -> nn.Module:
 
 
 def read_network(
-    model: nn.Module, input_size: Sequence[int] | None = None, example_inputs: Sequence[torch.Tensor] | None = None
+    model: nn.Module,
+    input_size: Sequence[int] | None = None,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
 ) -> Network:
     """What is drawn of a model in evaluation mode; sizes are for a plain model, as the others have theirs.
 
@@ -114,12 +117,12 @@ def read_network(
     if isinstance(model, Wrapper):
         if input_size is not None or example_inputs is not None:
             raise OptionError("input_size= and example_inputs= are for a plain model: this one was made with its size")
-        examples: Sequence[torch.Tensor] = model._stand_ins()
+        form, examples = model._form, model._stand_ins()
     else:
-        examples = examples_of(model, input_size, example_inputs)
+        form, examples = example_form(model, examples_of(model, input_size, example_inputs))
     within = model._net if isinstance(model, BUTD) else model
     plain = within._net if isinstance(within, FeedbackModel) else within
-    traced, _ = trace_for(share(plain), examples)
+    traced, _ = trace_for(share(plain), examples, form)
     annotate_shapes(traced, examples)
     classes = {path: type(module).__name__ for path, module in plain.named_modules()}
     network = Network(type(plain).__name__, _nodes(traced), classes)

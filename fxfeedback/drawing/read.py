@@ -1,6 +1,6 @@
 """Everything that a picture of a model shows."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,7 +48,7 @@ def read_drawing(
     tasks: Any = None,
     depth: int | None = None,
     input_size: Sequence[int] | None = None,
-    example_inputs: Sequence[torch.Tensor] | None = None,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
 ) -> tuple[Drawing, set[Box]]:
     """What is drawn of a model, and which boxes are open; the arguments are those of `draw`."""
     model = converted(model)
