@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +14,11 @@ from fxfeedback.nodes import find_node
 from fxfeedback.ops import survival, surviving_channels
 from fxfeedback.rules import RULES
 from fxfeedback.rules.core import CONSTANT
-from fxfeedback.shapes import Spec, leaves_of
+from fxfeedback.shapes import Spec, is_structure, leaves_of
+
+START = "inputs"  # of all paths
+MAIN = ("out", "logits")
+"""What models that return several outputs call the one that counts: torchvision's and Hugging Face's."""
 
 
 class BottomUp:
@@ -92,7 +97,7 @@ class BottomUp:
         output crosses.
 
         Raises:
-            NodeNameError: there is none, or `name` is no linear or convolution.
+            NodeNameError: there is none, or several outputs have one each; `name` is no linear or convolution.
         """
         weighted = [node for node in self.nodes if self.is_weighted(node)]
         names = ", ".join(repr(node.meta["name"]) for node in weighted[-5:])
@@ -101,31 +106,54 @@ class BottomUp:
             if head not in weighted:
                 raise NodeNameError(f"head={name!r} is no linear layer or convolution; candidates: {names}")
             return head
-        main = self.main_output()
-        crossed = self.crossed_by_all_paths_to(main) if main is not None else []
-        heads = [node for node in crossed if node in weighted]
+        heads = self._heads_of_outputs(weighted)
+        if len(heads) > 1:
+            candidates = ", ".join(repr(node.meta["name"]) for node in heads)
+            raise NodeNameError(
+                f"the model returns several outputs, each with a prediction head of its own: {candidates}; pass head= "
+                "with the one that instructions start from"
+            )
         if not heads:
             raise NodeNameError(
                 "no linear layer or convolution lies on every path to the model's output, so instructions have no "
                 f"prediction head to start from: pass head= with one of {names or 'its linear layers (it has none)'}"
             )
-        return heads[-1]
+        return heads[0]
+
+    def _heads_of_outputs(self, weighted: list[fx.Node]) -> list[fx.Node]:
+        """The heads of the outputs that may count, one for each weight: that of several passes is the last one's.
+
+        What comes along from below another output's head, as features do, has none.
+        """
+        heads: dict[fx.Node, fx.Node] = {}
+        below: set[fx.Node] = set()
+        leaves = self._main_leaves()
+        for leaf in leaves if isinstance(self.output, list) else leaves[::-1]:
+            crossed = [node for node in self.crossed_by_all_paths_to(leaf) if node in weighted]
+            if crossed:
+                heads[weight_of(crossed[-1])] = crossed[-1]
+                below.update(crossed[:-1])
+        return [head for head in heads.values() if head not in below]
+
+    def _main_leaves(self) -> list[fx.Node]:
+        """The tensors that may count: of a dict or named tuple what is called "out" or "logits", if anything is."""
+        return [node for node in leaves_of(_main_part(self.output)) if is_floating(node)]
 
     def main_output(self) -> fx.Node | None:
-        """The tensor that counts: the one called "out" in a dict, the last of a list (of passes), else the first."""
-        leaves = self.output_leaves()
-        if isinstance(self.output, dict) and "out" in self.output:
-            return self.output["out"]
+        """The tensor that counts: what is called "out" or "logits", the last of a list (of passes), else the first."""
+        leaves = self._main_leaves()
         return leaves[-1 if isinstance(self.output, list) else 0] if leaves else None
+
+    @cached_property
+    def _dominators(self) -> dict[Any, Any]:
+        digraph = nx.DiGraph(self.digraph.subgraph(self.dynamic))
+        digraph.add_edges_from((START, node) for node in self.inputs)
+        return nx.immediate_dominators(digraph, START)
 
     def crossed_by_all_paths_to(self, node: fx.Node) -> list[fx.Node]:
         """The nodes that every path of BU values from the inputs to `node` crosses, from the bottom up: dominators."""
-        start = "inputs"
-        digraph = nx.DiGraph(self.digraph.subgraph(self.dynamic))
-        digraph.add_edges_from((start, node) for node in self.inputs)
-        dominator = nx.immediate_dominators(digraph, start)
-        chain = [node]
-        while chain[-1] in dominator and dominator[chain[-1]] not in (start, chain[-1], None):
+        dominator, chain = self._dominators, [node]
+        while chain[-1] in dominator and dominator[chain[-1]] not in (START, chain[-1], None):
             chain.append(dominator[chain[-1]])
         return chain[::-1]
 
@@ -133,6 +161,18 @@ class BottomUp:
         """Whether the node is a linear layer or a convolution of a BU value with a weight."""
         rule = RULES.get(node.target) if node.op == "call_function" else None
         return bool(rule and rule.weight and node in self.dynamic and weight_of(node) not in self.dynamic)
+
+
+def _main_part(output: Any) -> Any:
+    """Of the structure that a model returns, without what is beside an output called as `MAIN` says."""
+    if isinstance(output, fx.Node) and is_structure(output):
+        names = getattr(output.target, "_fields", None) or [field.name for field in fields(output.target)]
+        output = dict(zip(names, output.args, strict=False)) | dict(output.kwargs)
+    if isinstance(output, dict):
+        return next((_main_part(output[name]) for name in MAIN if output.get(name) is not None), output)
+    if isinstance(output, (list, tuple)):
+        return [_main_part(part) for part in output]
+    return output
 
 
 def rectifies(node: fx.Node) -> bool:

@@ -59,7 +59,8 @@ def to_butd(
         embedding: the hidden sizes of the instruction head (None, one or several), or a module that takes the
             instruction (B, n_tasks) to the features of the prediction head.
         head: name of the prediction head's node; None finds the last linear layer or convolution that every path to the
-            output crosses.
+            output crosses. Of several outputs the one called "out" or "logits" counts; where none is, and they have
+            heads of their own, say which.
         sites: names of the gating sites; None: every rectifying activation that the instruction reaches.
         input_size: size of one input without its batch; default 224 by 224 with the first convolution's channels.
         example_inputs: instead of input_size, for several inputs: tensors with a batch dimension; a dict gives them by
@@ -192,6 +193,15 @@ class BUTD(Wrapper):
                 examples = [examples[0].new_empty(1, *input_size)]
             graphs = self._graphs(examples)
             return select_task(graphs, self._instruction(task, graphs, 1)[0], examples)
+
+    @property
+    def head(self) -> str | None:
+        """The name of the prediction head's node; None where there is none, and with it no instruction.
+
+        A part of the model's that is called so is `get_submodule("head")`.
+        """
+        graphs = self._graphs(self._stand_ins())
+        return None if graphs.no_head else graphs.head.meta["name"]
 
     @property
     def bu(self) -> fx.GraphModule:

@@ -1,12 +1,16 @@
 """The instruction pass, against autograd run backwards through a network whose ops are replaced by their TD roles."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import fxfeedback
+from fxfeedback.errors import NodeNameError
 from networks import build
 
 
@@ -176,6 +180,78 @@ def test_heads_per_task(name):
     logits[:1].sum().backward()
     assert butd.task_heads.weight.grad[:outputs].abs().max() > 0
     assert butd.task_heads.weight.grad[outputs:].abs().max() == 0
+
+
+class Outputs(nn.Module):
+    """A trunk with two heads, and what `give` makes of trunk and heads."""
+
+    def __init__(self, give):
+        super().__init__()
+        self.trunk, self.give = nn.Sequential(nn.Linear(4, 6), nn.ReLU()), give
+        self.left, self.right = nn.Linear(6, 3), nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = self.trunk(x)
+        return self.give(x, self.left, self.right)
+
+
+class Logits(NamedTuple):
+    aux: torch.Tensor
+    logits: torch.Tensor
+
+
+SEVERAL = {
+    "a dict": lambda x, left, right: {"a": left(x), "b": right(x)},
+    "a tuple": lambda x, left, right: (left(x), right(x)),
+    "a list": lambda x, left, right: [left(x), right(x)],
+    "features, too": lambda x, left, right: {"features": x, "a": left(x).softmax(-1), "b": right(x)},
+    "nested": lambda x, left, right: {"a": (left(x), x), "b": {"c": right(x)}},
+}
+ONE = {
+    "out": (lambda x, left, right: {"aux": right(x), "out": left(x)}, "left"),
+    "logits": (lambda x, left, right: Logits(right(x), left(x)), "left"),
+    "two readings": (lambda x, left, right: {"a": left(x), "b": left(x).log_softmax(-1)}, "left"),
+    "features": (lambda x, left, right: (x, right(x)), "right"),
+    "a head used twice": (lambda x, left, right: (left(x), left(x * 2)), "left"),
+    "one on the other": (lambda x, left, right: (left(x), right(x) + left(x).mean(-1, keepdim=True), right(x)), None),
+    "parts": (lambda x, left, right: left(x).chunk(3, -1), "left"),
+    "one": (lambda x, left, right: right(x), "right"),
+}
+
+
+@pytest.mark.parametrize("heads", ["shared", "per_task"])
+@pytest.mark.parametrize("give", SEVERAL.values(), ids=SEVERAL)
+def test_of_several_heads_the_user_chooses(give, heads):
+    """The error names them; what is chosen is said, and instructions start there."""
+    model = Outputs(give)
+    with pytest.raises(NodeNameError, match=r"head of its own: '(left|right)', '(left|right)'; pass head="):
+        fxfeedback.to_butd(model, n_tasks=2, input_size=(4,), heads=heads)
+    for head, outputs in (("left", 3), ("right", 2)):
+        butd = fxfeedback.to_butd(model, n_tasks=2, input_size=(4,), heads=heads, head=head)
+        assert butd.head == head
+        assert heads == "shared" or len(butd.task_heads.weight) == 2 * outputs
+    plain = fxfeedback.to_butd(model, input_size=(4,))
+    assert plain.head is None  # it learns all the same
+    with pytest.raises(NodeNameError, match="pass head="):
+        plain.counter_neurons(0)
+
+
+@pytest.mark.parametrize("give, head", ONE.values(), ids=ONE)
+def test_the_head_that_was_found(give, head):
+    model = Outputs(give)
+    if head is None:
+        with pytest.raises(NodeNameError, match="pass head="):
+            fxfeedback.to_butd(model, n_tasks=2, input_size=(4,))
+    else:
+        assert fxfeedback.to_butd(model, n_tasks=2, input_size=(4,)).head == head
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_the_head_of_models_with_auxiliary_ones(train):
+    net = torchvision.models.googlenet(num_classes=5, init_weights=False).train(train)
+    assert fxfeedback.to_butd(net, n_tasks=2, input_size=(3, 64, 64)).head == "fc"
+    passes = fxfeedback.add_feedback(build("convnet", train)[0], [("10", "5")], passes=3, input_size=(2, 6, 6))
+    assert fxfeedback.to_butd(passes, n_tasks=2, input_size=(2, 6, 6)).head == "10.pass3"
 
 
 def test_an_embedding_of_the_users_own_and_vectors_that_are_not_one_hot():
