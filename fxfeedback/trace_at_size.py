@@ -3,6 +3,7 @@
 `trace_at` does so with a model; `open_modules` with attention, recurrent modules and functions of the model's.
 """
 
+import copy
 import operator
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.utils._pytree import tree_leaves
 
 from fxfeedback import einops_backend
 from fxfeedback.arguments import Form, form_of
@@ -46,9 +48,10 @@ OUT_OF_PLACE = {"add_": operator.add, "sub_": operator.sub, "mul_": operator.mul
 
 @dataclass
 class Either:
-    """What x.requires_grad and x.is_contiguous() answer, on which nothing should depend."""
+    """What is answered to questions on which nothing should depend."""
 
-    answer: bool
+    requires_grad: bool
+    is_contiguous: bool
     asked: bool = False
 
 
@@ -120,7 +123,7 @@ class Shapes:
         if self.either is None:
             raise ValueError(f"it asks for a tensor's {question}, which may differ from call to call")
         self.either.asked = True
-        return self.either.answer
+        return getattr(self.either, question)
 
     def tensor(self, node: fx.Node) -> Any:
         """The parameter or buffer of a get_attr node."""
@@ -247,7 +250,7 @@ class Shaped(StandIn):
         return self.tracer.shapes.answer("requires_grad")
 
     def is_contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> bool:
-        return self.tracer.shapes.answer("is_contiguous()")
+        return self.tracer.shapes.answer("is_contiguous")
 
     @property
     def shape(self) -> tuple[Any, ...]:
@@ -394,23 +397,54 @@ def trace_at(model: nn.Module, examples: Sequence[torch.Tensor], form: Form | No
     """As `trace`, for inputs of the examples' sizes and dtypes: the model's code may look at them, but for the batch's.
 
     Raises:
-        TraceError: torch.fx cannot trace the model at this size, either, or not the same whatever x.requires_grad and
-            x.is_contiguous() are.
+        TraceError: torch.fx cannot trace the model at this size, either, or not to the same effect whatever
+            x.requires_grad and x.is_contiguous() are.
     """
-    made, form = [], form or form_of(model, len(examples))
-    for either in (Either(True), Either(False)):
-        made.append(trace_with(partial(_TracerAtSize, model, examples, either), model, form))
-        if not either.asked:
-            return made[0]
-    if _meaning(made[0]) != _meaning(made[1]):
-        raise TraceError(
-            f"{type(model).__name__} computes something else where x.requires_grad or x.is_contiguous() is False. They "
-            "may differ from call to call: let nothing but x.contiguous() or checkpointing depend on them"
-        )
-    return made[1]
+    form = form or form_of(model, len(examples))
+
+    def attempt(requires_grad: bool, is_contiguous: bool) -> tuple[fx.GraphModule, bool]:
+        either = Either(requires_grad, is_contiguous)
+        return trace_with(partial(_TracerAtSize, model, examples, either), model, form), either.asked
+
+    try:
+        made, asked = attempt(True, False)  # learns, and takes every memory layout
+    except TraceError:
+        made, asked = attempt(True, True)
+    if asked:
+        other, _ = attempt(False, True)
+        if _meaning(made) != _meaning(other) and not _agree((made, other), examples):
+            raise TraceError(
+                f"{type(model).__name__} computes something else where x.requires_grad or x.is_contiguous() are "
+                "otherwise. They may differ from call to call: let nothing but the way to the same result depend on "
+                "them"
+            )
+    return made
 
 
-def _meaning(module: fx.GraphModule) -> list[Any]:
+def _agree(modules: Sequence[fx.GraphModule], examples: Sequence[torch.Tensor]) -> bool:
+    """Whether the graphs are two ways to compute the same: on random numbers, up to rounding."""
+    tensors = [*modules[0].parameters(), *modules[0].buffers()]
+    if any(tensor.is_meta for tensor in tensors):
+        return False
+    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+    outputs = []
+    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for module in modules:
+            torch.manual_seed(0)
+            zeros = [torch.zeros(EXAMPLE_BATCH, *x.shape[1:], dtype=x.dtype, device=device) for x in examples]
+            inputs = [torch.randn_like(x) if x.is_floating_point() else x for x in zeros]
+            outputs.append(tree_leaves(copy.deepcopy(module)(*inputs)))
+    return all(_is_near(*pair) for pair in zip(*outputs, strict=True))
+
+
+def _is_near(a: Any, b: Any) -> bool:
+    if not isinstance(a, torch.Tensor) or not a.is_floating_point():
+        return torch.equal(a, b) if isinstance(a, torch.Tensor) else bool(a == b)
+    rounding = {torch.float64: 1e-9, torch.float32: 1e-5}.get(a.dtype, 3e-2)
+    return torch.allclose(a, b, rtol=rounding, atol=rounding * float(b.abs().max()), equal_nan=True)
+
+
+def _meaning(module: fx.GraphModule) -> str:
     """What a graph computes, to compare it with another's; copies into other memory layouts do not count."""
     rows: list[Any] = []
     numbers: dict[fx.Node, Any] = {}
@@ -422,7 +456,7 @@ def _meaning(module: fx.GraphModule) -> list[Any]:
         constant = node.op == "get_attr" and str(node.target).startswith("_tensor_constant")
         numbers[node] = f"value {len(rows)}"
         rows.append((node.op, getattr(module, node.target).tolist() if constant else node.target, args, kwargs))
-    return rows
+    return repr(rows)  # as NaN is not equal to itself
 
 
 def trace_for(

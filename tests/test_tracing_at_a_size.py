@@ -198,12 +198,17 @@ def made_alike(model, x):
 
 
 def made_dense(model, x):
+    x = x.masked_fill(x != x, torch.nan)
     return (x if x.is_contiguous() else x.contiguous()).view(-1, 6) if x.layout is torch.strided else x.to_dense()
 
 
 def cheaper(model, x):
     layer = nn.ReLU()  # a module made on the way
     return checkpoint(layer, x, use_reentrant=True) * 2 if x.requires_grad else layer(x) * 2
+
+
+def another_way(model, x):
+    return torch.where(x > 0, x, -x) if x.requires_grad else x.abs()
 
 
 def of_parts(model, x):
@@ -228,7 +233,9 @@ def in_groups(model, x):
     return x.repeat(2, 1).view(batch, -1, 6)[:, x.repeat(2, 1).shape[0] // batch - 1]
 
 
-@pytest.mark.parametrize("ask", [checked, cast, of_kind, made_alike, made_dense, cheaper, of_parts, in_part, in_groups])
+@pytest.mark.parametrize(
+    "ask", [checked, cast, of_kind, made_alike, made_dense, cheaper, another_way, of_parts, in_part, in_groups]
+)
 def test_code_may_ask_what_a_tensor_is(ask):
     torch.manual_seed(0)
     model, x = Asks(ask).double(), torch.randn(4, 6, dtype=torch.double)
