@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two OpenMP threads that spin at a barrier stall each other on a busy machine.
 export OMP_WAIT_POLICY = passive
 
-.PHONY: demo page docs test lint types tests bench bench-check zoo zoo-lrm zoo-onnx fuzz operators pictures clean
+.PHONY: demo page docs test lint types tests bench bench-check zoo zoo-lrm zoo-onnx fuzz fuzz-files operators pictures clean
 
 demo: $(VENV)/.installed  ## set up, train the instructed network on real digits, say where the results are
 	$(BIN)/python examples/train_multi_mnist.py
@@ -46,6 +46,9 @@ zoo-onnx: $(VENV)/.installed  ## ONNX files of every model of torchvision and of
 
 fuzz: $(VENV)/.installed  ## random graphs against autograd: make fuzz N=10000
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py $(or $(N),1000)
+
+fuzz-files: $(VENV)/.installed  ## damaged and hostile files, each an error that does nothing: make fuzz-files N=10000
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_files.py $(or $(N),1000)
 
 operators: $(VENV)/.installed  ## the page of all operators, docs/operators.md
 	$(BIN)/python docs/generate_operators.py

@@ -1,5 +1,6 @@
 """`to_butd`: an instructed BU-TD network around any traceable model."""
 
+import functools
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
@@ -20,7 +21,7 @@ from fxfeedback.shapes import examples_of
 from fxfeedback.task_heads import TaskHeads
 from fxfeedback.verify import verify_graph
 from fxfeedback.while_tracing import building
-from fxfeedback.wrapper import Wrapper, eval_mode
+from fxfeedback.wrapper import Wrapper, check_saved, eval_mode, own_part
 
 
 def to_butd(
@@ -115,11 +116,13 @@ class BUTD(Wrapper):
         learns = options.learning == "counter_hebb"
         if options.n_tasks is not None:
             size, features = options.instruction_size or options.n_tasks, td_state.in_channels(graphs.head)
-            self.instruction_head = self._frozen(
-                td_state.instruction_head(size, options.embedding, features, options.td_bias)
-            )
+            make = functools.partial(td_state.instruction_head, size, options.embedding, features, options.td_bias)
+            given = isinstance(options.embedding, nn.Module)
+            self.instruction_head = self._frozen(make() if given else own_part("instruction_head", make))
         if options.heads == "per_task":
             weight, bias = (operand(graphs.head, name) for name in ("weight", "bias"))
+            outputs, *rest = self._of(weight).shape
+            check_saved("task_heads.weight", (outputs * (options.n_tasks or 0), *rest))
             self.task_heads = TaskHeads(self._of(weight), self._of(bias) if bias else None, options.n_tasks or 0)
             self._cache.clear()
             graphs = self._graphs(self._stand_ins())

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from fxfeedback.commands.text import printable
 from fxfeedback.errors import Error, InputError, NodeNameError, OptionError
 from fxfeedback.version import __version__
 
@@ -50,9 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = _ended(arguments)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # whoever reads, `head` say, has enough
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at Python's end
-        return OK
+        if isinstance(error, BrokenPipeError):  # whoever reads, `head` say, has enough
+            return OK
+        return _say(error, FAILED)
 
 
 def _ended(arguments: Sequence[str] | None) -> int:
@@ -82,17 +85,21 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(result, indent=2))
     else:
-        print(*command.lines(result), sep="\n")
+        print(*map(printable, command.lines(result)), sep="\n")
     return OK if result.get("ok", True) else FAILED
 
 
 def _say(error: Exception | str, code: int) -> int:
-    print(f"fxfeedback: error: {in_shell(str(error))}", file=sys.stderr)
+    print(f"fxfeedback: error: {_printable(error)}", file=sys.stderr)
     return code
 
 
+def _printable(message: Any) -> str:
+    return "\n".join(map(printable, in_shell(str(message)).split("\n")))
+
+
 def _say_warning(message: Warning | str, *where: Any, **more: Any) -> None:
-    print(f"fxfeedback: warning: {in_shell(str(message))}", file=sys.stderr)
+    print(f"fxfeedback: warning: {_printable(message)}", file=sys.stderr)
 
 
 FLAGS = {"n_tasks": "--tasks"} | {

@@ -1,5 +1,6 @@
 """`add_feedback`: long-range modulatory connections between named nodes of any traceable model."""
 
+import functools
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,7 +26,7 @@ from fxfeedback.share import put
 from fxfeedback.trace_at_size import Shaped, trace_for
 from fxfeedback.verify import verify_graph
 from fxfeedback.while_tracing import building
-from fxfeedback.wrapper import Wrapper, eval_mode, not_finite
+from fxfeedback.wrapper import Wrapper, eval_mode, not_finite, own_part
 
 State = dict[str, torch.Tensor]
 Sizes = tuple[tuple[tuple[int, ...], torch.dtype | None], ...]  # of each input; no dtype: the example's
@@ -203,7 +204,10 @@ class FeedbackModel(Wrapper):
                 raise OptionError(
                     f"{first} and {second} would both have the block {name!r}: rename a module of the model"
                 )
-        blocks = {name: _block(bu, c).to(self._like()) for name, c in zip(names, self.connections, strict=True)}
+        blocks = {
+            name: own_part(f"modulations.{name}", functools.partial(_block, bu, c)).to(self._like())
+            for name, c in zip(names, self.connections, strict=True)
+        }
         self.modulations = nn.ModuleDict(blocks)
 
     def forward(

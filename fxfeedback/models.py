@@ -37,13 +37,16 @@ WEIGHTS = {
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in 0..1
 
 
-def alexnet_lrm1(weights: str | os.PathLike[str] | None = None, passes: int = 2) -> FeedbackModel:
+def alexnet_lrm1(
+    weights: str | os.PathLike[str] | None = None, passes: int = 2, *, unsafe_without_hash: bool = False
+) -> FeedbackModel:
     """AlexNet with two feedback connections: from the output to conv 4, from conv 4 to conv 1.
 
     Args:
         weights: None: random; else a checkpoint's path or URL, as `load_lrm_steering` takes them. `WEIGHTS` has the
             published ones.
         passes: how many passes a call makes unless it says otherwise.
+        unsafe_without_hash: take a URL whose file's name has no hash, whatever it holds.
 
     Returns:
         A model, in training mode: images (B, 3, H, W) -> a list of logits (B, 1000), one per pass.
@@ -51,24 +54,30 @@ def alexnet_lrm1(weights: str | os.PathLike[str] | None = None, passes: int = 2)
     Raises:
         CheckpointError: weights that cannot be read or do not fit.
     """
-    return _alexnet(2, weights, passes)
+    return _alexnet(2, weights, passes, unsafe_without_hash)
 
 
-def alexnet_lrm2(weights: str | os.PathLike[str] | None = None, passes: int = 2) -> FeedbackModel:
+def alexnet_lrm2(
+    weights: str | os.PathLike[str] | None = None, passes: int = 2, *, unsafe_without_hash: bool = False
+) -> FeedbackModel:
     """As `alexnet_lrm1`, with two more connections: from the output to conv 5, from the last pool to conv 2."""
-    return _alexnet(4, weights, passes)
+    return _alexnet(4, weights, passes, unsafe_without_hash)
 
 
-def alexnet_lrm3(weights: str | os.PathLike[str] | None = None, passes: int = 2) -> FeedbackModel:
+def alexnet_lrm3(
+    weights: str | os.PathLike[str] | None = None, passes: int = 2, *, unsafe_without_hash: bool = False
+) -> FeedbackModel:
     """As `alexnet_lrm2`, with one more connection: from the first hidden linear layer to conv 3."""
-    return _alexnet(5, weights, passes)
+    return _alexnet(5, weights, passes, unsafe_without_hash)
 
 
-def _alexnet(n_connections: int, weights: str | os.PathLike[str] | None, passes: int) -> FeedbackModel:
+def _alexnet(
+    n_connections: int, weights: str | os.PathLike[str] | None, passes: int, unsafe_without_hash: bool
+) -> FeedbackModel:
     connections = [Connection(*ends, activation="relu") for ends in CONNECTIONS[:n_connections]]
     model = add_feedback(torchvision.models.alexnet(weights=None), connections, passes)
     if weights is not None:
-        load_lrm_steering(model, weights)
+        load_lrm_steering(model, weights, unsafe_without_hash=unsafe_without_hash)
     return model
 
 

@@ -1,6 +1,8 @@
 """Questions about single nodes: what they are called, which of the user's lines made them, whose code they call."""
 
 import difflib
+import enum
+import keyword
 import operator
 import re
 import types
@@ -8,8 +10,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import fx
+from torch.fx.node import base_types
 
-from fxfeedback.errors import NodeNameError
+from fxfeedback.errors import NodeNameError, TraceError
+from fxfeedback.share import NAME, NAMES
 
 
 def find_node(graph: fx.Graph, name: str) -> fx.Node:
@@ -32,8 +36,69 @@ def find_node(graph: fx.Graph, name: str) -> fx.Node:
 
 def identifier(name: str) -> str:
     """A node or parameter name as a Python name: layer1.0.conv1 -> layer1_0_conv1."""
-    name = re.sub(r"\W", "_", name)
-    return f"_{name}" if name[:1].isdigit() else name
+    name = re.sub(r"\W", "_", name, flags=re.ASCII)
+    return f"_{name}" if name[:1].isdigit() or name == "self" else name
+
+
+def input_node(graph: fx.Graph, name: str) -> fx.Node:
+    """An input called `name`: a.b_c and a_b.c are one Python name, and inputs of a function have different ones."""
+    node = graph.placeholder(identifier(name))
+    node.target = node.name
+    return node
+
+
+def built_in(value: Any) -> Any:
+    """A number or a string of a class of the user's as Python's own: torch.fx writes its repr into a graph's code."""
+    if isinstance(value, enum.Enum):
+        return value
+    kind = next((kind for kind in (bool, int, float, complex, str) if isinstance(value, kind)), None)
+    return value if kind is None or type(value) is kind else kind(value)
+
+
+def refuse_unwritable(graph: fx.Graph) -> None:
+    """Refuse what torch.fx cannot write into a graph's code: it takes names and constants there as they are.
+
+    Raises:
+        TraceError: a name or a constant that would be read as something else.
+    """
+    for node in graph.nodes:
+        steps = str(node.target).split(".")
+        if node.op in ("call_module", "get_attr"):
+            words = [step for step in steps if keyword.iskeyword(step)]
+            if words:
+                raise TraceError(
+                    f"the model's {node.target!r} is called like Python's own word {words[0]!r}, which the code of a "
+                    f"graph cannot say: rename it, for example to {words[0] + '_'!r}"
+                )
+            if not all(map(NAME.fullmatch, steps)):
+                raise TraceError(f"the model has {node.target!r}, {NAMES}: rename it.")
+        names = [str(node.target).lstrip("*")] if node.op in ("call_method", "placeholder") else []
+        names += [node.args[1]] if node.target is getattr and isinstance(node.args[1], str) else []
+        for name in [*names, *node.kwargs]:
+            if not name.isidentifier() or keyword.iskeyword(name):
+                raise TraceError(
+                    f"{node.name!r} has {name!r} as a name{user_line(node)}, which the code of a graph cannot say: use "
+                    "names that Python's own code can have"
+                )
+        _check_constants((node.args, node.kwargs), node)
+
+
+def _check_constants(value: Any, node: fx.Node) -> None:
+    if isinstance(value, (tuple, list)):
+        for item in value:
+            _check_constants(item, node)
+    elif isinstance(value, dict):
+        _check_constants([*value, *value.values()], node)
+    elif isinstance(value, (slice, range)):
+        _check_constants((value.start, value.stop, value.step), node)
+    elif isinstance(value, enum.Enum):
+        if not value.name.isidentifier():
+            raise TraceError(f"{value!r} is a constant{user_line(node)} that the code of a graph cannot say")
+    elif not isinstance(value, (fx.Node, type(None), type(...))) and type(value) not in base_types:
+        raise TraceError(
+            f"a {type(value).__name__} is a constant{user_line(node)}, which the code of a graph cannot say: give "
+            "numbers, strings and tensors"
+        )
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

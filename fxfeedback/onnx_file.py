@@ -10,7 +10,6 @@ import json
 import os
 import re
 import secrets
-import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxfeedback.errors import ExportError, OptionError
-from fxfeedback.files import LARGEST, as_path, sync
+from fxfeedback.files import LARGEST, as_path, beside, sync
 from fxfeedback.shapes import plain
 from fxfeedback.version import __version__
 
@@ -454,14 +453,13 @@ def _write(model: Any, path: Path) -> None:
     import onnx_ir as ir
 
     weights = sum(value.const_value.nbytes for value in model.graph.initializers.values())
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".exporting-") as beside:
-        new = Path(beside, path.name)
+    with beside(path) as new:
         if weights > LARGEST:
             # Under a name of its own: the old file keeps the old weights until the new one has taken its place.
             data = f"{path.name}.{model.metadata_props['weights_sha256'][:8]}-{secrets.token_hex(4)}.data"
             ir.save(model, new, external_data=data)
             onnx.checker.check_model(str(new))
-            sync(Path(beside, data)).replace(path.parent / data)
+            sync(new.with_name(data)).replace(path.parent / data)
         else:
             data = ""
             proto = ir.to_proto(model)

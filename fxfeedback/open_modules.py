@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 
 from fxfeedback.bottom_up import has_effect
 from fxfeedback.errors import RuleError
-from fxfeedback.nodes import identifier, is_operator_in_place, is_users, user_line
+from fxfeedback.nodes import built_in, identifier, is_operator_in_place, is_users, refuse_unwritable, user_line
 from fxfeedback.openings import OPENINGS, call
 from fxfeedback.ops import same
 from fxfeedback.rules.core import CONSTANT, RULES
@@ -69,6 +69,7 @@ def open_modules(
         if node.op == "call_function":
             node._rename(identifier(node.meta["name"]))
     opener.graph.lint()
+    refuse_unwritable(opener.graph)
     return fx.GraphModule(module, opener.graph, type(module).__name__)
 
 
@@ -266,7 +267,7 @@ class _Opener(fx.Tracer):
                 return self.parameter(a).node
         if self.shapes and a is self.shapes.device:
             a = device_of_inputs(self)
-        return super().create_arg(a)
+        return super().create_arg(built_in(a))
 
     def constant(self, tensor: torch.Tensor) -> str:
         """The name of a buffer with a constant of the user's code; equal ones are one."""

@@ -29,7 +29,7 @@ def open_session(source: Path | bytes, providers: Any, options: Any, file: str) 
     """
     if options is None:
         options = ort.SessionOptions()
-        options.log_severity_level = 3  # errors: that an optional input is no constant is meant so
+        options.log_severity_level = 4  # what fails is raised; that an optional input is no constant is meant so
     if providers is not None:
         wanted = [_full(provider) for provider in ([providers] if isinstance(providers, str) else providers)]
         for name in map(_name, wanted):

@@ -14,7 +14,12 @@ from fxfeedback.feedback import FeedbackModel
 SHOWN = 10  # names of one kind that an error lists
 
 
-def load_lrm_steering(model: FeedbackModel, path_or_state_dict: str | os.PathLike[str] | Mapping[str, Any]) -> None:
+def load_lrm_steering(
+    model: FeedbackModel,
+    path_or_state_dict: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    unsafe_without_hash: bool = False,
+) -> None:
     """Load a checkpoint of the published LRM models into `model`: all of it or, with an error, nothing.
 
     The tensors may be at top level or under "model" or "state_dict", with `module.` or `_orig_mod.` before their names,
@@ -25,10 +30,11 @@ def load_lrm_steering(model: FeedbackModel, path_or_state_dict: str | os.PathLik
         model: made by `add_feedback`, with the checkpoint's connections and the input size it was made for.
         path_or_state_dict: a file, a URL (kept in torch.hub's cache; what is downloaded is checked against the hash in
             the file's name), or what `torch.load` gave.
+        unsafe_without_hash: take a URL whose file's name has no hash, whatever it holds.
 
     Raises:
         CheckpointError: a file that is not there, is damaged or holds more than data; a URL that cannot be read or
-            whose hash is wrong; tensors that are missing, extra or misshapen.
+            whose hash is wrong or missing; tensors that are missing, extra or misshapen.
         OptionError: a model that `add_feedback` did not make; neither a path nor a state dict.
     """
     if not isinstance(model, FeedbackModel):
@@ -37,7 +43,7 @@ def load_lrm_steering(model: FeedbackModel, path_or_state_dict: str | os.PathLik
         where, content = "the state dict", path_or_state_dict
     elif isinstance(path_or_state_dict, (str, os.PathLike)):
         where = os.fspath(path_or_state_dict)
-        content = read_checkpoint(where)
+        content = read_checkpoint(where, unsafe_without_hash)
     else:
         raise OptionError(f"give a path, a URL or a state dict, not a {type(path_or_state_dict).__name__}")
     model.load_state_dict(_match(model, named_tensors(content, where), where))

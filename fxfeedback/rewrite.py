@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxfeedback.bottom_up import has_effect, operand
-from fxfeedback.nodes import identifier
+from fxfeedback.nodes import input_node
 from fxfeedback.ops import ADVANCES, cumulative_momentum
 
 
@@ -170,7 +170,7 @@ class Unroller:
         return self.emitted[key]
 
     def placeholder(self, kind: str, name: str) -> fx.Node:
-        return self.graph.placeholder(f"{kind}_{identifier(name)}")
+        return input_node(self.graph, f"{kind}_{name}")
 
 
 def unroll(module: fx.GraphModule, root: nn.Module, links: Sequence[Link], what: Unrolling) -> fx.GraphModule:

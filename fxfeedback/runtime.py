@@ -15,6 +15,7 @@ import onnxruntime as ort
 from fxfeedback.checksums import checksum
 from fxfeedback.device_learner import Learner
 from fxfeedback.errors import CheckpointError, InputError, NodeNameError
+from fxfeedback.file_facts import existing
 from fxfeedback.files import as_path
 from fxfeedback.providers import open_session
 from fxfeedback.reopen import Opened
@@ -53,9 +54,7 @@ class Session(Signature):
             CheckpointError: there is no such file; it is damaged, or fxfeedback.export did not write it.
             OptionError: a provider that is not there or cannot be loaded; the message says which library is missing.
         """
-        path = as_path(path)
-        if not path.is_file():
-            raise CheckpointError(f"there is no file {str(path)!r}: give the file that fxfeedback.export wrote")
+        path = existing(as_path(path), "fxfeedback.export")
         self._opened = Opened(str(path), providers, options)
         self._session, self.note = open_session(path, providers, options, str(path))
         self.providers: list[str] = self._session.get_providers()

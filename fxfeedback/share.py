@@ -1,6 +1,7 @@
 """A copy of the user's model that shares its tensors; and which models cannot be converted."""
 
 import copy
+import re
 from typing import Any
 
 import torch
@@ -13,12 +14,17 @@ from fxfeedback.errors import TraceError
 QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 """Packages of quantized modules; what computes with floats there are only the `FloatFunctional`s."""
 
+NAME = re.compile("[A-Za-z0-9_-]+")
+"""Of a module, a parameter or a buffer: torch.fx writes it into the code of a graph, where nothing else is safe."""
+NAMES = "and names of modules, parameters and buffers are of letters from a to z, digits, '_' and '-'"
+
 
 def share(model: nn.Module) -> nn.Module:
     """A copy of `model` whose modules are new (modes, attributes) and whose parameters and buffers are the same.
 
     Raises:
-        TraceError: a quantized, compiled, scripted, wrapped or uninitialized model.
+        TraceError: a quantized, compiled, scripted, wrapped or uninitialized model, or one with a name that the code of
+            a graph cannot say.
     """
     refuse_untraceable(model)
     tensors = [*model.parameters(), *model.buffers()]
@@ -47,6 +53,9 @@ def put(model: nn.Module, path: str, part: nn.Module) -> nn.Module:
 def refuse_untraceable(model: nn.Module) -> None:
     """Say what to pass instead of a model, or a part of it, whose code or weights are out of reach."""
     for name, module in model.named_modules():
+        for own in (*module._modules, *module._parameters, *module._buffers):
+            if not NAME.fullmatch(own):
+                raise TraceError(f"{name or type(model).__name__!r} has {own!r}, {NAMES}: rename it.")
         reason = _untraceable(module)
         if reason:
             raise TraceError(f"{name or type(model).__name__!r} {reason}")

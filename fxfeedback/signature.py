@@ -1,6 +1,5 @@
 """What a file takes: its inputs' names, shapes and dtypes, and the checks of what a call brings."""
 
-import json
 import reprlib
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from fxfeedback.errors import CheckpointError, InputError
+from fxfeedback.file_facts import read_metadata
 
 DTYPES = {
     "tensor(float)": np.float32,
@@ -31,14 +31,31 @@ class Signature:
     """The inputs that are not the model's own."""
 
     def __init__(self, session: Any, custom: Mapping[str, str], path: Any) -> None:
-        if "fxfeedback" not in custom:
-            raise CheckpointError(f"{path} was not written by fxfeedback; open it with onnxruntime itself")
-        self.metadata = {key: _decoded(value) for key, value in custom.items()}
-        given, optional = session.get_inputs(), session.get_overridable_initializers()
-        self.dtypes = {x.name: DTYPES.get(x.type) for x in (*given, *optional)}
-        self.inputs: dict[str, list[int | str]] = {x.name: x.shape for x in given}
-        self.optional: dict[str, list[int | str]] = {x.name: x.shape for x in optional}
-        self.outputs: dict[str, list[int | str]] = {x.name: x.shape for x in session.get_outputs()}
+        self.metadata = read_metadata(custom, path)
+        try:
+            given, optional = session.get_inputs(), session.get_overridable_initializers()
+            self.dtypes = {x.name: DTYPES.get(x.type) for x in (*given, *optional)}
+            self.inputs: dict[str, list[int | str]] = {x.name: x.shape for x in given}
+            self.optional: dict[str, list[int | str]] = {x.name: x.shape for x in optional}
+            self.outputs: dict[str, list[int | str]] = {x.name: x.shape for x in session.get_outputs()}
+        except Exception as error:  # ONNX Runtime's own, where one is no tensor
+            raise CheckpointError(f"{path} is damaged: an input or output is no tensor: {error}") from error
+        self._check_graph(path)
+
+    def _check_graph(self, path: Any) -> None:
+        """Refuse a file whose graph does not have what its metadata speaks of."""
+        own = [name for name in self.inputs if name not in self.NOT_OWN]
+        missing = [] if own and all(self.inputs[name] for name in own) else ["an input with a batch"]
+        if "instruction" in self.inputs:
+            shape = self.inputs["instruction"]
+            fits = len(shape) == 2 and type(shape[1]) is int and self.dtypes["instruction"] is not None
+            missing += [] if fits and "takes_ids" in self.metadata else ["an instruction with a size"]
+        for source in set((self.metadata.get("steerable") or {}).values()):
+            for name in (f"{source}.activation", f"{source}.strength", f"{source}.alpha"):
+                if self.dtypes.get(name) is None or name not in self.optional:
+                    missing.append(f"an optional input {name!r}")
+        if missing:
+            raise CheckpointError(f"{path} is damaged: its graph lacks {missing[0]}, of which its metadata speaks")
 
     def feeds(self, inputs: Sequence[Any], task: Any, sizes: dict[str, int]) -> tuple[dict[str, np.ndarray], int]:
         """What is fed for the model's own inputs and the instruction, checked; and the batch size.
@@ -136,10 +153,3 @@ def finite(value: np.ndarray, what: str) -> np.ndarray:
 
 def _shown(shape: Iterable[int | str], sizes: Mapping[str, int]) -> str:
     return ", ".join(str(sizes.get(size, size)) if isinstance(size, str) else str(size) for size in shape)
-
-
-def _decoded(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text

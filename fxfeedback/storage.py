@@ -2,7 +2,8 @@
 
 The directory holds `model.safetensors`: all tensors by name, and in the file's metadata, as JSON, how the model was
 made. `architecture.py` describes the plain model in it, so that `load` needs nothing else; no code is stored and none
-is run. The file is replaced as a whole: a crash leaves the old one or the new one.
+is run. Every field is checked before it is used, as a file may come from anybody (saved.py). The file is replaced as a
+whole: a crash leaves the old one or the new one.
 """
 
 import json
@@ -18,15 +19,16 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fxfeedback.architecture import NotDescribed, build, decode, describe, encode
+from fxfeedback.architecture import NotDescribed, build, check_levels, describe, encode
 from fxfeedback.butd import BUTD
-from fxfeedback.errors import CheckpointError, OptionError
-from fxfeedback.feedback import Connection, FeedbackModel
+from fxfeedback.errors import CheckpointError, Error, OptionError
+from fxfeedback.feedback import FeedbackModel
 from fxfeedback.files import replace_whole
 from fxfeedback.options import Options
+from fxfeedback.saved import Saved, check_passes, read_saved, read_wrapper
 from fxfeedback.share import put, share
 from fxfeedback.version import __version__
-from fxfeedback.wrapper import Wrapper
+from fxfeedback.wrapper import SAVED, Wrapper
 
 FILE = "model.safetensors"
 FORMAT = 1
@@ -48,7 +50,9 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     tensors, names = _tensors(model)
     try:
         net, reason = describe(plain, names), ""
-    except NotDescribed as error:
+        check_levels(net, type(plain).__name__)
+        build(net, tensors, "the model")  # what is saved can be loaded
+    except (NotDescribed, CheckpointError) as error:
         net, reason = None, str(error)
         warnings.warn(
             f"{reason}: the weights are saved, the architecture is not; fxfeedback.load will need the plain model, too",
@@ -57,7 +61,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     about = {
         "format": FORMAT,
         "fxfeedback": __version__,
-        "wrappers": [[path, kind, encode(what, names)] for path, kind, what in wrappers],
+        "wrappers": [_described(*wrapper, names, tensors) for wrapper in wrappers],
         "net": net,
         "reason": reason,
         "names": {name: names[id(tensor)] for name, tensor in model.state_dict(keep_vars=True).items()},
@@ -78,30 +82,46 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> A
             only in modules that are imported already.
 
     Raises:
-        CheckpointError: there is no such file; it is damaged, not ours or of a later version; it does not fit `model`,
-            which then is as it was.
+        CheckpointError: there is no such file; it is damaged, not ours or of a later version, and the message says
+            which field; it does not fit `model`, which then is as it was.
     """
     path = Path(directory, FILE)
     about, tensors = _read(path)
-    if model is None:
-        if about["net"] is None:
-            raise CheckpointError(f"{path}: {about['reason']}: pass the plain model, load(directory, model)")
-        plain = build(about["net"], tensors, path)
-    else:
+    try:
+        return _made(about, tensors, model, path)
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever a model's own code makes of values that no model has
+        message = str(error) if isinstance(error, Error) else f"{type(error).__name__}: {error}"
+        raise CheckpointError(
+            f"{path} is damaged, or does not fit: the model cannot be made of it: {message}"
+        ) from error
+
+
+def _made(about: Saved, tensors: dict[str, torch.Tensor], model: nn.Module | None, path: Path) -> Any:
+    """The model that a file, whose fields are checked, describes."""
+    if model is not None:
         plain = share(model)
+    elif about.net is None:
+        raise CheckpointError(f"{path}: {about.reason}: pass the plain model, load(directory, model)")
+    else:
+        plain = build(about.net, tensors, path)
+    state = {name: tensors[kept] for name, kept in about.names.items()}
+    own = plain.state_dict()
+    _check_fit(own, {name: tensor for name, tensor in state.items() if name in own}, path)
     with torch.random.fork_rng(devices=[]):  # what the wrappers draw at random is overwritten
-        made = _wrap(plain, [(at, kind, decode(what, tensors, path)) for at, kind, what in about["wrappers"]])
-    state = {name: tensors[kept] for name, kept in about["names"].items()}
-    own = made.state_dict()
-    misfits = [name for name in {**own, **state} if _shape(own, name) != _shape(state, name)]
-    if misfits:
-        shown = ", ".join(f"{name}: {_shape(state, name)} saved, {_shape(own, name)} here" for name in misfits[:5])
-        raise CheckpointError(f"{path} does not fit the model, which stays as it was; {shown}")
+        made = _wrap(plain, about, tensors, path)
+    _check_fit(made.state_dict(), state, path)
+    for field, known in (("frozen", made.named_parameters()), ("training", made.named_modules())):
+        unknown = sorted(getattr(about, field) - {name for name, _ in known})
+        if unknown:
+            raise CheckpointError(f"{path}: the field {field!r} names {unknown[0]!r}, which the model does not have")
     made.load_state_dict(state)
     for name, parameter in made.named_parameters():
-        parameter.requires_grad_(name not in about["frozen"])
+        if parameter.is_floating_point() or parameter.is_complex():
+            parameter.requires_grad_(name not in about.frozen)
     for name, module in made.named_modules():
-        module.training = name in about["training"]
+        module.training = name in about.training
     return made
 
 
@@ -134,18 +154,39 @@ def _unwrap(model: nn.Module) -> tuple[nn.Module, list[tuple[str, str, dict[str,
         model = put(model, path, wrapper._net)
 
 
-def _wrap(model: nn.Module, wrappers: list[tuple[str, str, dict[str, Any]]]) -> Any:
-    for path, kind, how in reversed(wrappers):
-        part = model.get_submodule(path) if path else model
-        examples = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in how.pop("examples")]
-        names = how.pop("names", None)
-        given: Any = dict(zip(names, examples, strict=True)) if names else examples
-        if kind == "FeedbackModel":
-            connections = [Connection(**connection) for connection in how["connections"]]
-            checkpoint = how.get("checkpoint", False)  # which older files do not have
-            made: Wrapper = FeedbackModel(part, connections, how["passes"], given, how["return_all"], checkpoint)
-        else:
-            made = BUTD(part, Options(**how), given)
+def _described(
+    path: str, kind: str, how: dict[str, Any], names: Mapping[int, str], tensors: Mapping[str, torch.Tensor]
+) -> list[Any]:
+    """A wrapper as `load` takes it."""
+    try:
+        described = encode(how, names)
+        check_levels(described, kind)
+        read_wrapper(kind, described, tensors, "the model", path)
+    except (NotDescribed, CheckpointError) as error:
+        raise OptionError(f"an option of the {kind} cannot be saved: {error}") from None
+    return [path, kind, described]
+
+
+def _wrap(model: nn.Module, about: Saved, tensors: Mapping[str, torch.Tensor], where: Path) -> Any:
+    shapes = {name: tensors[kept].shape for name, kept in about.names.items()}
+    hows = [
+        read_wrapper(kind, what, tensors, where, f"wrappers[{i}]") for i, (_, kind, what) in enumerate(about.wrappers)
+    ]
+    check_passes(hows, where)
+    for number, ((path, kind, _), how) in reversed(list(enumerate(zip(about.wrappers, hows, strict=True)))):
+        at, inside = f"wrappers[{number}]", f"{path}." if path else ""
+        try:
+            part = model.get_submodule(path)
+        except AttributeError:
+            raise CheckpointError(f"{where}: {at} is at {path!r}, where the model has no module") from None
+        below = {name.removeprefix(inside): shape for name, shape in shapes.items() if name.startswith(inside)}
+        token = SAVED.set(below)
+        try:
+            made: Wrapper = FeedbackModel(part, **how) if kind == "FeedbackModel" else BUTD(part, **how)
+        except Error as error:
+            raise CheckpointError(f"{where}: {at}: {error}") from error
+        finally:
+            SAVED.reset(token)
         model = put(model, path, made)
     return model
 
@@ -167,21 +208,30 @@ def _tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[int, str]]
     return tensors, names
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def _read(path: Path) -> tuple[Saved, dict[str, torch.Tensor]]:
+    if not path.is_file():
+        raise CheckpointError(f"there is no {path}: give the directory that fxfeedback.save wrote")
     try:
         with safetensors.safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get("fxfeedback", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 it is no dict
-    except FileNotFoundError:
-        raise CheckpointError(f"there is no {path}: give the directory that fxfeedback.save wrote") from None
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
+    except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged or cannot be read: {error}") from error
     if not isinstance(about, dict) or "format" not in about:
         raise CheckpointError(f"{path} was not written by fxfeedback.save")
     if about["format"] != FORMAT:
-        raise CheckpointError(f"{path} was written by fxfeedback {about.get('fxfeedback')}: a later version is needed")
-    return about, tensors
+        raise CheckpointError(
+            f"{path} was written by fxfeedback {about.get('fxfeedback')!r}: a later version is needed"
+        )
+    check_levels(about, path)
+    return read_saved(about, tensors, path), tensors
 
 
-def _shape(tensors: Mapping[str, torch.Tensor], name: str) -> tuple[int, ...] | None:
-    return tuple(tensors[name].shape) if name in tensors else None
+def _check_fit(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], path: Path) -> None:
+    def shape(tensors: Mapping[str, torch.Tensor], name: str) -> tuple[int, ...] | None:
+        return tuple(tensors[name].shape) if name in tensors else None
+
+    misfits = [name for name in {**own, **state} if shape(own, name) != shape(state, name)]
+    if misfits:
+        shown = ", ".join(f"{name}: {shape(state, name)} saved, {shape(own, name)} here" for name in misfits[:5])
+        raise CheckpointError(f"{path} does not fit the model, which stays as it was; {shown}")

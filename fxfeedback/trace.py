@@ -5,7 +5,6 @@
 model is never traced itself, only a copy that shares its tensors (share.py).
 """
 
-import keyword
 import math
 import threading
 import traceback
@@ -20,7 +19,7 @@ from torchvision.models.feature_extraction import NodePathTracer
 
 from fxfeedback.arguments import PROXIES, Form, form_of
 from fxfeedback.errors import TraceError
-from fxfeedback.nodes import is_operator_in_place, is_torchs, is_users
+from fxfeedback.nodes import built_in, identifier, is_operator_in_place, is_torchs, is_users, refuse_unwritable
 from fxfeedback.ops import without_gradient
 from fxfeedback.while_tracing import (
     random_states,
@@ -102,7 +101,7 @@ class PathTracer(NodePathTracer):
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, torch.Tensor) and not issubclass(type(a), fx.Proxy) and id(a) not in self.given:
             a = self.constant(a)
-        arg = a.node if issubclass(type(a), fx.Proxy) else super().create_arg(a)
+        arg = a.node if issubclass(type(a), fx.Proxy) else super().create_arg(built_in(a))
         if not isinstance(arg, fx.Node) or arg not in self.without_gradient or not torch.is_grad_enabled():
             return arg
         if self.without_gradient[arg] is None:
@@ -160,14 +159,8 @@ def trace_with(make: Callable[[Form], PathTracer], model: nn.Module, form: Form)
         if node.op == "call_module":
             node.meta["module"] = str(node.target)
     graph.eliminate_dead_code(is_impure_node=lambda node: _has_effect(node, model))
-    for node in graph.nodes:
-        words = [word for word in str(node.target).split(".") if keyword.iskeyword(word)]
-        if words and node.op in ("call_module", "get_attr"):
-            raise TraceError(
-                f"the model's {node.target!r} is called like Python's own word {words[0]!r}, which the code of a graph "
-                f"cannot say: rename it, for example to {words[0] + '_'!r}"
-            )
-    return fx.GraphModule(model, graph, type(model).__name__)
+    refuse_unwritable(graph)
+    return fx.GraphModule(model, graph, identifier(type(model).__name__))
 
 
 def _traced(

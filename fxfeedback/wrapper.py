@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, Self
 
 import torch
@@ -9,8 +10,11 @@ from torch import nn
 
 from fxfeedback.arguments import Form, arguments_of, bind, example_form
 from fxfeedback.checkpoints import without_prefixes
-from fxfeedback.errors import InputError, OptionError
+from fxfeedback.errors import CheckpointError, InputError, OptionError
 from fxfeedback.share import share
+
+SAVED: ContextVar[Mapping[str, torch.Size] | None] = ContextVar("SAVED", default=None)
+"""While a file is loaded: the shapes of the tensors that it has, by name below the wrapper that is made."""
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 """What nn.Module's call runs, and a graph does not."""
@@ -178,6 +182,27 @@ class Wrapper(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": {}}
+
+
+def own_part(name: str, make: Callable[[], nn.Module]) -> nn.Module:
+    """A part that a wrapper adds; for a file it is made only where the file has its tensors (see `check_saved`)."""
+    if SAVED.get() is not None:
+        with torch.device("meta"):
+            for key, tensor in make().state_dict().items():
+                check_saved(f"{name}.{key}", tensor.shape)
+    return make()
+
+
+def check_saved(name: str, shape: Sequence[int]) -> None:
+    """While a file is loaded: whether it has a tensor that a wrapper is about to make, in this size.
+
+    Raises:
+        CheckpointError: it has not. Nothing was allocated, however much the file asks for.
+    """
+    saved = SAVED.get()
+    if saved is not None and saved.get(name) != torch.Size(shape):
+        has = tuple(saved[name]) if name in saved else "none"
+        raise CheckpointError(f"it asks for {name!r} with shape {tuple(shape)}; the file has {has}")
 
 
 def _refuse_hooks(prefix: str, module: nn.Module) -> None:

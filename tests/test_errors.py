@@ -316,3 +316,90 @@ def test_a_name_that_is_taken():
     model.add_module("td_weights", nn.Linear(4, 3))
     with pytest.raises(OptionError, match=r"'td_weights'.*rename it"):
         fxfeedback.to_butd(model, input_size=(4,))
+
+
+class Named(nn.Module):
+    def __init__(self, kind, name):
+        super().__init__()
+        part = {"_modules": nn.Linear(4, 4), "_parameters": nn.Parameter(torch.ones(4)), "_buffers": torch.ones(4)}
+        self.fc = nn.Linear(4, 4)
+        self.inner = nn.Module()
+        getattr(self.inner, kind)[name] = part[kind]
+        self.kind, self.name = kind, name
+
+    def forward(self, x):
+        part = getattr(self.inner, self.kind)[self.name]
+        return torch.relu(self.fc(part(x) if self.kind == "_modules" else x * part))
+
+
+@pytest.mark.parametrize("kind", ["_modules", "_parameters", "_buffers"])
+@pytest.mark.parametrize("name", ['a"b', 'x", 0)\ropen("MARK", "w")#', "a b", "a\nb", "é", "²", "a/b", "ﬁ", ""])
+def test_a_name_that_the_code_of_a_graph_cannot_say_is_one_error(kind, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = Named(kind, name)
+    for make in (
+        lambda: fxfeedback.node_names(model, (4,)),
+        lambda: fxfeedback.to_butd(model, input_size=(4,)),
+        lambda: fxfeedback.add_feedback(model, [("relu", "fc")], input_size=(4,)),
+    ):
+        with pytest.raises(TraceError, match=r"'inner' has .* names of modules.*rename it"):
+            make()
+    assert not list(tmp_path.iterdir())
+
+
+class Number(float):
+    def __repr__(self):
+        return 'open("MARK", "w")'
+
+
+class Text(str):
+    def __repr__(self):
+        return 'open("MARK", "w")'
+
+
+class Constant(nn.Module):
+    def __init__(self, slope, kind, options):
+        super().__init__()
+        self.fc, self.slope, self.kind, self.options = nn.Linear(4, 4), slope, kind, options
+
+    def forward(self, x):
+        x = nn.functional.gelu(nn.functional.leaky_relu(self.fc(x), self.slope), approximate=self.kind)
+        return x.clamp(**self.options)
+
+
+def test_a_constant_is_its_value_and_no_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plain, x = Constant(0.3, "tanh", {"min": 0.1}), torch.randn(2, 4)
+    odd = Constant(Number(0.3), Text("tanh"), {"min": Number(0.1)})
+    odd.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(fxfeedback.to_butd(odd, input_size=(4,))(x), plain(x))
+    with pytest.raises(TraceError, match="names that Python's own code can have"):
+        fxfeedback.to_butd(Constant(0.3, "tanh", {'a=open("MARK", "w"), min': 0.1}), input_size=(4,))
+    assert not list(tmp_path.iterdir())
+
+
+class Alike(nn.Module):
+    """Names that differ only in what a Python name cannot have."""
+
+    def __init__(self):
+        super().__init__()
+        self.a_b = nn.Linear(4, 4)
+        self.a = nn.Module()
+        self.a.b_weight = nn.Parameter(torch.ones(4))
+        self.parts = nn.ModuleDict({"x-y": nn.Linear(4, 4), "x_y": nn.Linear(4, 4)})
+
+    def forward(self, x):
+        return self.parts["x_y"](torch.relu(self.parts["x-y"](self.a_b(x) * self.a.b_weight)))
+
+
+def test_names_that_are_one_in_python_stay_two():
+    model, x = Alike().double(), torch.randn(2, 4, dtype=torch.double)
+    expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    butd = fxfeedback.to_butd(model, input_size=(4,))
+    butd(x).square().sum().backward()
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-9)
+    lrm = fxfeedback.add_feedback(model, [("parts.x-y", "a_b"), ("parts.x_y", "a_b")], input_size=(4,))
+    outputs, state = lrm.unroll(x)
+    lrm.unroll(x, state=state)
+    torch.testing.assert_close(outputs[0], model(x))

@@ -333,6 +333,44 @@ def test_a_url_is_downloaded_checked_and_kept(network, tmp_path):
         load_lrm_steering(model, url)
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://example.org/small.pth",
+        "https://example.org/small-.pth",
+        "https://example.org/small-abc1234.pth",
+        "https://example.org/small.pth?name=small-0123456789.pth",
+        "file:///etc/small-0123456789.pth",
+        "FILE://localhost/etc/small-0123456789.pth",
+        "ftp://example.org/small-0123456789.pth",
+    ],
+)
+def test_a_url_that_cannot_be_checked_is_not_read(url, network):
+    model, _, _ = small_model()
+    with pytest.raises(CheckpointError, match="is not read"):
+        load_lrm_steering(model, url)
+    with pytest.raises(CheckpointError, match="is not read"):
+        models.alexnet_lrm1(weights=url)
+    assert not network.asked
+
+
+def test_a_url_without_a_hash_is_read_where_that_is_asked_for(network):
+    model, case, tensors = small_model()
+    network.content["https://example.org/small.pth"] = saved({"state_dict": tensors})
+    load_lrm_steering(model, "https://example.org/small.pth", unsafe_without_hash=True)
+    logits_agree(model, "lrm_small", case)
+
+
+def test_a_cached_file_of_the_same_name_is_not_taken_for_what_the_url_says(network, tmp_path):
+    model, _, tensors = small_model()
+    cache = tmp_path / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    (cache / "small-0123456789.pth").write_bytes(saved({"state_dict": tensors}))
+    with pytest.raises(CheckpointError, match=r"remove .*small-0123456789.pth to download it again.*another file"):
+        load_lrm_steering(model, "https://example.org/small-0123456789.pth")
+    assert not network.asked
+
+
 def test_the_published_urls():
     for name, url in models.WEIGHTS.items():
         assert hasattr(models, name)

@@ -136,7 +136,7 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
     yield from table(("pass", "nodes computed", "shared", "computed from", "operations"), passes)
     if result["code"]:
         yield ""
-        yield result["code"].strip()
+        yield from result["code"].strip().splitlines()
     if result["saved"]:
         yield ""
         yield f"saved: fxfeedback.load({result['saved']!r})"

@@ -11,6 +11,7 @@ from typing import Any
 
 from fxfeedback.commands.text import Count, megabytes, several, table
 from fxfeedback.errors import CheckpointError
+from fxfeedback.file_facts import check_texts, data_files, existing, read_metadata
 
 EXAMPLES = ["fxfeedback info lrm.onnx", "fxfeedback info learner.onnx --json"]
 PRODUCTS = {
@@ -80,11 +81,11 @@ def about(file: str) -> dict[str, Any]:
     graph = model.graph
     defaults = {tensor.name for tensor in graph.initializer}
     inputs, outputs = ([_value(value) for value in values] for values in (graph.input, graph.output))
-    said = _metadata(model)
+    said = read_metadata({entry.key: entry.value for entry in model.metadata_props}, repr(file))
     learns = said["product"] == "learner"
     replaced = {value["name"].removesuffix(".new") for value in outputs if value["name"].endswith(".new")}
     state = [value["name"] for value in inputs if learns and value["name"] in replaced | defaults]
-    data = _data_file(model, Path(file))
+    data = next(iter(data_files(model, Path(file))), None)
     return {
         "file": file,
         "bytes": Path(file).stat().st_size,
@@ -108,12 +109,12 @@ def _read(file: str) -> Any:
         import onnx
     except ImportError as error:
         raise ImportError(f"{error}: to look into ONNX files, pip install 'fxfeedback[onnx]'") from error
-    if not Path(file).is_file():
-        raise CheckpointError(f"there is no file {file!r}: give one that fxfeedback.export wrote")
+    existing(Path(file), "fxfeedback.export")
     try:
         model = onnx.load(file, load_external_data=False)
     except Exception as error:  # protobuf's own
         raise CheckpointError(f"{file!r} is damaged, or no ONNX file: {error}") from error
+    check_texts(model, Path(file))
     if not model.graph.node:
         raise CheckpointError(f"{file!r} is damaged, or no ONNX file: it has no nodes")
     if "fxfeedback" not in {entry.key for entry in model.metadata_props}:
@@ -121,32 +122,16 @@ def _read(file: str) -> Any:
     return model
 
 
-def _metadata(model: Any) -> dict[str, Any]:
-    from fxfeedback.signature import _decoded
-
-    return {entry.key: _decoded(entry.value) for entry in model.metadata_props}
-
-
 def _value(value: Any) -> dict[str, Any]:
     import onnx
 
     tensor = value.type.tensor_type
+    types = {number: name for name, number in onnx.TensorProto.DataType.items()}
     return {
         "name": value.name,
-        "type": onnx.TensorProto.DataType.Name(tensor.elem_type).lower(),
+        "type": types.get(tensor.elem_type, "undefined").lower(),
         "shape": [size.dim_param or size.dim_value for size in tensor.shape.dim],
     }
-
-
-def _data_file(model: Any, path: Path) -> Path | None:
-    """The file with the weights of a large model."""
-    entries = (entry for tensor in model.graph.initializer for entry in tensor.external_data)
-    name = next((entry.value for entry in entries if entry.key == "location"), None)
-    if name is None:
-        return None
-    if not (path.parent / name).is_file():
-        raise CheckpointError(f"the weights of {str(path)!r} lie in {name!r}, which is not beside it")
-    return path.parent / name
 
 
 def lines(result: dict[str, Any]) -> Iterator[str]:

@@ -4,6 +4,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 
+def printable(text: str) -> str:
+    """A line for a terminal: what a file has put into it is shown, and not carried out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Iterator[str]:
     """Aligned lines; numbers are written to the right."""
     cells = [[str(cell) for cell in row] for row in (header, *rows)]
