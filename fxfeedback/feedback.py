@@ -29,7 +29,7 @@ from fxfeedback.while_tracing import building
 from fxfeedback.wrapper import Wrapper, eval_mode, not_finite, own_part
 
 State = dict[str, torch.Tensor]
-Sizes = tuple[tuple[tuple[int, ...], torch.dtype | None], ...]  # of each input; no dtype: the example's
+Sizes = tuple[tuple[tuple[int, ...], torch.dtype], ...]  # of each input, and its dtype
 
 
 @dataclass(frozen=True)
@@ -364,10 +364,10 @@ class FeedbackModel(Wrapper):
         return plan.run(self._root, *inputs, *signals)
 
     def _sizes(self, inputs: Sequence[torch.Tensor], form: Form | None) -> Sizes | None:
-        """The sizes for which a graph is made; None: a graph serves all."""
+        """The sizes and dtypes for which a graph is made; None: a graph serves all."""
         if form is None and not self._by_size:
             return None
-        return tuple([(tuple(x.shape[1:]), x.dtype if form else None) for x in inputs])
+        return tuple([(tuple(x.shape[1:]), x.dtype) for x in inputs])
 
     def _bottom_up(self, sizes: Sizes | None = None, form: Form | None = None) -> fx.GraphModule:
         """The opened graph in the present mode, with shapes; for inputs of these sizes where that makes a difference.
@@ -379,9 +379,7 @@ class FeedbackModel(Wrapper):
         if key not in self._cache:
             examples = self._stand_ins()
             if sizes is not None:
-                dtypes = [x.dtype for x in examples] if form is None else [dtype for _, dtype in sizes]
-                given = zip(sizes, dtypes, strict=True)
-                examples = [torch.empty(1, *size, dtype=dtype, device="meta") for (size, _), dtype in given]
+                examples = [torch.empty(1, *size, dtype=dtype, device="meta") for size, dtype in sizes]
             traced, by_size = trace_for(self._net, examples, form or self._form)
             module = open_modules(traced, strict=False)
             annotate_shapes(module, examples)

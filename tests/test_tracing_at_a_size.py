@@ -255,6 +255,19 @@ def learned(model, output):
     return [parameter.grad for parameter in model.parameters()]
 
 
+def test_a_graph_that_knows_dtypes_is_one_for_these_dtypes():
+    def cast_and_double(model, x):
+        return x if x.dtype == model.scale.dtype else x.to(model.scale.dtype) * 2
+
+    model = Asks(cast_and_double)
+    butd = fxfeedback.to_butd(model, input_size=(6,))
+    feedback = fxfeedback.add_feedback(model, [("head", "head")], input_size=(6,))
+    for dtype in (torch.float32, torch.float64, torch.int64, torch.float32):
+        x = (5 * torch.randn(2, 6)).to(dtype)
+        for output in (butd(x), feedback(x)[0]):
+            torch.testing.assert_close(output, model(x))
+
+
 UNASKED = {
     "requires_grad or x.is_contiguous": [
         lambda model, x: x * 2 if x.requires_grad else x,
