@@ -1,7 +1,6 @@
 """`to_butd`: an instructed BU-TD network around any traceable model."""
 
 import functools
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -17,7 +16,7 @@ from fxfeedback.errors import InputError
 from fxfeedback.instruction import distinct, read_instruction
 from fxfeedback.options import Lateral, Options
 from fxfeedback.select_task import select_task
-from fxfeedback.shapes import examples_of
+from fxfeedback.shapes import examples_of, of_size, size_of
 from fxfeedback.task_heads import TaskHeads
 from fxfeedback.verify import verify_graph
 from fxfeedback.while_tracing import building
@@ -161,8 +160,9 @@ class BUTD(Wrapper):
         graphs = self._graphs(tensors, form)
         if task is None:
             return self._run(graphs, False, False, tensors)
-        instruction, ids = self._instruction(task, graphs, len(tensors[0]))
-        rows, gates = self._gates(graphs, instruction, ids, len(tensors[0]))
+        batch = next(len(x) for x in tensors if x.ndim)
+        instruction, ids = self._instruction(task, graphs, batch)
+        rows, gates = self._gates(graphs, instruction, ids, batch)
         return self._run(graphs, True, len(rows) > 0, [*tensors, *([instruction] if per_task else []), *rows, *gates])
 
     def counter_neurons(self, task: Any) -> dict[str, torch.Tensor]:
@@ -293,8 +293,7 @@ class BUTD(Wrapper):
 
         form: of the call; None: the example's.
         """
-        sizes = [tuple([operator.index(size) for size in x.shape[1:]]) for x in inputs]  # under torch.compile, numbers
-        key = (self._modes(), tuple([(size, x.dtype) for size, x in zip(sizes, inputs, strict=True)]), form)
+        key = (self._modes(), tuple([(size_of(x), x.dtype) for x in inputs]), form)
         self._make(key)
         graphs = self._cache.get(key)
         return self._graphs(inputs, form) if graphs is None else graphs  # another thread may have cleared the cache
@@ -304,5 +303,5 @@ class BUTD(Wrapper):
         if key not in self._cache:
             with building(self._net):
                 if key not in self._cache:
-                    examples = [torch.empty(1, *sizes, dtype=dtype, device="meta") for sizes, dtype in key[1]]
+                    examples = [of_size(size, dtype) for size, dtype in key[1]]
                     self._cache[key] = Graphs(self, examples, key[2] or self._form)

@@ -258,7 +258,10 @@ def own_inputs(wrapper: Wrapper, graph: fx.Graph) -> list[Input]:
     """What the model's own inputs are in the file; they are the first placeholders of `graph`."""
     nodes = [node for node in graph.nodes if node.op == "placeholder"]
     examples = wrapper._stand_ins()
-    return [Input(str(node.target), example) for node, example in zip(nodes, examples, strict=False)]
+    return [
+        Input(str(node.target), example, "batch" if example.ndim else None)
+        for node, example in zip(nodes, examples, strict=False)
+    ]
 
 
 def td_name(node: fx.Node, names: Mapping[str, str]) -> str:

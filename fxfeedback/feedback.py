@@ -21,7 +21,7 @@ from fxfeedback.options import is_count
 from fxfeedback.recompute import brief, lean, segmented
 from fxfeedback.rewrite import Link, Unrolling, unroll
 from fxfeedback.rules import RULES
-from fxfeedback.shapes import Spec, annotate_shapes, example_for, examples_of
+from fxfeedback.shapes import Spec, annotate_shapes, example_for, examples_of, of_size, size_of
 from fxfeedback.share import put
 from fxfeedback.trace_at_size import Shaped, trace_for
 from fxfeedback.verify import verify_graph
@@ -29,7 +29,7 @@ from fxfeedback.while_tracing import building
 from fxfeedback.wrapper import Wrapper, eval_mode, not_finite, own_part
 
 State = dict[str, torch.Tensor]
-Sizes = tuple[tuple[tuple[int, ...], torch.dtype], ...]  # of each input, and its dtype
+Sizes = tuple[tuple[tuple[int, ...] | None, torch.dtype], ...]  # of each input, and its dtype
 
 
 @dataclass(frozen=True)
@@ -358,16 +358,17 @@ class FeedbackModel(Wrapper):
         at_example_size = form is None and all(
             x.shape[1:] == y.shape[1:] for x, y in zip(inputs, self._examples, strict=True)
         )
+        batch = next(len(x) for x in inputs if x.ndim)
         signals, like = list(state.values()), self._like()
         for one, (shape, channels) in zip(several, plan.steered, strict=True):
-            signals += _steering_tensors(one, shape, channels, len(inputs[0]), at_example_size, like)
+            signals += _steering_tensors(one, shape, channels, batch, at_example_size, like)
         return plan.run(self._root, *inputs, *signals)
 
     def _sizes(self, inputs: Sequence[torch.Tensor], form: Form | None) -> Sizes | None:
         """The sizes and dtypes for which a graph is made; None: a graph serves all."""
         if form is None and not self._by_size:
             return None
-        return tuple([(tuple(x.shape[1:]), x.dtype) for x in inputs])
+        return tuple([(size_of(x), x.dtype) for x in inputs])
 
     def _bottom_up(self, sizes: Sizes | None = None, form: Form | None = None) -> fx.GraphModule:
         """The opened graph in the present mode, with shapes; for inputs of these sizes where that makes a difference.
@@ -379,7 +380,7 @@ class FeedbackModel(Wrapper):
         if key not in self._cache:
             examples = self._stand_ins()
             if sizes is not None:
-                examples = [torch.empty(1, *size, dtype=dtype, device="meta") for size, dtype in sizes]
+                examples = [of_size(size, dtype) for size, dtype in sizes]
             traced, by_size = trace_for(self._net, examples, form or self._form)
             module = open_modules(traced, strict=False)
             annotate_shapes(module, examples)

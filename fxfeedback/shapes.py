@@ -59,8 +59,9 @@ def examples_of(
     if isinstance(example_inputs, torch.Tensor):
         raise InputError("example_inputs= is a tensor: give a tuple with a tensor for each input, example_inputs=(x,)")
     leaves: list[Any] = tree_leaves(example_inputs)
-    for x in [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)] or [*example_inputs, None][:1]:
-        if not isinstance(x, torch.Tensor) or not x.ndim:
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    for x in tensors[:1] or [*example_inputs, None][:1]:
+        if not isinstance(x, torch.Tensor) or not any(each.ndim for each in tensors):
             what = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else f"a {type(x).__name__}"
             raise InputError(
                 f"example_inputs= holds {what}: give a tensor for each input, with a batch dimension first"
@@ -92,6 +93,21 @@ def refuse_no_module(model: Any) -> None:
         what = "None" if model is None else f"a {type(model).__name__}"
         hint = ": call it, and pass the module that it returns" if callable(model) else ""
         raise OptionError(f"the model is {what}, not a torch.nn.Module{hint}")
+
+
+def at_batch(batch: int, x: torch.Tensor) -> torch.Tensor:
+    """A tensor without data like the input `x`, at this batch size; a tensor of one number, (), has no batch."""
+    return torch.empty((batch, *x.shape[1:]) if x.ndim else (), dtype=x.dtype, device="meta")
+
+
+def size_of(x: torch.Tensor) -> tuple[int, ...] | None:
+    """The size of an input without its batch; None for a tensor of one number, (), which has no batch."""
+    return tuple([operator.index(n) for n in x.shape[1:]]) if x.ndim else None  # under torch.compile, numbers
+
+
+def of_size(size: tuple[int, ...] | None, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor without data with batch 1 of what `size_of` says."""
+    return torch.empty(() if size is None else (1, *size), dtype=dtype, device="meta")
 
 
 def annotate_shapes(module: fx.GraphModule, example_inputs: Sequence[torch.Tensor]) -> None:
@@ -185,7 +201,7 @@ def _spec(small: Any, large: Any) -> Any:
 
 
 def _shapes(module: fx.GraphModule, example_inputs: Sequence[torch.Tensor], batch: int) -> dict[fx.Node, Any]:
-    inputs = [torch.empty(batch, *x.shape[1:], dtype=x.dtype, device="meta") for x in example_inputs]
+    inputs = [at_batch(batch, x) for x in example_inputs]
     run = _ShapeRun(module)
     try:
         # New tensors of the model's own code go to the meta device, too.

@@ -21,7 +21,7 @@ from fxfeedback.arguments import Form, form_of
 from fxfeedback.errors import TraceError
 from fxfeedback.nodes import is_torchs, is_users
 from fxfeedback.ops import put_at
-from fxfeedback.shapes import EXAMPLE_BATCH, on_meta, plain
+from fxfeedback.shapes import EXAMPLE_BATCH, at_batch, on_meta, plain
 from fxfeedback.trace import PathTracer, trace_with
 from fxfeedback.while_tracing import untraced
 
@@ -134,7 +134,7 @@ class Shapes:
     def _value(self, node: fx.Node, run: dict[fx.Node, Any], batch: int, index: int) -> Any:
         if node.op == "placeholder":
             example = self.examples[index]
-            return torch.empty(batch, *example.shape[1:], dtype=example.dtype)
+            return at_batch(batch, example)
 
         def look(source: fx.Node) -> Any:
             if source not in run and source.op == "get_attr":  # tracing makes these without a proxy

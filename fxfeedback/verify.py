@@ -91,7 +91,7 @@ def _first_call(
 ) -> tuple[list[torch.Tensor], Values]:
     """A sample on which the model runs, and what it computes."""
     given = [torch.zeros(x.shape, dtype=x.dtype, device=device) if x.is_meta else x.to(device) for x in examples]
-    given = [x[:1] for x in given]
+    given = [x[:1] if x.ndim else x for x in given]
     torch.manual_seed(0)
     random = [torch.randn_like(x) if x.is_floating_point() else x for x in given]
     try:

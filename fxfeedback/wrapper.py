@@ -6,11 +6,12 @@ from contextvars import ContextVar
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from fxfeedback.arguments import Form, arguments_of, bind, example_form
 from fxfeedback.checkpoints import without_prefixes
 from fxfeedback.errors import CheckpointError, InputError, OptionError
+from fxfeedback.shapes import at_batch
 from fxfeedback.share import share
 
 SAVED: ContextVar[Mapping[str, torch.Size] | None] = ContextVar("SAVED", default=None)
@@ -87,8 +88,10 @@ class Wrapper(nn.Module):
             raise InputError(
                 f"the model takes {n} inputs, not {given} inputs: {error}" if n != given else str(error)
             ) from None
-        if not inputs:
-            raise InputError(f"the model takes {len(self._examples)} inputs, not 0 inputs: give the call a tensor")
+        if not any(isinstance(x, fx.Proxy) or x.ndim for x in inputs):
+            raise InputError(
+                f"the model takes {len(self._examples)} inputs, not 0 inputs: give the call a tensor with a batch"
+            )
         return form, inputs
 
     def _called(self, args: Sequence[Any], named: Mapping[str, Any]) -> tuple[Form | None, list[torch.Tensor]]:
@@ -268,4 +271,4 @@ def not_finite(tensor: torch.Tensor) -> bool:
 
 def stand_ins(example_inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """One-sample tensors without data, of the examples' sizes and dtypes."""
-    return [torch.empty(1, *x.shape[1:], dtype=x.dtype, device="meta") for x in example_inputs]
+    return [at_batch(1, x) for x in example_inputs]

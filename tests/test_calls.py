@@ -137,6 +137,13 @@ class Sized(Two):
         return self.run(x).mean(1) * n * (2 if double else 1)
 
 
+class Scale(Two):
+    """Takes tensors of one number, before and after those with a batch."""
+
+    def forward(self, scale, x, *, shift=None):
+        return self.run(x * scale if shift is None else x * scale - shift)
+
+
 Pair = namedtuple("Pair", "a b")
 
 
@@ -147,6 +154,7 @@ def tensors():
 
 
 X, Z, M = tensors()
+S = torch.tensor(1.5, dtype=torch.double, requires_grad=True)
 CALLS = {
     Default: [([X], {}), ([], {"x": X})],
     Flag: [([X], {}), ([X], {"double": True}), ([X, True], {}), ([], {"double": True, "x": X}), ([X, False], {})],
@@ -168,12 +176,13 @@ CALLS = {
     Kinds: [([X], {"value": v}) for v in (1, 1.0, True, None, 2, torch.float64, How.SUM, How.MEAN, float("nan"), "s")]
     + [([X], {"names": ["b", 1]}), ([X], {"value": torch.device("cpu")})],
     Clashing: [([X], {}), ([X], {"gate_f": Z}), ([X], {"instruction": Z, "lambda": Z}), ([X], {"error": Z, "x_1": X})],
+    Scale: [([S, X], {}), ([S, X], {"shift": S}), ([], {"shift": Z, "x": X, "scale": S})],
     Sized: [([X], {}), ([X], {"double": True})],
 }
 
 
 def example(kind):
-    return {"x": X} if kind is OnlyRest else (X,)
+    return {OnlyRest: {"x": X}, Scale: (S.detach(), X)}.get(kind, (X,))
 
 
 def close(a, b):
@@ -190,12 +199,13 @@ def test_a_call_is_the_models_own(kind, train):
     both = fxfeedback.to_butd(feedback, n_tasks=2, example_inputs=example(kind))
     for args, named in [*CALLS[kind], *reversed(CALLS[kind])]:
         expected = model(*args, **named)
-        gradients = torch.autograd.grad(expected.sum(), list(model.parameters()))
+        given = [*model.parameters(), *([S] if kind is Scale else [])]
+        gradients = torch.autograd.grad(expected.sum(), given)
         for network in (butd, feedback, both):
             output = network(*args, **named)
             output = output[0] if isinstance(output, list) else output
             close(output, expected)
-            for update, gradient in zip(torch.autograd.grad(output.sum(), model.parameters()), gradients, strict=True):
+            for update, gradient in zip(torch.autograd.grad(output.sum(), given), gradients, strict=True):
                 close(update, gradient)
         with torch.no_grad():
             close(butd(*args, **named), expected)
@@ -215,7 +225,7 @@ def test_an_instruction_goes_with_every_call(kind):
                 expected = model(*args, **named)
                 handle.remove()
                 close(butd(*args, **named, task=1), expected)
-                if args == [X]:
+                if args == [X]:  # as in the example
                     close(butd(X, 1, **named), expected)
 
 
