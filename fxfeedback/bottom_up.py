@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import networkx as nx
+import torch
 from torch import fx
 
 from fxfeedback.errors import NodeNameError
@@ -186,6 +187,7 @@ NEVER_NEGATIVE = {
     "vector_norm", "var", "std",
 }  # fmt: skip
 LOWEST = {"clamp": "min", "clamp_min": "min", "hardtanh": "min_val"}
+ARITHMETIC = ("add", "mul", "div", "max", "min")
 KEEP_SIGNS = {
     "add", "mul", "div", "maximum", "minimum", "mean", "sum", "amax", "max", "min", "median", "cumsum", "prod",
     "avg_pool", "adaptive_avg_pool", "max_pool", "adaptive_max_pool", "interpolate", "pad", "dropout", "identity",
@@ -212,7 +214,7 @@ def never_negative(graph: fx.Graph) -> set[fx.Node]:
             if lowest in found or _is_positive(lowest):
                 found.add(node)
         elif name in KEEP_SIGNS and _keeps_signs(node, name):
-            values = [source for source in node.all_input_nodes if is_floating(source)]
+            values = [source for source in node.all_input_nodes if _has_sign(source, name)]
             if values and found.issuperset(values):
                 found.add(node)
     return found
@@ -226,7 +228,14 @@ def _keeps_signs(node: fx.Node, name: str) -> bool:
         value = operand(node, "value")
         return value is None or _is_positive(value)
     numbers = [arg for arg in node.args if isinstance(arg, (int, float))]
-    return name not in ("add", "mul", "div", "max", "min") or (not node.kwargs and all(map(_is_positive, numbers)))
+    return name not in ARITHMETIC or (not node.kwargs and all(map(_is_positive, numbers)))
+
+
+def _has_sign(source: fx.Node, name: str) -> bool:
+    """Whether an operand's sign matters to the op: not that of positions, sizes and masks."""
+    spec = source.meta.get("spec")
+    counts = isinstance(spec, Spec) and spec.dtype != torch.bool and name in ARITHMETIC
+    return counts or is_floating(source)
 
 
 def _is_positive(number: Any) -> bool:

@@ -36,8 +36,8 @@ CELLS: dict[str, Callable[..., Any]] = {
 
 def sequence(module: nn.RNNBase, input: Any, hx: Any = None) -> tuple[Any, Any]:
     """(outputs of the last layer, last states of all layers and directions), as the module's forward returns them."""
-    if input.ndim != 3:
-        raise ValueError("inputs without a batch are not supported")
+    if input.ndim == 2:
+        return _without_batch(module, input, hx)
     x = input.transpose(0, 1) if module.batch_first else input
     states = _states(hx, module.mode)
     last: list[tuple[Any, ...]] = []
@@ -53,6 +53,16 @@ def sequence(module: nn.RNNBase, input: Any, hx: Any = None) -> tuple[Any, Any]:
             x = F.dropout(x, module.dropout, module.training)
     ends = tuple(torch.stack(each) for each in zip(*last, strict=True))
     return x.transpose(0, 1) if module.batch_first else x, ends if module.mode == "LSTM" else ends[0]
+
+
+def _without_batch(module: nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any]:
+    """`sequence` of one sequence without a batch."""
+    batch = 0 if module.batch_first else 1
+    states = tuple(state.unsqueeze(1) for state in _states(hx, module.mode))
+    start = None if hx is None else states if module.mode == "LSTM" else states[0]
+    y, ends = sequence(module, input.unsqueeze(batch), start)
+    last = tuple(end.squeeze(1) for end in ends) if module.mode == "LSTM" else ends.squeeze(1)
+    return y.squeeze(batch), last
 
 
 def _through_time(module: Any, suffix: str, x: Any, state: tuple[Any, ...], backwards: bool) -> tuple[Any, Any]:
@@ -86,8 +96,8 @@ def cell(module: nn.RNNCellBase, input: Any, hx: Any = None) -> Any:
         mode = f"RNN_{module.nonlinearity.upper()}"
     else:
         mode = "LSTM" if isinstance(module, nn.LSTMCell) else "GRU"
-    zeros = input.new_zeros(input.shape[0], module.hidden_size)
-    state = _states(hx, mode) or (zeros, zeros)
-    x, h = F.linear(input, module.weight_ih, module.bias_ih), F.linear(state[0], module.weight_hh, module.bias_hh)
+    x = F.linear(input, module.weight_ih, module.bias_ih)
+    state = _states(hx, mode) or (torch.zeros_like(x[..., : module.hidden_size]),) * 2  # with a batch or without
+    h = F.linear(state[0], module.weight_hh, module.bias_hh)
     state = CELLS[mode](x, h, state)
     return state if mode == "LSTM" else state[0]

@@ -120,6 +120,7 @@ CALLS = {
     "cosine_similarity below eps": call(lambda x, w: F.cosine_similarity(torch.relu(x), w, eps=2.0), T(9, 2), T(1, 2)),
     "pad that takes away": call(lambda x: F.pad(x, (-1, 1, -2, 1), "circular"), T(3, 2, 4, 5)),
     "a number by all": call(lambda x, w: x * w.sum(0) * w.mean(-1, keepdim=True) * w.amax(0), T(4, 5), T()),
+    "prelu of a number": call(lambda x, w: x * F.prelu(x.mean(), w), T(4), T(1)),
     "products of a number": call(lambda x, w: x * w.prod(0) * w.cumprod(0), T(4), T()),
 }
 

@@ -83,3 +83,40 @@ def test_recurrent_modules_learn(make, train):
     for own, torchs in zip(*results[::-1], strict=True):
         assert (own - torchs).abs().max() <= 1e-9 * torchs.abs().max()
     assert not torch.equal(butd(x, 0), butd(x, 1))
+
+
+WITHOUT_BATCH = {
+    "LSTM": nn.LSTM(FEATURES, 6, 2, bidirectional=True),
+    "LSTM, projected": nn.LSTM(FEATURES, 6, batch_first=True, proj_size=2),
+    "GRU": nn.GRU(FEATURES, 6, batch_first=True),
+    "RNN": nn.RNN(FEATURES, 6, nonlinearity="relu"),
+    "LSTMCell": nn.LSTMCell(FEATURES, 6),
+    "GRUCell": nn.GRUCell(FEATURES, 6),
+    "RNNCell": nn.RNNCell(FEATURES, 6),
+}
+
+
+class Alone(nn.Module):
+    """One sequence for all samples, which is learned."""
+
+    def __init__(self, module):
+        super().__init__()
+        steps = () if isinstance(module, nn.RNNCellBase) else (STEPS,)
+        self.sequence, self.module = nn.Parameter(torch.randn(*steps, FEATURES)), module
+
+    def forward(self, x):
+        y = self.module(self.sequence)
+        if isinstance(self.module, nn.RNNBase):  # from where the first ends, once more
+            y, end = self.module(self.sequence, y[1])
+            y = torch.cat([y.flatten(), *[t.flatten() for t in (end if self.module.mode == "LSTM" else [end])]])
+        y = torch.cat(y) if isinstance(self.module, nn.LSTMCell) else y
+        return y[None] * x.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("name", WITHOUT_BATCH)
+def test_a_sequence_without_a_batch(name):
+    model, x = Alone(WITHOUT_BATCH[name]).double(), torch.randn(3, 2, dtype=torch.double)
+    butd = fxfeedback.to_butd(model, input_size=(2,))
+    expected, updates = (torch.autograd.grad(net(x).square().sum(), list(model.parameters())) for net in (model, butd))
+    for update, gradient in zip(updates, expected, strict=True):
+        assert (update - gradient).abs().max() <= 1e-9 * gradient.abs().max()

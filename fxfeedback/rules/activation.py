@@ -170,7 +170,7 @@ def softplus(y, input, beta=1.0, threshold=20.0):
 @rule(F.prelu, torch.prelu, rectifies=True)
 def prelu(y, input, weight):
     """x where x > 0, w x elsewhere; one w for all channels or one each"""
-    slope = channelwise(weight, input.ndim) if input.ndim > 1 else weight
+    slope = channelwise(weight, input.ndim) if input.ndim > 1 else weight if input.ndim else weight.reshape(())
     dims = [0, *spatial(input)] if math.prod(weight.shape) > 1 else list(range(input.ndim))
     return pointwise(lambda e: torch.where(input > 0, e, e * slope)) | {
         "weight": update(lambda e: torch.where(input > 0, 0.0, e * input).sum(dims).reshape(weight.shape))
