@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
-from fxfeedback import einops_backend
 from fxfeedback.arguments import Form, form_of
 from fxfeedback.errors import TraceError
 from fxfeedback.nodes import is_torchs, is_users
@@ -67,7 +66,6 @@ class Shapes:
         self.running = False
         self.either: Either | None = None  # None: to ask for it is an error
         self.device = next((p.device for p in root.parameters()), torch.device("cpu"))
-        einops_backend.register(Shaped)
 
     def run(self, node: fx.Node) -> None:
         """Note what `node` is, as far as its arguments are known; who does not run here has no shape.

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import inspect
 import os
+import pickle
 import random
 import sys
 import threading
@@ -184,7 +185,7 @@ def _numpys() -> list[Any]:
 
 def random_states() -> tuple[Any, ...]:
     """Of the generators that all threads share: torch's, Python's, numpy's."""
-    numpy = [repr(module.get_state()) for module in _numpys()]
+    numpy = [pickle.dumps(module.get_state(legacy=False)) for module in _numpys()]
     return bytes(torch.get_rng_state().numpy()), random.getstate(), *numpy
 
 
