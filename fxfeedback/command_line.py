@@ -112,6 +112,12 @@ FLAGS = {"n_tasks": "--tasks"} | {
 def in_shell(advice: str) -> str:
     """What a message advises, as it is done on the command line: `input_size=` becomes `--input-size`."""
     advice = advice.replace("fxfeedback.node_names(model)", "`fxfeedback nodes MODEL`")
+    for said, flag in {
+        "check": "--no-check",
+        "dynamic_batch": "--fixed-batch",
+        "dynamic_size": "no --dynamic-size",
+    }.items():
+        advice = re.sub(rf"\b{said}=False\b", flag, advice)
     names = "|".join(FLAGS)
     return re.sub(rf"\b({names})=(True\b)?", lambda said: FLAGS[said[1]], advice)
 

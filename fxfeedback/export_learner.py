@@ -10,6 +10,7 @@ import inspect
 import operator
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from torch import fx, nn
 from fxfeedback.bottom_up import BottomUp, has_effect, is_floating, operand
 from fxfeedback.butd import BUTD
 from fxfeedback.butd_graphs import Graphs
+from fxfeedback.check_file import require_runtime
+from fxfeedback.check_learner_file import Lesson, check_learner_file, copy_to_learn
 from fxfeedback.errors import ExportError, OptionError
 from fxfeedback.export import about, about_butd, eval_mode, gate_of, is_own_input, own_inputs, td_name
 from fxfeedback.losses import LOSSES
@@ -49,6 +52,7 @@ def export_learner(
     eps: float = 1e-8,
     instructed: bool | None = None,
     dynamic_batch: bool = True,
+    check: bool = True,
 ) -> None:
     """Write one step of Counter-Hebb learning as an ONNX file, for `fxfeedback.runtime.Learner`.
 
@@ -76,11 +80,17 @@ def export_learner(
         eps: of adam.
         instructed: whether a step takes an instruction; default: if the network has tasks.
         dynamic_batch: whether the batch size is free; otherwise it is 1.
+        check: compare one step of the file with torch's, in ONNX Runtime, before the file takes its place: loss,
+            logits, prediction, every new value, at batch 3 where the batch is free. Equal is what float32's rounding
+            explains. It takes as long as a step in ONNX Runtime and three in torch, and some more copies of the weights
+            in memory. False: no comparison.
 
     Raises:
         OptionError: an option that there is not, or a network that cannot learn in a plain graph.
-        ExportError: an op has no ONNX form; the message names its node.
-        ImportError: the packages onnx and onnxscript are missing: pip install 'fxfeedback[onnx]'.
+        ExportError: an op has no ONNX form, and the message names its node; or the file does not do what torch does, or
+            cannot be run here, and the message names what differs. There is no new file then.
+        ImportError: the packages onnx and onnxscript are missing: pip install 'fxfeedback[onnx]'; or, with check=True,
+            onnxruntime: pip install 'fxfeedback[runtime]'.
     """
     if not isinstance(butd, BUTD):
         raise OptionError(
@@ -95,15 +105,26 @@ def export_learner(
     if butd.options.update_noise:
         raise OptionError("update_noise: a plain graph draws no noise; make the network with update_noise=0")
     check_target(path)
+    if check:
+        require_runtime()
     step, kept = OPTIMIZERS[optimizer]
     settings = {"momentum": momentum} if optimizer == "sgd" else {"betas": betas, "eps": eps}
     kept = kept if optimizer != "sgd" or momentum else ()
     rule = functools.partial(step, decay=weight_decay, **settings)
     with torch.no_grad():
-        program = _Step(butd, loss, rule, kept, instructed).program()
+        whole = _Step(butd, loss, rule, kept, instructed)
+        program = whole.program()
         program.metadata |= {"loss": loss, "optimizer": optimizer, "weight_decay": weight_decay, **settings}
+        compare: Callable[[Path], None] = lambda _: None  # noqa: E731
+        if check:
+            with eval_mode(butd, but=BATCH_NORMS):
+                network = copy_to_learn(butd)
+            how = {"weight_decay": weight_decay, **settings}
+            batch = 3 if dynamic_batch else 1
+            lesson = Lesson(network, program.inputs, whole.judged, batch, loss, optimizer, how)
+            compare = functools.partial(check_learner_file, lesson)
         with eval_mode(butd):  # torch's exporter wants it, and puts the modules into it
-            write(program, path, dynamic_batch)
+            write(program, path, dynamic_batch, compare)
 
 
 class _Step:

@@ -23,6 +23,7 @@ from torch import fx, nn
 
 from fxfeedback.errors import ExportError, OptionError
 from fxfeedback.files import LARGEST, as_path, beside, sync
+from fxfeedback.free_sizes import FREE_SIZES
 from fxfeedback.shapes import plain
 from fxfeedback.version import __version__
 
@@ -84,15 +85,22 @@ def check_target(path: str | os.PathLike[str]) -> None:
         raise OptionError(f"path={str(path)!r}: give the name of a file in a directory that exists")
 
 
-def write(program: Program, path: str | os.PathLike[str], dynamic_batch: bool) -> None:
+def write(
+    program: Program,
+    path: str | os.PathLike[str],
+    dynamic_batch: bool,
+    check: Callable[[Path], None] = lambda _: None,
+) -> None:
     """Write the program as an ONNX file.
+
+    check: looks at the file before it takes its place, and raises if something is wrong with it.
 
     Raises:
         ExportError: an op has no ONNX form; the message names its node.
     """
     exported, labels, outputs = _to_onnx(program, dynamic_batch)
     _finish(exported, program, labels, outputs)
-    _write(exported, Path(path))
+    _write(exported, Path(path), check)
 
 
 # -- torch's exporter -------------------------------------------------------------------------------------------------
@@ -164,7 +172,7 @@ class _Runner(nn.Module):
                 constant = name in program.constants
                 values[node] = getattr(self.fxfeedback_constants, name) if constant else program.fetch(name)
             elif node.op == "output":
-                named = list(_leaves(program.output, fx.map_arg(node.args[0], values.__getitem__)))
+                named = list(leaves(program.output, fx.map_arg(node.args[0], values.__getitem__)))
             else:
                 record.at = program.labels.get(node, node.name)
                 args, kwargs = plain(fx.map_arg((node.args, node.kwargs), values.__getitem__))
@@ -201,16 +209,16 @@ def _call_method(name: str, owner: Any, *args: Any, **kwargs: Any) -> Any:
     return getattr(owner, name)(*args, **kwargs)
 
 
-def _leaves(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def leaves(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a model's output, with names: `output`, `output_1`, `output.key`."""
     if isinstance(value, torch.Tensor):
         yield name, value
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _leaves(f"{name}.{key}" if name else str(key), item)
+            yield from leaves(f"{name}.{key}" if name else str(key), item)
     elif isinstance(value, Sequence) and not isinstance(value, str):
         for number, item in enumerate(value, 1):
-            yield from _leaves(f"{name}_{number}", item)
+            yield from leaves(f"{name}_{number}", item)
 
 
 def _to_onnx(program: Program, dynamic_batch: bool) -> tuple[Any, list[str], list[str]]:
@@ -238,6 +246,8 @@ def _to_onnx(program: Program, dynamic_batch: bool) -> tuple[Any, list[str], lis
             raise ExportError(f"torch.export cannot take the model{where}: {_first_line(error)}{hint}") from error
         names = [i.name for i in program.inputs]
         try:
+            if any(i.any_size for i in program.inputs):
+                exported = exported.run_decompositions(FREE_SIZES)
             made = torch.onnx.export(
                 exported,
                 (),
@@ -447,9 +457,17 @@ def _text(value: Any) -> str:
 # -- the file ---------------------------------------------------------------------------------------------------------
 
 
-def _write(model: Any, path: Path) -> None:
-    """The file, and with more weights than it can hold a second one beside it; in place in one step."""
+def _require_valid(model: Any, **options: Any) -> None:
     import onnx
+
+    try:
+        onnx.checker.check_model(model, **options)
+    except Exception as error:  # of two classes of onnx's own; for a dtype that an op does not take, say
+        raise ExportError(f"onnx's checker refuses the file: {_first_line(error)}") from error
+
+
+def _write(model: Any, path: Path, check: Callable[[Path], None]) -> None:
+    """The file, and with more weights than it can hold a second one beside it; in place in one step."""
     import onnx_ir as ir
 
     weights = sum(value.const_value.nbytes for value in model.graph.initializers.values())
@@ -458,13 +476,15 @@ def _write(model: Any, path: Path) -> None:
             # Under a name of its own: the old file keeps the old weights until the new one has taken its place.
             data = f"{path.name}.{model.metadata_props['weights_sha256'][:8]}-{secrets.token_hex(4)}.data"
             ir.save(model, new, external_data=data)
-            onnx.checker.check_model(str(new))
+            _require_valid(str(new))
+            check(new)
             sync(new.with_name(data)).replace(path.parent / data)
         else:
             data = ""
             proto = ir.to_proto(model)
-            onnx.checker.check_model(proto, full_check=True)
+            _require_valid(proto, full_check=True)
             new.write_bytes(proto.SerializeToString())
+            check(new)
         try:
             sync(new).replace(path)
         except BaseException:

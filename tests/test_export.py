@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -372,6 +373,152 @@ def test_one_file_takes_pictures_of_any_size(tmp_path):
         x = torch.randn(batch, 3, height, width)
         with torch.no_grad():
             assert_close(session(x), model(x, passes=3))
+
+
+class Pools(nn.Module):
+    """Adaptive pooling of every kind, in so many dimensions, and a map resized to another's size."""
+
+    def __init__(self, dims):
+        super().__init__()
+        conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dims]
+        average, largest = (getattr(nn, f"Adaptive{kind}Pool{dims}d") for kind in ("Avg", "Max"))
+        self.first, self.second, self.last = conv(2, 4, 3), conv(4, 5, 3, stride=2, padding=1), conv(9, 3, 1)
+        mixed = (None, 2, 1)[-dims:]
+        self.pools = nn.ModuleList([average(1), average(3), average(mixed), largest(1), largest(2)])
+        self.mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[dims]
+
+    def forward(self, x):
+        low = torch.relu(self.first(x))
+        high = torch.tanh(self.second(low))
+        size = low.shape[2:]
+        pooled = sum(nn.functional.interpolate(pool(high), size, mode=self.mode) for pool in self.pools)
+        return self.last(torch.cat([low, pooled], 1))
+
+
+RESIZED = [
+    {"order": "norm-squash-resize"},
+    {"order": "resize-norm-squash", "resize": "area"},
+    {"norm": "channel", "resize": "bicubic"},
+]
+SIZES = {1: [(9,), (16,), (37,)], 2: [(9, 22), (16, 12), (37, 14)], 3: [(5, 9, 12), (8, 10, 6), (13, 7, 9)]}
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_free_sizes_are_free_for_pooling_and_connections(dims, tmp_path):
+    """Smaller and larger than the example, and not square."""
+    torch.manual_seed(0)
+    ends = [("last", "first"), ("second", "first"), ("first", "second")]
+    how = RESIZED if dims == 2 else RESIZED[:1] * 3
+    connections = [{"source": s, "destination": d, **one} for (s, d), one in zip(ends, how, strict=True)]
+    example = SIZES[dims][1]
+    model = fxfeedback.add_feedback(Pools(dims).eval(), connections, input_size=(2, *example)).eval()
+    for parameter in model.modulations.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    export(model, tmp_path / "free.onnx", dynamic_size=True)
+    session = Session(tmp_path / "free.onnx", "cpu")
+    for batch, size in enumerate(SIZES[dims], 1):
+        x = torch.randn(batch, 2, *size)
+        assert_close(session(x), model(x))
+
+
+def test_a_file_that_is_right_at_the_examples_size_only_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_file, "FREE_SIZES", {})
+    net = Pools(2).eval()
+    net.pools = nn.ModuleList([nn.AdaptiveAvgPool2d(3)])
+    model = fxfeedback.add_feedback(net, [("last", "first")], input_size=(2, 16, 12)).eval()
+    with pytest.raises(ExportError, match=r"batch 1, inputs of \(2, 12, 6\): 'output_1' .*dynamic_size=False"):
+        export(model, tmp_path / "free.onnx", dynamic_size=True)
+    assert not list(tmp_path.iterdir())
+    export(model, tmp_path / "free.onnx", dynamic_size=True, check=False)
+
+
+def test_a_model_that_runs_at_one_size_has_no_file_with_others(tmp_path):
+    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 4 * 4, 3)).eval()
+    model = fxfeedback.add_feedback(net, [("3", "0")], input_size=(2, 6, 6)).eval()
+    with pytest.raises(ExportError, match="dynamic_size"):
+        export(model, tmp_path / "free.onnx", dynamic_size=True)
+    assert not list(tmp_path.iterdir())
+
+
+def planted(kind):
+    """What torch's exporter does, and then one number of its file is another."""
+    made = onnx_file._finish
+
+    def finish(model, *rest):
+        made(model, *rest)
+        import onnx_ir as ir
+
+        value = model.graph.initializers[kind]
+        changed = value.const_value.numpy().copy()
+        changed += 0.5
+        value.const_value = ir.tensor(changed, name=kind)
+
+    return finish
+
+
+@pytest.mark.parametrize(
+    "what, tensor, message",
+    [
+        ("passes", "10.weight", "'output_1' is off by"),
+        ("steered", "modulations.8_to_4.pos_scale", "'output_2' is off by"),
+        ("instructed", "instruction_head.2.weight", "with task=: 'output' is off by"),
+        ("task", "0.weight", "'output' is off by"),
+    ],
+)
+def test_a_wrong_file_is_not_written(what, tensor, message, tmp_path, monkeypatch):
+    """The old one stays."""
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"old")
+    options = {"steered": {"steerable": True}, "task": {"task": 1}}.get(what, {})
+    passes = what in ("passes", "steered")
+    model = lrm("convnet", [("8", "4")])[0] if passes else instructed("convnet")[0]
+    if passes:
+        nn.init.ones_(model.modulations["8_to_4"].pos_scale)
+    monkeypatch.setattr(onnx_file, "_finish", planted(tensor))
+    with pytest.raises(ExportError, match=f"batch 3, inputs of .*{message}.*check=False"):
+        export(model, path, **options)
+    assert path.read_bytes() == b"old" and [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+    export(model, path, check=False, **options)
+    assert path.read_bytes() != b"old"
+
+
+def test_units_at_their_gates_are_no_fault(tmp_path):
+    """Their counter neurons are rounding: torch and ONNX Runtime open others of them, and both are right."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 50), nn.ReLU(), nn.Linear(50, 512), nn.ReLU(), nn.Linear(512, 3)).eval()
+    butd = fxfeedback.to_butd(net, n_tasks=4, input_size=(6,)).eval()
+    with torch.no_grad():
+        one, other = torch.randperm(512).chunk(2)
+        head = butd.instruction_head[0].weight.abs_()
+        head[other] = head[one]
+        net[2].weight[other, 25:] = -net[2].weight[one, 25:]  # half of the units' counter neurons cancel out
+    path = tmp_path / "model.onnx"
+    with pytest.warns(UserWarning, match="magnifies rounding"):
+        export(butd, path)
+    x, task = torch.randn(5, 6), torch.arange(5) % 4
+    ours, theirs = Session(path, "cpu")(x, task=task), butd(x, task).detach().numpy()
+    assert np.abs(ours - theirs).max() > TOLERANCE * np.abs(theirs).max()
+
+
+def test_without_a_runtime_nothing_is_unchecked_silently(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ImportError, match=r"fxfeedback\[runtime\].*check=False"):
+        export(tiny(), tmp_path / "model.onnx")
+    export(tiny(), tmp_path / "model.onnx", check=False)
+
+
+def test_a_file_that_cannot_be_run_here_is_written_only_unchecked(tmp_path):
+    model = fxfeedback.add_feedback(network("convnet")[0], [("8", "4")], input_size=(2, 6, 6)).eval().double()
+    with pytest.raises(ExportError, match=r"cannot be checked.*\.float\(\).*check=False"):
+        export(model, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+    export(model, tmp_path / "model.onnx", check=False)
+
+
+def test_a_dtype_that_onnx_has_no_convolution_of(tmp_path):
+    model = fxfeedback.add_feedback(network("convnet")[0], [("8", "4")], input_size=(2, 6, 6)).eval().bfloat16()
+    with pytest.raises(ExportError, match="bfloat16"):
+        export(model, tmp_path / "model.onnx")
 
 
 def test_sizes_that_cannot_be_free_are_errors(tmp_path):

@@ -17,8 +17,9 @@ from torch import nn
 
 import fxfeedback
 import train_multi_mnist
+from fxfeedback import losses
 from fxfeedback.bottom_up import BottomUp
-from fxfeedback.errors import CheckpointError, InputError, OptionError
+from fxfeedback.errors import CheckpointError, ExportError, InputError, OptionError
 from networks import build
 
 onnx = pytest.importorskip("onnx")
@@ -486,6 +487,21 @@ def test_wrong_options_are_errors(tmp_path):
     with pytest.raises(OptionError, match="remove_parametrizations"):
         fxfeedback.export_learner(butd, path)
     assert not path.exists()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_learner_that_does_not_learn_as_torch_is_not_written(optimizer, tmp_path, monkeypatch):
+    right = losses.LOSSES["cross_entropy"]
+
+    def wrong(z, target):
+        loss, error = right(z, target)
+        return loss, error * (z.detach() > 0)
+
+    monkeypatch.setitem(losses.LOSSES, "cross_entropy", wrong)
+    with pytest.raises(ExportError, match=r"after a step of batch 3, '.*' is off by .*check=False"):
+        small_mlp(tmp_path, optimizer=optimizer)
+    assert not list(tmp_path.iterdir())
+    small_mlp(tmp_path, optimizer=optimizer, check=False)
 
 
 def test_every_process_writes_the_same_file(tmp_path):

@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--momentum", type=float, metavar="X", help="of the learner's sgd")
     parser.add_argument("--weight-decay", type=float, metavar="X", help="of the learner's optimizer")
     parser.add_argument("--fixed-batch", action="store_true", help="the batch size is 1, not free")
+    parser.add_argument("--no-check", action="store_true", help="do not compare the file with torch")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -53,7 +54,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.learner:
         if arguments.steerable or arguments.dynamic_size or arguments.task is not None:
             raise OptionError("--steerable, --dynamic-size and --task do not belong to --learner")
-        fxfeedback.export_learner(network, arguments.file, dynamic_batch=dynamic_batch, **of_learner)
+        fxfeedback.export_learner(
+            network, arguments.file, dynamic_batch=dynamic_batch, check=not arguments.no_check, **of_learner
+        )
     else:
         fxfeedback.export(
             network,
@@ -62,6 +65,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             task=arguments.task,
             dynamic_batch=dynamic_batch,
             dynamic_size=arguments.dynamic_size,
+            check=not arguments.no_check,
         )
     return {"model": arguments.model, **info.about(arguments.file)}
 
