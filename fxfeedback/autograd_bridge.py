@@ -221,6 +221,19 @@ def _recorded(ctx: Any, saved: Sequence[Any]) -> list[Any]:
         return again.run(None, *_unchanged(*ctx.inputs), *(saved[i] for i in again.values))
 
 
+def refuse_transforms() -> None:
+    """torch.func's transforms do not differentiate the learner.
+
+    Raises:
+        GradientError: one of them is at work.
+    """
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise GradientError(
+            "Counter-Hebb learning does not run under functorch transforms (torch.func.grad, vmap, jvp, ...): use "
+            'torch.autograd.grad or torch.autograd.functional, or call to_butd with learning="backprop"'
+        )
+
+
 class CounterHebb(torch.autograd.Function):
     """The learner as an autograd function: backward runs the error pass and returns the updates as gradients."""
 

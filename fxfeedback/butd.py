@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from fxfeedback import td_state
 from fxfeedback.arguments import Form, describe, example_form
-from fxfeedback.autograd_bridge import CounterHebb
+from fxfeedback.autograd_bridge import CounterHebb, refuse_transforms
 from fxfeedback.bottom_up import operand
 from fxfeedback.butd_graphs import Graphs
 from fxfeedback.errors import InputError
@@ -245,6 +245,7 @@ class BUTD(Wrapper):
         if wanted and torch.is_grad_enabled() and learns:
             device = values[0].device.type
             autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+            refuse_transforms()
             halves = graphs.halves(instructed, by_row, wanted, autocast)
             values += [tensors[name] for name in halves.attributes]
             return halves.structure(None, *CounterHebb.apply(halves, (*call.inputs, *halves.attributes), *values))

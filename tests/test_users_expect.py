@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 import fxfeedback
-from fxfeedback.errors import OptionError, RuleError
+from fxfeedback.errors import GradientError, OptionError, RuleError
 from fxfeedback.rules import RULES, rule
 from networks import build
 
@@ -412,10 +412,17 @@ def test_anomaly_mode(convnet):
             butd(x, 1).sum().backward()
 
 
-def test_a_gradient_of_a_gradient_by_torch_func_is_refused(convnet):
-    _, butd, x = convnet
-    with pytest.raises(RuntimeError, match="functorch transforms"):
-        torch.func.grad(lambda x: butd(x).sum())(x)
+@pytest.mark.parametrize(
+    "transform",
+    [torch.func.grad, torch.func.hessian, lambda f: lambda x: torch.func.jvp(f, (x,), (x,)), torch.func.vmap],
+)
+def test_the_transforms_of_torch_func_are_refused(convnet, transform):
+    model, butd, x = convnet
+    with pytest.raises(GradientError, match=r"functorch transforms.* learning=\"backprop\""):
+        transform(lambda x: butd(x[None] if x.ndim == 3 else x).sum())(x)
+    butd = fxfeedback.to_butd(model, input_size=SIZE, learning="backprop")
+    gradient = torch.func.grad(lambda x: butd(x).sum())(x)
+    assert near(gradient, torch.func.grad(lambda x: model(x).sum())(x))
 
 
 def test_states_are_saved_and_loaded(convnet, tmp_path):
