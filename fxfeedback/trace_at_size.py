@@ -365,8 +365,8 @@ class _TracerAtSize(_Tracer):
         return super().create_arg(device_of_inputs(self) if a is self.shapes.device else a)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        values = self.shapes.of(obj.node)
-        if values and not isinstance(values[0], torch.Tensor):
+        known = [self.shapes.of(node) for node in (obj.node, *obj.node.all_input_nodes)]
+        if any(values and isinstance(values[0], int) and values[0] != values[1] for values in known):
             raise ValueError("its code branches on the batch size, which a graph leaves open")
         return super().to_bool(obj)
 
