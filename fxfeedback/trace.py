@@ -96,7 +96,14 @@ class PathTracer(NodePathTracer):
 
     def trace(self, root: Any, *args: Any, **kwargs: Any) -> fx.Graph:
         self.given = {id(tensor): tensor for tensor in (*root.parameters(), *root.buffers())}
-        return super().trace(root, *args, **kwargs)
+        buffers = dict(root.named_buffers())
+        graph = super().trace(root, *args, **kwargs)
+        for path, module in root.named_modules():
+            for name, value in module._buffers.items():
+                target = f"{path}.{name}" if path else name
+                if issubclass(type(value), fx.Proxy) and (value.node.op, value.node.target) == ("get_attr", target):
+                    module._buffers[name] = buffers[target]  # after self.n += 1, which the graph does
+        return graph
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, torch.Tensor) and not issubclass(type(a), fx.Proxy) and id(a) not in self.given:
