@@ -1,8 +1,11 @@
 """The training room: what is random follows from numbers, a run goes on exactly, and nothing that was saved is lost."""
 
 import argparse
+import copy
 import csv
 import functools
+import json
+import operator
 import os
 import re
 import resource
@@ -21,6 +24,7 @@ import train_celeba
 import train_lrm
 import train_multi_mnist
 import train_uninstructed
+from jobs import UserError
 from small_data import write_celeba, write_cifar10, write_mnist, write_pictures
 from training import checkpoints
 from training.data import Steps
@@ -185,6 +189,67 @@ def test_a_damaged_checkpoint(data: Path, tmp_path: Path, capsys: pytest.Capture
     (tmp_path / checkpoints.FILE).write_bytes(content)
     assert job("mnist", data, tmp_path, "--resume") == 1
     assert "is no checkpoint of this program" in capsys.readouterr().err
+
+
+ODD = [None, True, -1, 10**30, 10**400, 1.5, float("nan"), "x", [], {}, [[1]], {"epoch": 1}]
+FIELDS = [("position",), ("log",), ("settings",), ("position", "epoch"), ("position", "step"), ("position", "loss")]
+FIELDS += [("log", 0), ("log", 0, "epoch"), ("log", 0, "loss")]
+
+
+@pytest.fixture
+def begun(data: Path, tmp_path: Path) -> Path:
+    """A run that was interrupted in its second epoch."""
+    assert job("mnist", data, tmp_path / "begun", "--stop-after", "7") == 130
+    return tmp_path / "begun" / checkpoints.FILE
+
+
+def test_every_field_of_a_checkpoint_is_checked(
+    begun: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    about, tensors = checkpoints.load(begun)
+    assert about["position"]["epoch"] == len(about["log"]) == 1
+    steps = about["position"]["step"] + 1
+    checkpoints.check(begun, about, steps)
+    for *path, last in FIELDS:
+        for value in [*ODD, "missing"]:
+            if (last == "loss" and value in (-1, 1.5, 10**30)) or (last == "settings" and isinstance(value, dict)):
+                continue  # it may be one, or is compared with this run's
+            spoiled = copy.deepcopy(about)
+            owner = functools.reduce(operator.getitem, path, spoiled)
+            if value == "missing":
+                del owner[last]
+            else:
+                owner[last] = value
+            with pytest.raises(UserError, match="is no checkpoint of this program"):
+                checkpoints.check(begun, spoiled, steps)
+    del about["position"]["step"]
+    text = {key: json.dumps(value) for key, value in about.items()}
+    safetensors.torch.save_file(tensors, tmp_path / checkpoints.FILE, text)
+    assert job("mnist", data, tmp_path, "--resume") == 1
+    assert "the position's step is not a whole number from 0" in capsys.readouterr().err
+    safetensors.torch.save_file(tensors, tmp_path / checkpoints.FILE, {"log": "[" * 100_000})
+    assert job("mnist", data, tmp_path, "--resume") == 1
+
+
+def test_every_tensor_of_a_checkpoint_is_checked(
+    begun: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    about, tensors = checkpoints.load(begun)
+    first = {kind: next(name for name in tensors if name.startswith(kind)) for kind in ("model", "optimizer.exp_avg.")}
+    step = next(name for name in tensors if name.startswith("optimizer.step"))
+    for name in (*first.values(), step):
+        odd = [tensors[name][None], tensors[name].double(), None]
+        for value in odd:
+            spoiled = {key: tensor for key, tensor in tensors.items() if key != name or value is not None}
+            spoiled |= {} if value is None else {name: value}
+            checkpoint = {key: json.dumps(said) for key, said in about.items()}
+            safetensors.torch.save_file(spoiled, tmp_path / checkpoints.FILE, checkpoint)
+            assert job("mnist", data, tmp_path, "--resume") == 1, (name, value)
+            assert "does not fit this model" in capsys.readouterr().err
+    for name in ("other", "model.other", "optimizer.exp_avg.other", f"optimizer.other.{step.partition('step.')[2]}"):
+        checkpoint = {key: json.dumps(said) for key, said in about.items()}
+        safetensors.torch.save_file(tensors | {name: torch.zeros(1)}, tmp_path / checkpoints.FILE, checkpoint)
+        assert job("mnist", data, tmp_path, "--resume") == 1, name
 
 
 # -- many processes

@@ -222,15 +222,14 @@ class Run:
         if not path.exists():
             return
         about, tensors = checkpoints.load(path)
-        try:
-            theirs, position, self.rows = about["settings"], about["position"], about["log"]
-        except KeyError as error:
-            raise UserError(f"{path} is no checkpoint of this program: it has no {error}") from error
+        checkpoints.check(path, about, len(self.steps))
+        theirs, position, self.rows = about["settings"], about["position"], about["log"]
         for name, value in self.settings().items():
             longer = name == "epochs" and self.args.schedule in REMEMBERS_NO_END
             if theirs.get(name) != value and not longer:
                 raise UserError(f"{path} was made with {name} {theirs.get(name)}, not {value}: --resume needs the same")
-        checkpoints.restore(tensors, self.experiment.model, self.optimizer)
+        begun = bool(position["epoch"] or position["step"])
+        checkpoints.restore(tensors, self.experiment.model, self.optimizer, begun)
         self.epoch, self.step, self.loss = position["epoch"], position["step"], position["loss"]
 
 
