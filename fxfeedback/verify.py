@@ -15,6 +15,7 @@ from torch import fx, nn
 from fxfeedback.arguments import Form
 from fxfeedback.errors import TraceError
 from fxfeedback.nodes import user_line
+from fxfeedback.shapes import plain
 from fxfeedback.share import share
 
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -158,6 +159,9 @@ class _Interpreter(fx.Interpreter):
     def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
         super().__init__(module, graph=graph)
         self.values: Values = {}
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
+        return plain(super().fetch_args_kwargs_from_env(n))  # the generated code has plain lists, too
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
