@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, currently_in_test_context, event, given, settings
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
 import fxfeedback
@@ -46,7 +47,9 @@ def learning(model: nn.Module, inputs: list[torch.Tensor]) -> dict[str, torch.Te
     return {name: tensor for name, tensor in named.items() if tensor.requires_grad}
 
 
-def gradients(outputs: list[torch.Tensor], tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
+def gradients(
+    outputs: list[torch.Tensor], tensors: dict[str, torch.Tensor], create_graph: bool = False
+) -> dict[str, torch.Tensor | None]:
     """Of a loss that weighs every value of the outputs differently."""
     generator = torch.Generator().manual_seed(0)
     errors = [torch.randn(y.shape, generator=generator, dtype=y.dtype) for y in outputs]
@@ -54,7 +57,7 @@ def gradients(outputs: list[torch.Tensor], tensors: dict[str, torch.Tensor]) -> 
     if not pairs or not tensors:
         return dict.fromkeys(tensors)
     ys, errors = zip(*pairs, strict=True)
-    results = torch.autograd.grad(ys, list(tensors.values()), errors, allow_unused=True)
+    results = torch.autograd.grad(ys, list(tensors.values()), errors, create_graph=create_graph, allow_unused=True)
     return dict(zip(tensors, results, strict=True))
 
 
@@ -166,6 +169,43 @@ def check_law(case: Case) -> None:
                 nudged = nudged or [plain_gradients(case, nudge)[1] for nudge in (4e-16, -4e-16)]
                 allowed += 1e3 * max(difference(gradient, other[name]) for other in nudged)
             assert off <= allowed, f"the update of {name} is off by {off:.1e} of {size(gradient):.1e} {kernels}"
+
+
+def second(outputs: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
+    """Gradients of the gradients, of a loss that is curved."""
+    first = gradients([y.sin() for y in floating(outputs)], tensors, create_graph=True)
+    return gradients([e for e in first.values() if e is not None], tensors)
+
+
+def plain_second(case: Case, nudge: float = 0.0) -> dict[str, torch.Tensor | None]:
+    model, inputs = case.make()
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *inputs]:
+            if tensor.is_floating_point():
+                tensor.mul_(1 + nudge * torch.rand_like(tensor))
+    torch.manual_seed(1)
+    with laid_out_for_batch_norm(), sdpa_kernel(SDPBackend.MATH):
+        return second(model(*inputs), learning(model, inputs))
+
+
+def check_second(case: Case) -> None:
+    """Derivatives of updates are autograd's second derivatives, where these are finite."""
+    expected = plain_second(case)
+    largest = max([size(e) for e in expected.values() if e is not None and e.isfinite().all()], default=0.0)
+    nudged = None
+    model, inputs = case.make()
+    butd = fxfeedback.to_butd(model, example_inputs=inputs, verify=False)
+    for call in (butd, lambda *inputs: by_rules(butd, list(inputs))):
+        torch.manual_seed(1)
+        found = second(call(*inputs), learning(model, inputs))
+        for name, e in expected.items():
+            if e is not None and not e.isfinite().all():
+                continue
+            off, allowed = difference(found[name], e), TOLERANCE * max(size(e), 1e-6 * largest, SMALLEST)
+            if off > allowed:
+                nudged = nudged or [plain_second(case, nudge) for nudge in (4e-16, -4e-16)]
+                allowed += 1e3 * max(difference(e, other[name]) for other in nudged)
+            assert off <= allowed, f"the second derivative by {name} is off by {off:.1e} of {size(e):.1e}"
 
 
 def check_instruction(case: Case) -> None:
@@ -300,6 +340,8 @@ def check(case: Case) -> None:
         tell(f"autograd refuses the batch: {error}")
         return
     check_law(case)
+    if case.batch and "hardsigmoid" not in case.source.lower():  # of which PyTorch has no second derivative
+        check_second(case)
     if case.headed and has_head(case):
         check_instruction(case)
     elif case.headed and not any(i.layout == "ids" for i in case.inputs):
