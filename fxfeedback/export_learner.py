@@ -182,6 +182,10 @@ class _Step:
         own = [node for node in self.bu.nodes if is_own_input(node)]
         self.given = {str(node.target): self.graph.node_copy(node) for node in own}
         inputs = own_inputs(self.butd, self.graph)
+        for name in [given.name for given in inputs if given.name in self.state]:
+            raise OptionError(
+                f"the model's input {name!r} has the name of a parameter or buffer: rename forward's argument"
+            )
 
         def put(name: str, example: torch.Tensor, batch: str | None = None, default: Any = None) -> fx.Node:
             inputs.append(Input(name, example.detach().to("meta"), batch, default))

@@ -45,7 +45,7 @@ class Signature:
     def _check_graph(self, path: Any) -> None:
         """Refuse a file whose graph does not have what its metadata speaks of."""
         own = [name for name in self.inputs if name not in self.NOT_OWN]
-        missing = [] if own and all(self.inputs[name] for name in own) else ["an input with a batch"]
+        missing = [] if any(self.inputs[name] for name in own) else ["an input with a batch"]
         if "instruction" in self.inputs:
             shape = self.inputs["instruction"]
             fits = len(shape) == 2 and type(shape[1]) is int and self.dtypes["instruction"] is not None
@@ -74,7 +74,7 @@ class Signature:
         feeds = {
             name: self.checked(name, array(value, repr(name)), sizes) for name, value in zip(own, inputs, strict=True)
         }
-        batch = len(feeds[own[0]])
+        batch = next(len(feeds[name]) for name in own if feeds[name].ndim)
         if "instruction" in self.inputs:
             feeds["instruction"] = self.instruction(task, batch)
         elif task is not None:
