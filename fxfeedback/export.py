@@ -88,8 +88,8 @@ def export(
 def _call(model: Any, task: Any, passes: int | None) -> Callable[[Any, Trial], Any]:
     """How the model is run for what the file's session is given."""
     if isinstance(model, FeedbackModel):
-        return lambda run, trial: run(*trial.inputs, passes=passes, return_all=True, **trial.options)
-    return lambda run, trial: run(*trial.inputs, trial.options.get("task", task))
+        return lambda run, trial: run._call_as_example(trial.inputs, passes=passes, return_all=True, **trial.options)
+    return lambda run, trial: run._call_as_example(trial.inputs, task=trial.options.get("task", task))
 
 
 def _ids(program: Program) -> int:

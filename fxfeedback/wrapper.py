@@ -102,6 +102,11 @@ class Wrapper(nn.Module):
         form, inputs = self._bind(args, named)
         return (None if form == self._form else form), inputs
 
+    def _call_as_example(self, inputs: Sequence[torch.Tensor], **options: Any) -> Any:
+        """A call in the form of the example, with these inputs."""
+        args, named = self._form.fill(inputs)
+        return self(*args, **named, **options)
+
     def _stand_ins(self) -> list[torch.Tensor]:
         """Tensors without data like the example inputs, in our present dtype."""
         like = self._like()

@@ -334,3 +334,20 @@ def test_connections_in_a_network_that_looks_at_sizes():
     for x in (small, large):
         close(butd(x)[0], model(x))
         close(feedback(x, double=True)[0], model(x, double=True))
+
+
+def test_files_of_a_network_that_is_called_by_name(tmp_path):
+    """Flags as the example has them; `export` compares the file with the network before it is written."""
+    model, x = Keyword().float(), X.float()
+    butd = fxfeedback.to_butd(model, n_tasks=2, example_inputs={"x": x, "scale": 2.0})
+    rest = fxfeedback.add_feedback(OnlyRest(), [("g", "f")], passes=1, example_inputs={"x": x, "mask": M.float()})
+    for network, given, expected in (
+        (butd, (x,), lambda: butd(x, 1, scale=2.0)),
+        (rest, (x, M.float()), lambda: rest(x=x, mask=M.float())[0]),
+    ):
+        fxfeedback.export(network, tmp_path / "net.onnx", **({"task": 1} if network is butd else {}))
+        session = fxfeedback.runtime.Session(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
+        found = session(*(value.numpy() for value in given))
+        found = torch.from_numpy(found[0] if isinstance(found, list) else found)
+        network.eval()
+        torch.testing.assert_close(found, expected(), rtol=1e-5, atol=1e-6)
