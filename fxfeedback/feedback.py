@@ -119,7 +119,7 @@ def add_feedback(
         ActivationWarning: a destination is rectified in the passes that have a signal, and in no others (see
             `Connection`).
     """
-    made = [_connection(connection) for connection in connections]
+    made = _connections(connections)
     try:
         examples = examples_of(model, input_size, example_inputs)
         whole: nn.Module
@@ -262,10 +262,14 @@ class FeedbackModel(Wrapper):
         """Node name -> `Readout`, for every pass.
 
         Args:
-            inputs: the model's own, and behind them the names of the nodes; a module's name stands for its last node.
+            inputs: the model's own, and after them the names of the nodes, one by one or in a list; a module's name
+                stands for its last node.
             passes, named: as in the call.
+
+        Raises:
+            NodeNameError: no names, or one that no node has.
         """
-        *own, names = inputs
+        own, names = _without_names(inputs)
         graph = self._bottom_up().graph
         found = {name: find_node(graph, name).meta["name"] for name in names}
         destinations = {find_node(graph, c.destination).meta["name"] for c in self.connections}
@@ -347,7 +351,7 @@ class FeedbackModel(Wrapper):
         form, inputs = self._called(inputs, named)
         if form is None:
             _check_inputs(inputs, self._examples)
-        state, several = state or {}, _several(steering)
+        state, several = _state(state), _several(steering)
         steered = tuple([one.source for one in several])
         sizes = self._sizes(inputs, form)
         what = (passes, return_all, tuple(state), steered, steer_first_pass, readout)
@@ -360,9 +364,19 @@ class FeedbackModel(Wrapper):
         )
         batch = next(len(x) for x in inputs if x.ndim)
         signals, like = list(state.values()), self._like()
-        for one, (shape, channels) in zip(several, plan.steered, strict=True):
-            signals += _steering_tensors(one, shape, channels, batch, at_example_size, like)
-        return plan.run(self._root, *inputs, *signals)
+        for name, source in zip(state, plan.state, strict=True):
+            source.check_state(name, state[name], batch)
+        for one, source in zip(several, plan.steered, strict=True):
+            signals += _steering_tensors(one, source, batch, at_example_size, like)
+        try:
+            return plan.run(self._root, *inputs, *signals)
+        except (RuntimeError, TypeError, ValueError) as error:
+            expected, found = _shown(self._stand_ins()), _shown(inputs)
+            if state:
+                expected, found = f"{expected}, state in {like.dtype}", f"{found}, state in {signals[0].dtype}"
+            if isinstance(error, torch.OutOfMemoryError) or found == expected:
+                raise
+            raise InputError(f"the model does not run on {found}, as it was made for {expected}: {error}") from error
 
     def _sizes(self, inputs: Sequence[torch.Tensor], form: Form | None) -> Sizes | None:
         """The sizes and dtypes for which a graph is made; None: a graph serves all."""
@@ -424,7 +438,7 @@ class FeedbackModel(Wrapper):
         *_, steps, sizes, (form, passes, return_all, state, steered, steer_first, readout) = key
         graph = self._bottom_up(sizes, form).graph
         nodes = [find_node(graph, c.source) for c in self.connections]
-        sources = {node.meta["name"]: (node.meta["spec"].sizes, channel_dim(node)) for node in nodes}
+        sources = {node.meta["name"]: _Source(node.meta["spec"], channel_dim(node)) for node in nodes}
         names = {name: find_node(graph, name).meta["name"] for name in steered}
         for name in [name for name in (*state, *names.values()) if name not in sources]:
             given = "the state" if name in state else "the steering"
@@ -435,30 +449,67 @@ class FeedbackModel(Wrapper):
         module = self._unrolled(what, sizes, form)
         for step in steps:
             module = step(module)
-        return _Plan(type(module).forward, [sources[name] for name in names.values()])
+        steered_sources = [sources[name] for name in names.values()]
+        return _Plan(type(module).forward, [sources[name] for name in state], steered_sources)
+
+
+class _Source(NamedTuple):
+    """What is known of a source's value: its spec, and where its channels are."""
+
+    spec: Spec
+    channels: int
+
+    def check_state(self, name: str, value: torch.Tensor, batch: int) -> None:
+        """A signal has the source's dimensions, channels and batch; its map may have another size."""
+        shape, sizes = tuple(value.shape), self.spec.sizes
+        samples = (1, batch * self.spec.per_sample[0])
+        if len(shape) != len(sizes) or shape[0] not in samples or shape[self.channels] != sizes[self.channels]:
+            raise InputError(f"the state of {name!r} has shape ({self.shown()}), not {shape}; batch: {batch}")
+
+    def check_activation(self, name: str, activation: torch.Tensor, batch: int, exact: bool) -> None:
+        """A steering activation is shaped like its source; at another input size only its channels are known."""
+        shape, sizes = tuple(activation.shape), self.spec.sizes
+        fits = len(shape) == len(sizes) and shape[0] in (1, batch) and shape[self.channels] == sizes[self.channels]
+        if fits and exact:
+            fits = all(n is None or n == m for n, m in zip(sizes[1:], shape[1:], strict=True))
+        if not fits:
+            wanted = f"takes an activation of shape ({self.shown()})"
+            raise InputError(f"steering {name!r} {wanted}, not {shape}; batch: 1 or {batch}")
+
+    def shown(self) -> str:
+        return ", ".join("batch" if n is None else str(n) for n in self.spec.sizes)
 
 
 class _Plan(NamedTuple):
     """What a call runs.
 
     run: the unrolled graph as a function of the module with the tensors and the blocks, of inputs, state and steering.
-    steered: of each steered source its sizes, None for the batch, and where its channels are.
+    state, steered: the sources that have a signal already, and those that are steered.
     """
 
     run: Callable[..., Any]
-    steered: list[tuple[tuple[int | None, ...], int]]
+    state: list[_Source]
+    steered: list[_Source]
+
+
+FORM = "give (source, destination), a dict or a Connection, with names of nodes"
+
+
+def _connections(given: Any) -> list[Connection]:
+    if isinstance(given, (str, Mapping, Connection)) or not isinstance(given, Iterable):
+        raise OptionError(f"connections={given!r}: give a list, of each connection {FORM.removeprefix('give ')}")
+    return [_connection(one) for one in given]
 
 
 def _connection(given: Any) -> Connection:
-    form = "give (source, destination), a dict or a Connection, with names of nodes"
     if isinstance(given, Connection):
         return given
     try:
         made = Connection(**given) if isinstance(given, Mapping) else Connection(*given)
     except TypeError as error:
-        raise OptionError(f"{given!r} is no connection ({error}): {form}") from None
+        raise OptionError(f"{given!r} is no connection ({error}): {FORM}") from None
     if not isinstance(made.source, str) or not isinstance(made.destination, str):
-        raise OptionError(f"{given!r} is no connection: {form}")
+        raise OptionError(f"{given!r} is no connection: {FORM}")
     return made
 
 
@@ -577,9 +628,37 @@ def _next_rectified(node: fx.Node, rectified: set[fx.Node]) -> fx.Node | None:
     return None
 
 
+def _shown(inputs: Sequence[torch.Tensor]) -> str:
+    """(batch, 3, 224, 224) in torch.float32, of each input"""
+    return ", ".join(f"({', '.join(map(str, ('batch', *x.shape[1:])))}) in {x.dtype}" for x in inputs)
+
+
+def _without_names(inputs: Sequence[Any]) -> tuple[Sequence[Any], list[str]]:
+    """A model's inputs, and the names after them."""
+
+    def is_names(given: Any) -> bool:
+        is_list = isinstance(given, (list, tuple)) and all(isinstance(name, str) for name in given)
+        return isinstance(given, str) or is_list
+
+    number = sum(1 for _ in itertools.takewhile(is_names, reversed(inputs)))
+    own, names = inputs[: len(inputs) - number], inputs[len(inputs) - number :]
+    if not number:
+        raise NodeNameError("no node is named: readout(x, 'layer3', 'layer4') reads two, after the model's inputs")
+    return own, [name for given in names for name in ([given] if isinstance(given, str) else given)]
+
+
+def _state(given: Any) -> State:
+    """Name -> signal, as an earlier call returned it."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or not all(isinstance(value, torch.Tensor) for value in given.values()):
+        raise InputError("state= maps names of sources to tensors: give what unroll returned")
+    return dict(given)
+
+
 def _several(steering: Any) -> list[Steering]:
     """One or several steerings, as objects or dicts."""
-    several = [steering] if isinstance(steering, (Steering, Mapping)) else list(steering or ())
+    several = [steering] if isinstance(steering, (Steering, Mapping, str)) else list(steering or ())
     return [one if isinstance(one, Steering) else _steering(one) for one in several]
 
 
@@ -593,11 +672,11 @@ def _steering(given: Any) -> Steering:
 
 
 def _steering_tensors(
-    given: Steering, sizes: tuple[int | None, ...], channels: int, batch: int, exact: bool, like: torch.Tensor
+    given: Steering, source: _Source, batch: int, exact: bool, like: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(activation, alpha, strength) as the graph takes them."""
     activation, strength, alpha = (_steering_tensor(given, what, like) for what in ("activation", "strength", "alpha"))
-    _check_activation(activation, given.source, sizes, channels, batch, exact)
+    source.check_activation(given.source, activation, batch, exact)
     if strength.numel() not in (1, 2) or alpha.numel() != 1:
         raise InputError(f"steering {given.source!r}: strength is one number or two (negative, positive), alpha is one")
     return activation, alpha.reshape(()), strength.reshape(-1).expand(2)
@@ -631,16 +710,3 @@ def _check_inputs(inputs: Sequence[torch.Tensor], examples: Sequence[torch.Tenso
         if x.ndim != example.ndim:
             wanted = ", ".join(["batch", *map(str, example.shape[1:])])
             raise InputError(f"an input of shape {tuple(x.shape)} has not the dimensions of ({wanted})")
-
-
-def _check_activation(
-    activation: torch.Tensor, name: str, expected: tuple[int | None, ...], channels: int, batch: int, exact: bool
-) -> None:
-    """A steering activation is shaped like its source; at another input size only its channels are known."""
-    shape = tuple(activation.shape)
-    fits = len(shape) == len(expected) and shape[0] in (1, batch) and shape[channels] == expected[channels]
-    if fits and exact:
-        fits = all(n is None or n == m for n, m in zip(expected[1:], shape[1:], strict=True))
-    if not fits:
-        wanted = ", ".join("batch" if n is None else str(n) for n in expected)
-        raise InputError(f"steering {name!r} takes an activation of shape ({wanted}), not {shape}; batch: 1 or {batch}")

@@ -707,6 +707,18 @@ def test_readout_by_the_name_that_was_asked_for():
         model.readout(x, ["layr1"])
 
 
+def test_names_to_read_are_given_one_by_one_or_in_a_list():
+    _, model, x = convnet()
+    wanted = model.readout(x, ["4", "2"])
+    for names in (("4", "2"), (("4", "2"),), (["4"], "2")):
+        read = model.readout(x, *names)
+        assert [list(one) for one in read] == [["4", "2"]] * 2
+        assert all(torch.equal(a["2"].value, b["2"].value) for a, b in zip(read, wanted, strict=True))
+    assert list(model.readout(x, "10")[0]) == ["10"]
+    with pytest.raises(NodeNameError, match="no node is named: readout"):
+        model.readout(x)
+
+
 def test_the_unrolled_graph_is_a_module():
     _, model, x = convnet()
     graph = model.unrolled(passes=2)
@@ -868,6 +880,30 @@ WRONG_CALLS = {
     "passes of unrolled": (lambda m, x: m.unrolled(passes=0), OptionError, r"passes=0"),
     "state": (lambda m, x: m.unroll(x, state={"nowhere": x}), fxfeedback.Error, "nowhere"),
     "state of no source": (lambda m, x: m.unroll(x, state={"4": x}), fxfeedback.Error, "4"),
+    "state of another batch": (
+        lambda m, x: m.unroll(x, state={"8": torch.zeros(3, 7).double()}),
+        InputError,
+        r"\(3, 7\)",
+    ),
+    "state of other channels": (
+        lambda m, x: m.unroll(x, state={"8": torch.zeros(4, 6).double()}),
+        InputError,
+        r"the state of '8' has shape \(batch, 7\), not \(4, 6\)",
+    ),
+    "state of another dtype": (
+        lambda m, x: m.unroll(x, state={"8": torch.zeros(4, 7)}),
+        InputError,
+        r"state in torch.float32, as it was made for .*state in torch.float64",
+    ),
+    "state that is no dict": (lambda m, x: m.unroll(x, state=x), InputError, r"give what unroll returned"),
+    "other channels": (
+        lambda m, x: m(x[:, :1]),
+        InputError,
+        r"does not run on \(batch, 1, 6, 6\) in .*\(batch, 2, 6, 6\)",
+    ),
+    "another dtype": (lambda m, x: m(x.float()), InputError, r"does not run on .*torch.float32, as .*torch.float64"),
+    "integers": (lambda m, x: m(x.int()), InputError, r"does not run on .*torch.int32, as .*torch.float64"),
+    "too small": (lambda m, x: m(x[..., :1, :1]), InputError, r"does not run on \(batch, 2, 1, 1\)"),
     "no connection": (
         lambda m, x: m.modulation("8", "1"),
         NodeNameError,
