@@ -68,7 +68,7 @@ LEVELS = 100
 """How deep a description is nested, at most: a module in another is two levels."""
 SMALL = 64
 """Elements of a tensor that is no parameter and no buffer, at most."""
-SIZE = 2**16
+SIZE = 2**14
 """A number in a module of `PACKAGES` is at most this, or how many numbers the file holds: it may be a size."""
 
 
