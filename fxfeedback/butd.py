@@ -119,12 +119,20 @@ class BUTD(Wrapper):
             given = isinstance(options.embedding, nn.Module)
             self.instruction_head = self._frozen(make() if given else own_part("instruction_head", make))
         if options.heads == "per_task":
+            graphs.require_head_of_its_own()
             weight, bias = (operand(graphs.head, name) for name in ("weight", "bias"))
             outputs, *rest = self._of(weight).shape
             check_saved("task_heads.weight", (outputs * (options.n_tasks or 0), *rest))
             self.task_heads = TaskHeads(self._of(weight), self._of(bias) if bias else None, options.n_tasks or 0)
             self._cache.clear()
             graphs = self._graphs(self._stand_ins())
+        state = {
+            'weights="separate"': options.weights == "separate",
+            "td_bias=True": options.td_bias,
+            'norm="separate"': options.norm == "separate",
+        }
+        for option in (option for option, given in state.items() if given):
+            graphs.require_weights_of_layers(option)
         if options.weights == "separate":
             mirrored = learns and options.td_learning == "mirror"
             self.td_weights = td_state.twins(graphs.weights, self._fetch, options.td_init, options.td_noise, mirrored)

@@ -10,11 +10,11 @@ from torch import fx
 from fxfeedback import td_state
 from fxfeedback.arguments import Form
 from fxfeedback.autograd_bridge import Halves, cut, lift
-from fxfeedback.bottom_up import BottomUp, channels_of, positions_of, weight_of
+from fxfeedback.bottom_up import BottomUp, channels_of, operand, positions_of, weight_of
 from fxfeedback.counter_hebb_pass import Learning, key_of, learner
 from fxfeedback.errors import Error, NodeNameError, OptionError
 from fxfeedback.gates import gate_sites
-from fxfeedback.nodes import find_node
+from fxfeedback.nodes import find_node, user_line
 from fxfeedback.open_modules import open_modules
 from fxfeedback.rules.gating import gate
 from fxfeedback.shapes import annotate_shapes
@@ -88,7 +88,40 @@ class Graphs:
     @functools.cached_property
     def weights(self) -> dict[str, fx.Node]:
         """Weight name -> the linear layer or convolution that it belongs to."""
-        return {str(weight_of(node).target): node for node in self.bottom_up.nodes if self.bottom_up.is_weighted(node)}
+        return {str(weight_of(node).target): node for node in self._weighted if weight_of(node).op == "get_attr"}
+
+    @functools.cached_property
+    def _weighted(self) -> list[fx.Node]:
+        return [node for node in self.bottom_up.nodes if self.bottom_up.is_weighted(node)]
+
+    def require_weights_of_layers(self, option: str) -> None:
+        """TD state belongs to a layer's weight: refuse weights that forward computes, and layers that share one, but
+        have other inputs.
+        """
+        for node in self._weighted:
+            weight = weight_of(node)
+            if weight.op != "get_attr":
+                raise OptionError(
+                    f"{option}: the weight of {node.meta['name']!r}{user_line(node)} is computed by the model's "
+                    "forward, and only a weight that is a parameter can have TD state: use the default"
+                )
+            other = self.weights[str(weight.target)]
+            if option != 'weights="separate"' and td_state.in_channels(node) != td_state.in_channels(other):
+                raise OptionError(
+                    f"{option}: {node.meta['name']!r} and {other.meta['name']!r} have one weight, and inputs with "
+                    "different numbers of channels, which cannot share TD state: use the default"
+                )
+
+    def require_head_of_its_own(self) -> None:
+        """One head per task replaces the head's weights: refuse where forward reads them elsewhere, too."""
+        for source in (operand(self.head, name) for name in ("weight", "bias")):
+            others = [node for node in source.users if node is not self.head] if isinstance(source, fx.Node) else []
+            if isinstance(source, fx.Node) and (others or source.op != "get_attr"):
+                where = others[0] if others else source
+                raise OptionError(
+                    f'heads="per_task": the weights of the head {self.head.meta["name"]!r} are read or computed at '
+                    f"{where.meta['name']!r}{user_line(where)} too, which would not follow the task: pass another head="
+                )
 
     def _td_names(self, kind: str, names: Sequence[str]) -> dict[str, str]:
         """Weight name -> qualified name of its TD twin, bias or norm, where there is one."""

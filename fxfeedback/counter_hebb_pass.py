@@ -147,11 +147,13 @@ def _updates(
     updates: dict[str, fx.Node] = {}
 
     def emit(name: str, value: Any) -> None:
+        assert name not in updates, f"{name} gets two updates, and would keep one of them"
         value.node.meta["update"] = name
         value.node._rename("update_" + re.sub(r"\W", "_", name.removeprefix(INPUT)))
         updates[name] = value.node
 
-    weights = {weight_of(node): node for node in bu.nodes if bu.is_weighted(node)}
+    weighted = [node for node in bu.nodes if bu.is_weighted(node)]
+    weights = set(map(weight_of, weighted))
     for node in [*bu.inputs, *bu.parameters]:
         name = key_of(node)
         if not _learns(name, learning) or node not in counters:
@@ -161,9 +163,14 @@ def _updates(
             emit(learning.twins[name], _noisy(update, learning.noise))
         if name in learning.wanted:
             emit(name, _noisy(update, learning.noise) if node in weights else update)
-    for weight, node in weights.items():
-        if learning.td_biases.get(str(weight.target)) in learning.wanted:
-            emit(learning.td_biases[str(weight.target)], bias_update(values[operand(node, "input")], channels_of(node)))
+    biases: dict[str, Any] = {}
+    for node in weighted:
+        name = learning.td_biases.get(str(weight_of(node).target), "")
+        if name in learning.wanted:
+            update = bias_update(values[operand(node, "input")], channels_of(node))
+            biases[name] = biases[name] + update if name in biases else update
+    for name, update in biases.items():
+        emit(name, update)
     return updates
 
 

@@ -396,7 +396,7 @@ class FeedbackModel(Wrapper):
             if sizes is not None:
                 examples = [of_size(size, dtype) for size, dtype in sizes]
             traced, by_size = trace_for(self._net, examples, form or self._form)
-            module = open_modules(traced, strict=False)
+            module = open_modules(traced, strict=False, owner=self._net)
             annotate_shapes(module, examples)
             writes = any("writes" in node.meta for node in module.graph.nodes)
             self._by_size |= by_size or writes

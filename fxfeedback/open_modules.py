@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _Orthogonal
 
 from fxfeedback.bottom_up import has_effect
 from fxfeedback.errors import RuleError
@@ -26,7 +27,7 @@ from fxfeedback.ops import same
 from fxfeedback.rules.core import CONSTANT, RULES
 from fxfeedback.shapes import plain
 from fxfeedback.trace_at_size import Shaped, Shapes, device_of_inputs, elements
-from fxfeedback.while_tracing import running_on_proxies
+from fxfeedback.while_tracing import parametrized_once, running_on_proxies
 
 OUT_OF_PLACE = {
     operator.iadd: operator.add,
@@ -58,7 +59,7 @@ def open_modules(
     Raises:
         RuleError: a torch.nn module does not open.
     """
-    with parametrize.cached(), running_on_proxies():
+    with parametrized_once(), running_on_proxies():
         opener = _Opener(module, strict, example_inputs, owner or module)
         for node in module.graph.nodes:
             opener.open(node)
@@ -83,28 +84,38 @@ class _Opener(fx.Tracer):
         self.root, self.owner = module, owner
         self.strict = strict
         self.graph = fx.Graph(tracer_cls=type(self))
-        self.tensors = _tensors(module)
+        self.tensors = _tensors(self.owner) | _tensors(module)
         self.memory = _Memory(module.graph, module)
-        self.names = {id(tensor): name for name, tensor in reversed(self.tensors.items())}  # a tied one: its first
+        # A tied one has its first name, in the owner's order, so that it is one node, called the same in every graph.
+        self.names = {id(tensor): name for name, tensor in reversed(self.tensors.items())}
         self.values: dict[fx.Node, Any] = {}
         self.present: Any = None  # the node that is being opened
         self.shapes = None if examples is None else Shapes(module, examples)
         self.opening = False  # a module
         self.inside = False  # the user's own function
         self.kept: list[torch.Tensor] = []
+        self.steps, self.read = _steps(self.owner), set[nn.Module]()
 
     def open(self, node: fx.Node) -> None:
         args = fx.map_arg(node.args, self.values.__getitem__)
         kwargs = fx.map_arg(node.kwargs, self.values.__getitem__)
         with self._at(node):
             if node.op == "call_module":
-                value = self.open_module(self.root.get_submodule(str(node.target)), *args, **kwargs)
+                module = self.root.get_submodule(str(node.target))
+                self.check_reading_once(module)
+                value = self.open_module(module, *args, **kwargs)
+            elif node.op == "get_attr":
+                value = self.parameter(self.tensors[str(node.target)])
             elif self.shapes and _is_on_sizes(node, args):
                 value = node.target(*args) if callable(node.target) else getattr(args[0], node.target)(*args[1:])
             else:
-                name = node.name if node.op in ("placeholder", "get_attr") else None
+                name = node.name if node.op == "placeholder" else None
                 value = self.create_proxy(node.op, node.target, args, kwargs, name)
-            if node.op.startswith("call") and isinstance(value, fx.Proxy) and value.node.meta.get("origin") is not node:
+            if isinstance(value, fx.Proxy) and value.node.op == "get_attr":
+                value.node.meta.setdefault("origin", node)
+            elif (
+                node.op.startswith("call") and isinstance(value, fx.Proxy) and value.node.meta.get("origin") is not node
+            ):
                 value = call(same, value)  # dropout that is off, an identity: they keep their name
         named = value[0] if isinstance(value, tuple) and value else value
         if isinstance(named, fx.Proxy) and named.node.meta.get("origin") is node:
@@ -123,6 +134,8 @@ class _Opener(fx.Tracer):
         try:
             if opening:
                 return opening(module, *args, **kwargs)
+            if isinstance(module, parametrize.ParametrizationList):
+                return self.parameter(module())
             with self._going_in():
                 return module.forward(*args, **kwargs)
         except Exception as error:
@@ -170,6 +183,8 @@ class _Opener(fx.Tracer):
         self.present = None
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, *rest: Any) -> Any:
+        if target is getattr and args[1] == "data":
+            kind, target, args = "call_method", "detach", args[:1]
         changes_state = bool(args) and isinstance(args[0], fx.Proxy) and args[0].node.op == "get_attr"
         in_place = False
         if not changes_state or self.inside:
@@ -281,8 +296,21 @@ class _Opener(fx.Tracer):
         self.kept.append(tensor)  # or its id could become another's
         return name
 
+    def check_reading_once(self, module: nn.Module) -> None:
+        """Refuse a second reading of a weight in training mode where each reading is a step of its own."""
+        for made in module.modules():
+            if isinstance(made, parametrize.ParametrizationList) and id(made) in self.steps:
+                if made in self.read:
+                    raise RuleError(
+                        f"{self.present.meta['name']!r}{user_line(self.present)} reads the weight of "
+                        f"{self.steps[id(made)]!r} again, and in training mode each reading of a "
+                        f"{type(made[0]).__name__.lstrip('_')} is one more step of it, where a graph reads once: read "
+                        "it once, or call eval() on that module"
+                    )
+                self.read.add(made)
+
     def parameter(self, tensor: torch.Tensor) -> fx.Proxy:
-        """The get_attr node of a parameter or buffer, made where it is first used."""
+        """The one get_attr node of a parameter or buffer, made where it is first used."""
         name = self.names[id(tensor)]
         found = self.graph.find_nodes(op="get_attr", target=name)
         if found:
@@ -318,6 +346,17 @@ def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
+def _steps(model: nn.Module) -> dict[int, str]:
+    """The parametrizations of which each reading, in the present modes, is a step: spectral norm's iteration."""
+    return {
+        id(made): path
+        for path, owner in model.named_modules()
+        if owner.training and parametrize.is_parametrized(owner)
+        for made in owner.parametrizations.values()
+        if any(next(m.buffers(), None) is not None and not isinstance(m, _Orthogonal) for m in made)
+    }
+
+
 def _is_in_place(node: fx.Node, root: nn.Module) -> bool:
     if node.op == "call_module":
         return bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
@@ -341,6 +380,12 @@ class _Memory:
 
     def check_overwriting(self, node: fx.Node) -> None:
         """Refuse an in-place op that changes memory which is read later under another name: as a view, or by a view."""
+        owner = self.owner[node.args[0]]  # type: ignore[index]
+        if owner.op == "get_attr":
+            raise RuleError(
+                f"the in-place op at node {node.meta['name']!r}{user_line(node)} writes into {owner.target!r} through "
+                "a view of it: write into the whole, as by copy_, under torch.no_grad()"
+            )
         for other in self.sharing[self.owner[node.args[0]]]:  # type: ignore[index]
             came_before = self.order[other] < self.order[node] and other is not node.args[0]
             if came_before and any(self.order[user] > self.order[node] for user in other.users):
@@ -352,7 +397,7 @@ class _Memory:
 
 VIEWS = {
     "getitem", "view", "view_as", "reshape", "flatten", "unflatten", "transpose", "permute", "movedim", "t", "squeeze",
-    "unsqueeze", "select", "narrow", "expand", "chunk", "split", "unbind", "contiguous", "dropout",
+    "unsqueeze", "select", "narrow", "expand", "chunk", "split", "unbind", "contiguous", "dropout", "detach",
 }  # fmt: skip
 VIEW_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.modules.dropout._DropoutNd)
 
@@ -360,6 +405,8 @@ VIEW_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.modules.dropout._Dropo
 def _is_view(node: fx.Node, root: nn.Module) -> bool:
     if node.op == "call_module":
         return isinstance(root.get_submodule(str(node.target)), VIEW_MODULES)
+    if node.target is getattr:
+        return node.args[1] == "data"
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
     return node.op in ("call_method", "call_function") and name in VIEWS
 

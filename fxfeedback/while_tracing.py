@@ -73,8 +73,20 @@ def running_on_proxies() -> Iterator[None]:
         for device, enabled in around.items():
             torch.set_autocast_enabled(device, False)
             stack.callback(torch.set_autocast_enabled, device, enabled)
-        stack.enter_context(replaced({torch.autograd.Function: {"apply": _applied()}}))
+        stack.enter_context(
+            replaced({torch.autograd.Function: {"apply": _applied()}, fx.Proxy: {"__setattr__": _set}})
+        )
         yield
+
+
+def _set(proxy: fx.Proxy, name: str, value: Any) -> None:
+    """Setting an attribute of a stand-in: not those that tensors have."""
+    if hasattr(torch.Tensor, name):
+        raise ValueError(
+            f"it sets .{name} of a tensor, which a graph cannot hold: change a parameter with an op in place, such as "
+            "copy_, under torch.no_grad(), and freeze parameters before the model is converted"
+        )
+    object.__setattr__(proxy, name, value)
 
 
 @contextmanager
@@ -233,3 +245,23 @@ def settled(module: nn.Module) -> Iterator[None]:
     finally:
         for m in inner:
             m.training = True
+
+
+@contextmanager
+def parametrized_once() -> Iterator[None]:
+    """A parametrized weight is one tensor, however often it is read (torch's own cache takes a module's copies for it).
+
+    Other threads compute theirs as always.
+    """
+    made: dict[nn.Module, Any] = {}
+    call, thread = parametrize.ParametrizationList.__call__, threading.get_ident()
+
+    def once(parametrization: nn.Module) -> Any:
+        if threading.get_ident() != thread:
+            return call(parametrization)
+        if parametrization not in made:
+            made[parametrization] = call(parametrization)
+        return made[parametrization]
+
+    with mock.patch.object(parametrize.ParametrizationList, "__call__", once):
+        yield
