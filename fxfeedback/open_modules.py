@@ -140,7 +140,7 @@ class _Opener(fx.Tracer):
                 return module.forward(*args, **kwargs)
         except Exception as error:
             node = self.present
-            if not self.strict:
+            if not self.strict and "as_called" not in node.meta:
                 if not outermost:
                     raise
                 self.erase_behind(last)

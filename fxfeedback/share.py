@@ -27,9 +27,13 @@ def share(model: nn.Module) -> nn.Module:
             a graph cannot say.
     """
     refuse_untraceable(model)
-    tensors = [*model.parameters(), *model.buffers()]
-    tensors += [tensor for module in model.modules() for tensor in _tensors_in(vars(module))]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors_of(model)})
+
+
+def tensors_of(model: nn.Module) -> list[torch.Tensor]:
+    """Parameters, buffers, and what modules have in plain attributes."""
+    kept = [tensor for module in model.modules() for tensor in _tensors_in(vars(module))]
+    return [*model.parameters(), *model.buffers(), *kept]
 
 
 def _tensors_in(value: Any) -> list[torch.Tensor]:

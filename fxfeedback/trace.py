@@ -8,8 +8,8 @@ model is never traced itself, only a copy that shares its tensors (share.py).
 import math
 import threading
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,8 +18,17 @@ from torch import fx, nn
 from torchvision.models.feature_extraction import NodePathTracer
 
 from fxfeedback.arguments import PROXIES, Form, form_of
+from fxfeedback.attributes import CONSTANT, Stage, difference, meaning, noting_lines, state_is_kept
 from fxfeedback.errors import TraceError
-from fxfeedback.nodes import built_in, identifier, is_operator_in_place, is_torchs, is_users, refuse_unwritable
+from fxfeedback.nodes import (
+    built_in,
+    identifier,
+    is_operator_in_place,
+    is_torchs,
+    is_users,
+    refuse_unwritable,
+    user_line,
+)
 from fxfeedback.ops import without_gradient
 from fxfeedback.while_tracing import (
     random_states,
@@ -35,6 +44,7 @@ class PathTracer(NodePathTracer):
     """torchvision's tracer, with torch.nn modules alone as leaves."""
 
     record_stack_traces = True
+    stage: Stage  # whose copy it traces
 
     def __init__(self, form: Form) -> None:
         super().__init__(leaf_modules=[], autowrap_modules=(math, torchvision.ops))
@@ -43,6 +53,8 @@ class PathTracer(NodePathTracer):
         self.without_gradient: dict[fx.Node, fx.Node | None] = {}
         self.given: dict[int, torch.Tensor] = {}
         self.constants: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.calling: nn.Module | None = None
+        self.called: dict[fx.Node, nn.Module | None] = {}  # with other attributes than the model has
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         """A call in the tracer's form: torch.fx knows positional arguments of undecorated functions only."""
@@ -66,11 +78,12 @@ class PathTracer(NodePathTracer):
         reason = getattr(type(m), "untraceable", "")
         if reason:
             raise ValueError(f"its part {self.path_of_module(m)!r} {reason}")
+        self.calling = m
         if as_graph is None:
             return super().call_module(m, forward, args, kwargs)
         path = self.path_of_module(m)
         with untraced():
-            module, given = as_graph(m, args, kwargs, PROXIES)
+            module, given = as_graph(self.stage.originals.get(m, m), args, kwargs, PROXIES)
         graph, inputs = module.graph, iter(given)
         values: dict[fx.Node, Any] = {}
         for node in graph.nodes:
@@ -92,6 +105,8 @@ class PathTracer(NodePathTracer):
             raise ValueError("it switches autocast on, which a graph cannot hold: call what is returned under autocast")
         if kind.startswith("call") and not torch.is_grad_enabled():
             self.without_gradient[node] = None
+        if kind == "call_module" and self.calling is not None:
+            self.called[node] = self.stage.as_called(self.calling)
         return node
 
     def trace(self, root: Any, *args: Any, **kwargs: Any) -> fx.Graph:
@@ -153,38 +168,93 @@ def trace_with(make: Callable[[Form], PathTracer], model: nn.Module, form: Form)
     reason = getattr(type(model), "untraceable", "")
     if reason:
         raise TraceError(f"{type(model).__name__} {reason}.")
+    stage = Stage(model)
     try:
-        tracer, graph = _traced(make, model, form)
+        tracer, graph = _traced(make, stage, form)
+        if tracer.stage.changed():
+            _check_next_call(make, form, tracer, graph)
+    except TraceError:
+        raise
     except Exception as error:
         raise TraceError(
             f"torch.fx cannot trace {type(model).__name__}: {error}{_line_of(error)}. A traceable model has no control "
             "flow that depends on tensor values; wrap the part in a function marked with torch.fx.wrap, or pass a "
             "traceable part of the model."
         ) from error
+    finally:
+        stage.restore_classes()
+    stage = tracer.stage
+    for name in [name for name in vars(stage.copy) if name.startswith(CONSTANT)]:
+        value = vars(stage.copy)[name]
+        model.register_buffer(name, value.clone() if value.is_inference() else value, persistent=False)
+    stage.forget()
+    refuse_unwritable(graph)
+    module = fx.GraphModule(model, graph, identifier(type(model).__name__))
+    _put_as_called(module, tracer)
+    return module
+
+
+def _traced(
+    make: Callable[[Form], PathTracer], stage: Stage, form: Form, watching: bool = False
+) -> tuple[PathTracer, fx.Graph]:
+    """A tracer, and the graph that it made of one call, with names and without what nobody needs.
+
+    No parameter or buffer has been written and no random number drawn on the way.
+    """
+    tracer, states = make(form), random_states()
+    tracer.stage = stage
+    watch = watching_draws() if watching else nullcontext()
+    draws = refusing_draws(stage.copy)
+    with stage.performed(), running_on_proxies(), recording_sized(), draws, watch:
+        graph = tracer.trace(stage.copy)
+    if not watching and random_states() != states:  # was it the model, or another thread?
+        return _traced(make, Stage(stage.model), form, watching=True)
     for node in graph.nodes:
         node.meta["name"] = tracer.node_to_qualname.get(node, node.name)
         if node.op == "call_module":
             node.meta["module"] = str(node.target)
-    graph.eliminate_dead_code(is_impure_node=lambda node: _has_effect(node, model))
-    refuse_unwritable(graph)
-    return fx.GraphModule(model, graph, identifier(type(model).__name__))
+
+    def has_effect(node: fx.Node) -> bool:
+        calls = node.op == "call_module"
+        return _has_effect(
+            node, tracer.called.get(node) or stage.copy.get_submodule(str(node.target)) if calls else None
+        )
+
+    graph.eliminate_dead_code(is_impure_node=has_effect)
+    new = [str(node.target) for node in graph.nodes if node.op == "get_attr" and not stage.has(str(node.target))]
+    if new:
+        raise ValueError(f"its forward makes {new[0]!r} in its first call: call the model once before it is converted")
+    return tracer, graph
 
 
-def _traced(
-    make: Callable[[Form], PathTracer], model: nn.Module, form: Form, watching: bool = False
-) -> tuple[PathTracer, fx.Graph]:
-    """A tracer and what it traced, once nothing has been written and no random number drawn on the way."""
-    versions = {name: buffer._version for name, buffer in model.named_buffers()}
-    tracer, states = make(form), random_states()
-    watch = watching_draws() if watching else nullcontext()
-    with _as_they_were(model), running_on_proxies(), recording_sized(), refusing_draws(model), watch:
-        graph = tracer.trace(model)
-    for name, buffer in model.named_buffers():
-        if buffer._version != versions.get(name, buffer._version):
-            raise ValueError(f"its forward writes into the buffer {name!r}, and did so while it was traced")
-    if watching or random_states() == states:
-        return tracer, graph
-    return _traced(make, model, form, watching=True)  # was it the model, or another thread?
+def _check_next_call(make: Callable[[Form], PathTracer], form: Form, tracer: PathTracer, graph: fx.Graph) -> None:
+    """Refuse a forward that computes something else in the next call, from the attributes that this one left."""
+    stage = tracer.stage
+    names, before = stage.changed(), stage.state()
+    first, size = meaning(graph, stage.copy, tracer.called), len(graph.nodes)
+    with noting_lines() as lines:
+        try:
+            other, again = _traced(make, stage, form)
+            node = difference(first, meaning(again, stage.copy, other.called))
+            where = user_line(node) if node is not None else ""
+            differs = node is not None or len(graph.nodes) != size  # its proxies were read
+        except Exception as error:  # they were, together with present ones
+            differs, where = True, _line_of(error)
+    further = stage.changed(before)
+    if differs or further:
+        at = next((lines[id(m), name] for m, name in further or names if (id(m), name) in lines), "")
+        raise state_is_kept([stage.name_of(*each) for each in further or names], where or at)
+
+
+def _put_as_called(module: fx.GraphModule, tracer: PathTracer) -> None:
+    """Nodes that call a module with other attributes than it has call a copy of it that has them."""
+    for node in module.graph.nodes:
+        copy = tracer.called.get(node)
+        if copy is not None:
+            node.target = f"{node.target}_called_as_{node.name}"
+            node.meta["as_called"] = True
+            module.add_submodule(node.target, copy)
+    module.recompile()
 
 
 def _line_of(error: BaseException) -> str:
@@ -192,33 +262,12 @@ def _line_of(error: BaseException) -> str:
     return f" (at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line})" if frames else ""
 
 
-@contextmanager
-def _as_they_were(model: nn.Module) -> Iterator[None]:
-    """Afterwards the modules have the attributes that they had before: a traced forward may have kept proxies.
+def _has_effect(node: fx.Node, module: nn.Module | None) -> bool:
+    """In-place ops change values that other nodes read; assertions about shapes have done their work in tracing.
 
-    Tensors that tracing left on the model, from torch.tensor(...) in its code, become buffers: they move with it.
+    module: what the node calls.
     """
-    before = [(attributes, dict(attributes)) for module in model.modules() for attributes in _attributes(module)]
-    try:
-        yield
-    finally:
-        constants = {name: value for name, value in vars(model).items() if name.startswith("_tensor_constant")}
-        for attributes, kept in before:
-            attributes.update(kept)  # never empty, as another thread may be running the module
-            for name in attributes.keys() - kept.keys():
-                del attributes[name]
-        for name, value in constants.items():
-            model.register_buffer(name, value.clone() if value.is_inference() else value, persistent=False)
-
-
-def _attributes(module: nn.Module) -> list[dict[str, Any]]:
-    return [vars(module), module._parameters, module._buffers, module._modules]
-
-
-def _has_effect(node: fx.Node, model: nn.Module) -> bool:
-    """In-place ops change values that other nodes read; assertions about shapes have done their work in tracing."""
-    if node.op == "call_module":
-        module = model.get_submodule(str(node.target))
+    if module is not None:
         counts = module.training and getattr(module, "running_mean", None) is not None  # a norm that nothing reads
         return counts or bool(getattr(module, "inplace", False))
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")

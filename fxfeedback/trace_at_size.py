@@ -328,6 +328,11 @@ class _Tracer(PathTracer):
         super().__init__(form)
         self.shapes = Shapes(model, examples)
 
+    def trace(self, root: Any, *args: Any, **kwargs: Any) -> fx.Graph:
+        """As torch.fx; what modules make of shapes is asked of those that are traced."""
+        self.shapes.root = root
+        return super().trace(root, *args, **kwargs)
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return StandIn(node, self)
 

@@ -73,9 +73,7 @@ def running_on_proxies() -> Iterator[None]:
         for device, enabled in around.items():
             torch.set_autocast_enabled(device, False)
             stack.callback(torch.set_autocast_enabled, device, enabled)
-        stack.enter_context(
-            replaced({torch.autograd.Function: {"apply": _applied()}, fx.Proxy: {"__setattr__": _set}})
-        )
+        stack.enter_context(replaced({torch.autograd.Function: {"apply": _applied()}, fx.Proxy: {"__setattr__": _set}}))
         yield
 
 
