@@ -289,7 +289,12 @@ def on_meta(module: nn.Module, args: Any, kwargs: Any) -> Any:
     if like is not None:
         return torch.empty_like(inspect.signature(module.forward).bind(*args, **kwargs).arguments[like])
     tensors = dict(module.named_parameters()) | dict(module.named_buffers())
-    return torch.func.functional_call(module, {name: t.to("meta") for name, t in tensors.items()}, args, kwargs)
+    try:
+        return torch.func.functional_call(module, {name: t.to("meta") for name, t in tensors.items()}, args, kwargs)
+    finally:
+        for inner in module.modules():
+            if isinstance(inner, nn.RNNBase):
+                inner._init_flat_weights()  # its list of weights has those of the call
 
 
 def _default_size(model: nn.Module) -> tuple[int, ...]:

@@ -128,7 +128,7 @@ def _of_model(graph: fx.Graph, net: nn.Module, form: Form, inputs: Sequence[torc
         return net(*args, **named)
 
     try:
-        returned = _run(call, inputs, seed)
+        returned = _run(call, net, inputs, seed)
     finally:
         for hook in hooks:
             hook.remove()
@@ -149,7 +149,7 @@ def _called_modules(net: nn.Module, path: str = "") -> Iterator[str]:
 def _of_graph(graph: fx.Graph, net: nn.Module, inputs: Sequence[torch.Tensor]) -> Values:
     """By the graph, with the tensors of `net`."""
     run = _Interpreter(getattr(net, "_root", net), graph=graph)  # a network of ours has its tensors in _root
-    returned = _run(run.run, inputs, seed=0)
+    returned = _run(run.run, net, inputs, seed=0)
     return {**run.values, **dict(_places(returned))}
 
 
@@ -170,9 +170,15 @@ class _Interpreter(fx.Interpreter):
         return value
 
 
-def _run(function: Any, inputs: Sequence[torch.Tensor], seed: int) -> Any:
+def _run(function: Any, net: nn.Module, inputs: Sequence[torch.Tensor], seed: int) -> Any:
+    """A call, after which the buffers are as before: what it writes into them a graph writes, too."""
     torch.manual_seed(seed)
-    return function(*[x.clone() for x in inputs])
+    before = [(buffer, buffer.clone()) for buffer in net.buffers()]
+    try:
+        return function(*[x.clone() for x in inputs])
+    finally:
+        for buffer, value in before:
+            buffer.copy_(value)
 
 
 def _first_of(value: Any) -> Any:

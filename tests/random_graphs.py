@@ -56,6 +56,12 @@ def halved(x, z):
     return y
 
 
+def changed(module, **attributes):
+    """`module`, which has other attributes from now on."""
+    vars(module).update(attributes)
+    return module
+
+
 # -- cases ------------------------------------------------------------------------------------------------------------
 
 
@@ -192,7 +198,7 @@ class Grower:
     values: list[Value] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
     parameters: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
-    modules: dict[str, str] = field(default_factory=dict)
+    modules: dict[tuple[str, bool], str] = field(default_factory=dict)
     random: bool = False  # the statement that is being written draws at random
 
     def __post_init__(self) -> None:
@@ -244,11 +250,12 @@ class Grower:
         """A parameter: new or reused, tied or frozen; or what is computed from one."""
         ways = ["new"] * 5 + ["reused"] * 2 + ["frozen", "tied"] + ([] if plain else ["computed", "transposed"])
         way, same = self.pick(ways), [name for name, other in self.parameters if other == shape]
+        own = [name for name in same if isinstance(eval(name, {"self": self.model}), nn.Parameter)]
         if way == "reused" and same:
             return self.pick(same)
         name = f"self.p{len(self.init)}"
-        if way == "tied" and same:
-            self.add(f"{name} = {self.pick(same)}")
+        if way == "tied" and own:
+            self.add(f"{name} = {self.pick(own)}")
         elif way == "transposed" and len(shape) == 2:
             return f"{self.parameter(*shape[::-1], plain=True)}.t()"
         elif way == "computed":
@@ -267,12 +274,24 @@ class Grower:
         self.add(f"self.register_buffer('{name}', torch.randn({shape}))")
         return f"self.{name}"
 
-    def module(self, made: str) -> str:
-        """A module, new or reused."""
-        if made in self.modules and self.pick([True, False]):
-            return self.modules[made]
-        self.modules[made] = name = f"self.m{len(self.init)}"
+    def module(self, made: str, changing: bool = False) -> str:
+        """A module, new or reused; forward may read its parameters by hand, too.
+
+        changing: one whose every call sets its attributes.
+        """
+        key = (made, changing)
+        if key in self.modules and self.pick([True, False]):
+            return self.modules[key]
+        self.modules[key] = name = f"self.m{len(self.init)}"
         self.add(f"{name} = awake({made})")
+        own = dict(self.model.get_submodule(name.removeprefix("self.")).named_parameters())
+        if "parametrizations.weight.original0" in own:
+            own["weight"] = self.model.get_submodule(name.removeprefix("self.")).weight
+        self.parameters += [
+            (f"{name}.{path}", tuple(tensor.shape))
+            for path, tensor in own.items()
+            if all(map(str.isidentifier, path.split(".")))
+        ]
         return name
 
     def value(self) -> Value:
@@ -1331,6 +1350,27 @@ def in_place(g, x):
     """On memory that nothing else reads."""
     templates = ["F.relu({x} + 0.1, inplace=True)", "({x} * 2).relu_()", "({x} + 1).mul_({c})", "{m}({x} - 0.5)"]
     return g.fill(x, templates, c=lambda: g.constant(*g.narrow_shape(x)), m=lambda: g.module("nn.ReLU(inplace=True)"))
+
+
+@grows()
+def called_with_other_attributes(g, x):
+    """A module of which each call has attributes of its own."""
+    c = x.shape[-1]
+    kinds = {
+        "nn.LeakyReLU()": "negative_slope={n}",
+        "nn.ELU()": "alpha={n}",
+        "nn.Softplus()": "beta={n}",
+        f"nn.LayerNorm({c})": "eps={n}",
+        "nn.Dropout()": "p={n}",
+    }
+    if x.proper and x.ndim == 4:
+        kinds[f"nn.BatchNorm2d({x.shape[1]})"] = "momentum={n}, eps={n}"
+        kinds[f"nn.Conv2d({x.shape[1]}, 2, 3)"] = "dilation=({k}, {k}), padding=({k}, {k})"
+        kinds[f"nn.Conv2d({x.shape[1]}, 2, 3, 1, 1)"] = "stride=({k}, {k})"
+    made = g.pick(kinds)
+    g.random = g.train and made == "nn.Dropout()"
+    attributes = kinds[made].format(n=g.pick([0.1, 0.3, 0.5]), k=g.number(1, 2))
+    return f"changed({g.module(made, changing=True)}, {attributes})({x.name})"
 
 
 # -- whole models -----------------------------------------------------------------------------------------------------

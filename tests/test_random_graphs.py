@@ -347,7 +347,8 @@ def check(case: Case) -> None:
     elif case.headed and not any(i.layout == "ids" for i in case.inputs):
         tell("no head")
         check_no_head(case)
-    if len(case.inputs) == 1 and "stochastic_depth" not in case.source:  # which the reference's tracer enters
+    # The reference's tracer enters stochastic depth, and knows a module as its last call had it.
+    if len(case.inputs) == 1 and "stochastic_depth" not in case.source and "changed(" not in case.source:
         check_feedback(case)
 
 
