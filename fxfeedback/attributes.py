@@ -132,10 +132,12 @@ class Stage:
         """An attribute's qualified name."""
         return f"{self.paths[module]}.{name}" if self.paths[module] else name
 
-    def has(self, name: str) -> bool:
-        """Whether the model has this parameter or buffer before forward runs, or is to have it: a constant."""
-        path, _, leaf = name.rpartition(".")
-        return leaf.startswith(CONSTANT) or hasattr(self.model.get_submodule(path), leaf)
+    def made(self) -> list[str]:
+        """The parameters and buffers that forward has made."""
+        own = ((m, {*o._parameters, *o._buffers}) for m, o in self.originals.items())
+        return [
+            self.name_of(m, name) for m, names in own for name in (*m._parameters, *m._buffers) if name not in names
+        ]
 
     def forget(self) -> None:
         """Take from the model what forward would have set anew: it would be that of no call."""

@@ -221,9 +221,8 @@ def _traced(
         )
 
     graph.eliminate_dead_code(is_impure_node=has_effect)
-    new = [str(node.target) for node in graph.nodes if node.op == "get_attr" and not stage.has(str(node.target))]
-    if new:
-        raise ValueError(f"its forward makes {new[0]!r} in its first call: call the model once before it is converted")
+    if made := stage.made():
+        raise ValueError(f"its forward makes {made[0]!r} in its first call: call the model once before it is converted")
     return tracer, graph
 
 
