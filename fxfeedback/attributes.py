@@ -44,7 +44,7 @@ class Stage:
         self.paths: dict[Any, str] = {module: path for path, module in self.copy.named_modules()}
         self._own: dict[int, Any] = {id(copies[key]): tensor for key, tensor in own.items()}
         self._own |= {id(m): o for m, o in self.originals.items() if isinstance(m, parametrize.ParametrizationList)}
-        self._kept = list(copies.values())  # or an id could become another's
+        self.tensors = list(copies.values())  # or an id could become another's
         self._asked = {p: p.requires_grad for p in model.parameters()}
         self.paths |= {kind: kind.__name__ for module in self.originals for kind in _classes(type(module))}
         self._of_classes = [(kind, name, value, copy.copy(value)) for kind, name, value in self._class_attributes()]
@@ -248,14 +248,17 @@ def difference(first: Sequence[Any], second: Sequence[Any]) -> fx.Node | None:
     return longer[min(len(first), len(second))][1] if len(first) != len(second) else None
 
 
-def meaning(graph: fx.Graph, root: nn.Module, called: dict[fx.Node, nn.Module | None]) -> list[tuple[str, fx.Node]]:
+def meaning(
+    graph: fx.Graph, root: nn.Module, given: Sequence[torch.Tensor], called: dict[fx.Node, nn.Module | None]
+) -> list[tuple[str, fx.Node]]:
     """What each node of a graph computes, to compare graphs of one model.
 
+    given: the model's own tensors, which go by their names; what forward put in their places goes by its values.
     called: the modules that are called with other attributes than `root` has.
     """
     rows: list[tuple[str, fx.Node]] = []
     numbers: dict[fx.Node, str] = {}
-    own = {id(tensor) for tensor in [*root.parameters(), *root.buffers()]}
+    own = {id(tensor) for tensor in given}
     for node in graph.nodes:
         args = fx.map_arg((node.args, node.kwargs), numbers.__getitem__)
         what: Any = getattr(node.target, "__qualname__", node.target)

@@ -230,11 +230,11 @@ def _check_next_call(make: Callable[[Form], PathTracer], form: Form, tracer: Pat
     """Refuse a forward that computes something else in the next call, from the attributes that this one left."""
     stage = tracer.stage
     names, before = stage.changed(), stage.state()
-    first, size = meaning(graph, stage.copy, tracer.called), len(graph.nodes)
+    first, size = meaning(graph, stage.copy, stage.tensors, tracer.called), len(graph.nodes)
     with noting_lines() as lines:
         try:
             other, again = _traced(make, stage, form)
-            node = difference(first, meaning(again, stage.copy, other.called))
+            node = difference(first, meaning(again, stage.copy, stage.tensors, other.called))
             where = user_line(node) if node is not None else ""
             differs = node is not None or len(graph.nodes) != size  # its proxies were read
         except Exception as error:  # they were, together with present ones
