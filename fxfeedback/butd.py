@@ -102,7 +102,7 @@ class BUTD(Wrapper):
 
     def __init__(self, model: nn.Module, options: Options, example_inputs: Any, verify: bool = False) -> None:
         super().__init__(model, example_inputs)
-        self.options = options
+        vars(self)["options"] = options  # past nn.Module, and not the model's
         if verify:
             with eval_mode(self):
                 verify_graph(self._graphs(self._stand_ins()).bu, self._net, *example_form(self._net, example_inputs))
@@ -302,15 +302,8 @@ class BUTD(Wrapper):
 
         form: of the call; None: the example's.
         """
-        key = (self._modes(), tuple([(size_of(x), x.dtype) for x in inputs]), form)
-        self._make(key)
-        graphs = self._cache.get(key)
-        return self._graphs(inputs, form) if graphs is None else graphs  # another thread may have cleared the cache
+        return self._kept((self._fingerprint(), tuple([(size_of(x), x.dtype) for x in inputs]), form))
 
-    @torch.compiler.assume_constant_result  # making a graph is nothing that torch.compile could trace
-    def _make(self, key: tuple[Any, ...]) -> None:
-        if key not in self._cache:
-            with building(self._net):
-                if key not in self._cache:
-                    examples = [of_size(size, dtype) for size, dtype in key[1]]
-                    self._cache[key] = Graphs(self, examples, key[2] or self._form)
+    def _build(self, key: tuple[Any, ...]) -> Graphs:
+        _, sizes, form = key
+        return Graphs(self, [of_size(size, dtype) for size, dtype in sizes], form or self._form)

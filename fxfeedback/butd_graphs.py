@@ -1,6 +1,7 @@
 """All graphs of a BU-TD network for one input size and mode; each is built when it is first used."""
 
 import functools
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,7 +22,7 @@ from fxfeedback.shapes import annotate_shapes
 from fxfeedback.task_heads import TaskHeads, put_task_heads
 from fxfeedback.td_graph import Instructing, instruct
 from fxfeedback.trace_at_size import trace_for
-from fxfeedback.while_tracing import building, settled
+from fxfeedback.while_tracing import building, forget, settled
 
 if TYPE_CHECKING:
     from fxfeedback.butd import BUTD
@@ -203,7 +204,8 @@ class Graphs:
     @torch.compiler.assume_constant_result  # making a graph is nothing that torch.compile could trace
     def _make(self, kind: str, *how: Any) -> None:
         if how not in self._kept[kind]:
-            with building(self.butd._net):
+            with building(self.butd._net) as sources:
+                weakref.finalize(self, forget, sources)
                 if how not in self._kept[kind]:
                     self._kept[kind][how] = getattr(self, f"_make_{kind}")(*how)
 

@@ -144,7 +144,7 @@ class _Step:
         self.given: dict[str, fx.Node] = {}
         self.tensors: dict[str, fx.Node] = {}
         with eval_mode(butd, but=BATCH_NORMS):
-            self.graphs, self.modes = butd._graphs(butd._stand_ins()), butd._modes()
+            self.graphs, self.modes = butd._graphs(butd._stand_ins()), butd._fingerprint()
             if instructed:
                 self.graphs.require_head()
             has_tasks = butd.options.n_tasks is not None
@@ -167,7 +167,7 @@ class _Step:
         outputs = {"loss": loss, "logits": logits}
         outputs |= {f"{name}.new": node for name, node in self.tensors.items() if node is not start.get(name, node)}
         with eval_mode(self.butd):
-            if self.butd._modes() != self.modes:
+            if self.butd._fingerprint() != self.modes:
                 self.tensors = start
                 outputs["prediction"] = self._predict(self.butd._graphs(self.butd._stand_ins()))
         self.graph.output(outputs)

@@ -25,7 +25,6 @@ from fxfeedback.shapes import Spec, annotate_shapes, example_for, examples_of, o
 from fxfeedback.share import put
 from fxfeedback.trace_at_size import Shaped, trace_for
 from fxfeedback.verify import verify_graph
-from fxfeedback.while_tracing import building
 from fxfeedback.wrapper import Wrapper, eval_mode, not_finite, own_part
 
 State = dict[str, torch.Tensor]
@@ -353,12 +352,8 @@ class FeedbackModel(Wrapper):
             _check_inputs(inputs, self._examples)
         state, several = _state(state), _several(steering)
         steered = tuple([one.source for one in several])
-        sizes = self._sizes(inputs, form)
-        what = (passes, return_all, tuple(state), steered, steer_first_pass, readout)
-        plan = self._plan(self._modes(), self._steps(), sizes, form, *what)
-        if sizes is None and self._by_size:  # as only tracing in this mode has shown
-            sizes = self._sizes(inputs, form)
-            plan = self._plan(self._modes(), self._steps(), sizes, form, *what)
+        what = (form, passes, return_all, tuple(state), steered, steer_first_pass, readout)
+        plan = self._plan(inputs, what)
         at_example_size = form is None and all(
             x.shape[1:] == y.shape[1:] for x, y in zip(inputs, self._examples, strict=True)
         )
@@ -390,21 +385,21 @@ class FeedbackModel(Wrapper):
         It does where the model's code branches on sizes, and where its functions write into their arguments: these must
         be opened, and look at sizes. And where a call has not the form of the example.
         """
-        key = ("bottom up", self._modes(), sizes, form)
-        if key not in self._cache:
-            examples = self._stand_ins()
-            if sizes is not None:
-                examples = [of_size(size, dtype) for size, dtype in sizes]
-            traced, by_size = trace_for(self._net, examples, form or self._form)
-            module = open_modules(traced, strict=False, owner=self._net)
+        return self._kept(("bottom up", self._fingerprint(), sizes, form))
+
+    def _opened(self, sizes: Sizes | None, form: Form | None) -> fx.GraphModule:
+        examples = self._stand_ins()
+        if sizes is not None:
+            examples = [of_size(size, dtype) for size, dtype in sizes]
+        traced, by_size = trace_for(self._net, examples, form or self._form)
+        module = open_modules(traced, strict=False, owner=self._net)
+        annotate_shapes(module, examples)
+        writes = any("writes" in node.meta for node in module.graph.nodes)
+        self._by_size |= by_size or writes
+        if writes:
+            module = open_modules(traced, strict=False, example_inputs=examples, owner=self._net)
             annotate_shapes(module, examples)
-            writes = any("writes" in node.meta for node in module.graph.nodes)
-            self._by_size |= by_size or writes
-            if writes:
-                module = open_modules(traced, strict=False, example_inputs=examples, owner=self._net)
-                annotate_shapes(module, examples)
-            self._cache[key] = module
-        return self._cache[key]
+        return module
 
     def _unrolled(self, what: Unrolling, sizes: Sizes | None = None, form: Form | None = None) -> fx.GraphModule:
         bu = self._bottom_up(sizes, form)
@@ -422,17 +417,14 @@ class FeedbackModel(Wrapper):
             return (brief,)
         return (lean, segmented) if self.checkpoint else (lean,)
 
-    def _plan(self, modes: tuple[bool, ...], steps: tuple[Any, ...], sizes: Sizes | None, *what: Any) -> "_Plan":
-        """What a call runs; made once."""
-        key = ("plan", modes, steps, sizes, what)
-        self._make(key)
-        return self._cache[key]
+    def _plan(self, inputs: Sequence[torch.Tensor], what: tuple[Any, ...]) -> "_Plan":
+        """What a call of this form (first of `what`) runs; made once."""
+        by_size, sizes = self._by_size, self._sizes(inputs, what[0])
+        plan = self._kept(("plan", self._fingerprint(), self._steps(), sizes, what))
+        return plan if by_size == self._by_size else self._plan(inputs, what)  # the first graph that looks at sizes
 
-    @torch.compiler.assume_constant_result  # making a graph is nothing that torch.compile could trace
-    def _make(self, key: tuple[Any, ...]) -> None:
-        with building(self._net):
-            if key not in self._cache:
-                self._cache[key] = self._planned(key)
+    def _build(self, key: tuple[Any, ...]) -> Any:
+        return self._opened(*key[2:]) if key[0] == "bottom up" else self._planned(key)
 
     def _planned(self, key: tuple[Any, ...]) -> "_Plan":
         *_, steps, sizes, (form, passes, return_all, state, steered, steer_first, readout) = key
@@ -480,7 +472,8 @@ class _Source(NamedTuple):
         return ", ".join("batch" if n is None else str(n) for n in self.spec.sizes)
 
 
-class _Plan(NamedTuple):
+@dataclass(eq=False)
+class _Plan:
     """What a call runs.
 
     run: the unrolled graph as a function of the module with the tensors and the blocks, of inputs, state and steering.

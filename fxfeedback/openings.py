@@ -28,8 +28,9 @@ def call(function: Callable[..., Any], input: fx.Proxy, *args: Any) -> fx.Proxy:
 
 def _batch_norm(module: Any, input: fx.Proxy) -> fx.Proxy:
     """y = (x - mean) / sqrt(var + eps) * gamma + beta; forward itself looks at the input's dimensions."""
-    tracks = module.track_running_stats and module.running_mean is not None
-    training = module.training or not tracks
+    known = module.running_mean is not None
+    tracks = known and (module.track_running_stats or not module.training)  # who stops tracking keeps them in eval mode
+    training = module.training or not known
     momentum, norm = module.momentum, F.batch_norm
     if isinstance(module, nn.SyncBatchNorm) and training:
         if module.process_group is not None:

@@ -3,12 +3,14 @@
 import contextlib
 import functools
 import inspect
+import itertools
+import linecache
 import os
 import pickle
 import random
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -224,10 +226,27 @@ def watching_draws() -> Iterator[None]:
 
 
 @contextmanager
-def building(model: nn.Module) -> Iterator[None]:
-    """While graphs are made: by one thread at a time, and outside of inference mode, as their constants are kept."""
+def building(model: nn.Module) -> Iterator[list[str]]:
+    """While graphs are made: by one thread at a time, and outside of inference mode, as their constants are kept.
+
+    Yields:
+        a list, in which the names of the files are afterwards in which torch.fx has their code (see `forget`).
+    """
+    sources: list[str] = []
     with _ONE_AT_A_TIME, torch.inference_mode(False), settled(model):
-        yield
+        n_before = len(_SOURCES)
+        yield sources
+        sources += itertools.islice(_SOURCES, n_before, None)
+
+
+_SOURCES: dict[str, str] = getattr(getattr(fx.graph_module, "_loader", None), "eval_cache", {})
+
+
+def forget(sources: Sequence[str]) -> None:
+    """Let go of the code of graphs that are gone: for tracebacks, torch.fx keeps the text of each for ever."""
+    for source in sources:
+        _SOURCES.pop(source, None)
+        linecache.cache.pop(source, None)
 
 
 @contextmanager

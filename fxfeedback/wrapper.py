@@ -1,6 +1,8 @@
 """What every module that fxfeedback returns has in common: it holds a model's tensors as its own, and traces it."""
 
 import contextlib
+import itertools
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, Self
@@ -11,22 +13,26 @@ from torch import fx, nn
 from fxfeedback.arguments import Form, arguments_of, bind, example_form
 from fxfeedback.checkpoints import without_prefixes
 from fxfeedback.errors import CheckpointError, InputError, OptionError
+from fxfeedback.fingerprint import HOOKS, Cache, Fingerprint
 from fxfeedback.shapes import at_batch
 from fxfeedback.share import share
+from fxfeedback.while_tracing import building, forget
 
 SAVED: ContextVar[Mapping[str, torch.Size] | None] = ContextVar("SAVED", default=None)
 """While a file is loaded: the shapes of the tensors that it has, by name below the wrapper that is made."""
 
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-"""What nn.Module's call runs, and a graph does not."""
+_NUMBERS = itertools.count()
 
 
 class Wrapper(nn.Module):
     """A module with the parameters, buffers and submodules of a user's model, under their own names.
 
     The user's model is neither changed nor kept: `_net` is a copy of its modules that shares its tensors. Graphs made
-    from it are kept in `_cache`, by mode and whatever else they depend on.
+    from it are kept in `_cache`, by the modules' fingerprint and whatever else they depend on.
     """
+
+    max_graphs = 32
+    """How many graphs are kept, one per input size, mode and set of attributes; the least recently used go first."""
 
     OWN: tuple[str, ...] = ()
     """Names of the submodules that the wrapper adds."""
@@ -61,7 +67,8 @@ class Wrapper(nn.Module):
         vars(root).update((name, value) for name, value in vars(net).items() if isinstance(value, torch.Tensor))
         object.__setattr__(self, "_net", net)  # as attributes only, or their tensors would count twice
         object.__setattr__(self, "_root", root)
-        self._cache: dict[Any, Any] = {}
+        self._children = dict(net._modules)  # as they were when the two last agreed
+        self._cache = Cache()
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -72,10 +79,23 @@ class Wrapper(nn.Module):
             return getattr(self._net, name)  # what the model's own code may ask for, as backbone.out_channels
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if isinstance(value, nn.Module) and name in self.__dict__.get("_net", self)._modules and name not in self.OWN:
-            setattr(self._net, name, value)  # another head, say
-            self._cache.clear()
+        if self._is_models(name) and not isinstance(value, (nn.Module, nn.Parameter)):
+            setattr(self._net, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if self._is_models(name):
+            delattr(self._net, name)
+        else:
+            super().__delattr__(name)
+
+    def _is_models(self, name: str) -> bool:
+        """Whether an attribute is one of the model's, which its code may read, and not ours."""
+        ours = (
+            {**self._parameters, **self._buffers, **self._modules, **self.__dict__} if "_net" in self.__dict__ else ()
+        )
+        return bool(ours) and not (name.startswith("_") or name in ours or hasattr(type(self), name))
 
     def _bind(
         self, args: Sequence[Any], named: Mapping[str, Any], tensors: Any = torch.Tensor
@@ -112,21 +132,63 @@ class Wrapper(nn.Module):
         like = self._like()
         return [x.to(like.dtype) if x.is_floating_point() else x for x in self._examples]
 
-    def _modes(self) -> tuple[bool, ...]:
-        """The mode of every module of the model.
+    # -- graphs -------------------------------------------------------------------------------------------------------
+
+    def _fingerprint(self) -> int:
+        """A number for the modules' modes and attributes: the same for the same ones.
 
         Raises:
             OptionError: a module has a hook, which would not run.
         """
-        modes = [self.training]
-        for name, child in self._modules.items():
-            if child is None or name in self.OWN:
-                continue
-            for module in child.modules():
-                modes.append(module.training)
-                if not torch.compiler.is_compiling() and any(vars(module)[kind] for kind in HOOKS):
-                    _refuse_hooks(name, child)
-        return tuple(modes)
+        return self._number()
+
+    @torch.compiler.assume_constant_result
+    def _number(self) -> int:
+        if self._cache.present is None or not self._cache.present[0].holds():
+            self._follow()
+            now = Fingerprint(self._net, self._modules)
+            if len(self._cache.numbers) > 4 * self.max_graphs:
+                self._cache.numbers.clear()
+            self._cache.present = now, self._cache.numbers.setdefault(now, next(_NUMBERS))
+        fingerprint, number = self._cache.present
+        if any(fingerprint.hooks):
+            _refuse_hooks("", self._net)
+        return number
+
+    def _follow(self) -> None:
+        """Children that were exchanged, here or by the model's own methods, are exchanged in the other place, too."""
+        net, ours = self._net, {name: child for name, child in self._modules.items() if name not in self.OWN}
+        if ours != self._children:
+            net._modules.clear()
+            net._modules.update(ours)
+        elif net._modules != self._children:
+            own = {name: child for name, child in self._modules.items() if name in self.OWN}
+            self._modules.clear()
+            self._modules.update({**net._modules, **own})
+        self._children = dict(net._modules)
+        vars(self._root).update((name, value) for name, value in vars(net).items() if isinstance(value, torch.Tensor))
+
+    def _kept(self, key: tuple[Any, ...]) -> Any:
+        """What `_build` makes for this key; made once, and kept as long as it is one of the last that were used."""
+        self._make(key)
+        kept = self._cache.get(key)
+        return self._kept(key) if kept is None else kept  # another thread may have cleared the cache
+
+    @torch.compiler.assume_constant_result  # making a graph is nothing that torch.compile could trace
+    def _make(self, key: tuple[Any, ...]) -> None:
+        kept = self._cache.pop(key, None)
+        if kept is None:
+            with building(self._net) as sources:
+                kept = self._cache.pop(key, None)
+                if kept is None:
+                    kept = self._build(key)
+                    weakref.finalize(kept, forget, sources)
+        self._cache[key] = kept
+        for oldest in list(self._cache)[: -self.max_graphs]:
+            self._cache.pop(oldest, None)
+
+    def _build(self, key: tuple[Any, ...]) -> Any:
+        raise NotImplementedError
 
     def _like(self) -> torch.Tensor:
         """A tensor of our dtype, on our device."""
@@ -189,7 +251,7 @@ class Wrapper(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": {}}
+        return {**self.__dict__, "_cache": Cache()}
 
 
 def own_part(name: str, make: Callable[[], nn.Module]) -> nn.Module:

@@ -1,0 +1,183 @@
+"""What the graphs of a model depend on beside their inputs, and whether it is still as it was.
+
+A graph holds what the model's code did with its attributes: a dropout's p, a convolution's stride, a flag that forward
+branches on. Users change them; a graph is right as long as the modules have the same fingerprint.
+"""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Mapping
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+"""What nn.Module's call runs, and a graph does not."""
+
+GROUPS = ("_parameters", "_buffers", "_modules")
+MACHINERY = frozenset(vars(nn.Module())) - {"training"}
+CONSTANTS = ("_tensor_constant", "_constant_")  # buffers that tracing leaves on a model
+
+
+class Cache(dict[Any, Any]):
+    """The graphs that a network keeps, by what they depend on.
+
+    numbers: of the fingerprints that were seen. present: the last one, and its number.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers: dict[Fingerprint, int] = {}
+        self.present: tuple[Fingerprint, int] | None = None
+
+
+VALUES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout)
+CLOSED = (type, FunctionType, BuiltinFunctionType, MethodType, ModuleType, torch.Generator, ParametrizationList, Cache)
+"""What is compared as a whole; parametrizations run in every call."""
+
+SETTINGS = (SimpleNamespace, argparse.Namespace)  # not looked into are others of Python's, as loggers and locks
+
+
+class Fingerprint:
+    """Modes, plain attributes, children, and sizes and dtypes of the tensors of all modules below `traced`.
+
+    Lists, dicts and objects among the attributes count with all that is in them, and a user's class with its own
+    attributes. What a tensor holds does not count: graphs read it in every call.
+
+    Args:
+        traced: the module whose code graphs are made from; its modules' hooks do not run.
+        called: children of the wrapper; those that `traced` has not are called by graphs as they are, with hooks.
+    """
+
+    def __init__(self, traced: nn.Module, called: Mapping[str, nn.Module | None]) -> None:
+        self._live: list[Any] = []  # the dicts of modules, objects and classes
+        self._kept: list[Any] = []  # what equals them as long as nothing changes
+        self._orders: list[tuple[Any, list[str]]] = []  # of children; dicts are equal in any order
+        self._objects: list[Any] = []
+        self._known: set[int] = set()
+        self._tensors: dict[int, _Tensor] = {}
+        self._value(traced)
+        self._look_into(0, GROUPS)
+        n_traced = len(self._objects)
+        self.hooks = [vars(m)[kind] for m in self._objects if isinstance(m, nn.Module) for kind in HOOKS]
+        self._add(called)
+        self._look_into(n_traced, (*GROUPS, *HOOKS))
+        self._types = [type(one) for one in self._objects]
+        self._hash = hash(tuple([one.training for one in self._objects if isinstance(one, nn.Module)]))
+        del self._known, self._tensors
+
+    def holds(self) -> bool:
+        """Whether all is as it was."""
+        return (
+            self._kept == self._live  # in this order: a tensor on the left would be slow
+            and [type(one) for one in self._objects] == self._types
+            and all([list(children) == names for children, names in self._orders])
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Fingerprint):
+            return NotImplemented
+        orders = [[names for _, names in one._orders] for one in (self, other)]
+        return self._types == other._types and orders[0] == orders[1] and self._content() == other._content()
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def _content(self) -> list[Any]:
+        return [{k: v for k, v in kept.items() if not _is_constant(k)} for kept in self._kept]
+
+    def _look_into(self, first: int, groups: tuple[str, ...]) -> None:
+        """Add what is in the objects from number `first` on, and in those that are found there."""
+        for one in itertools.islice(self._objects, first, None):
+            if not isinstance(one, nn.Module):
+                self._add(vars(one), frozenset([name for name in vars(one) if str(name).startswith("__")]))
+                continue
+            self._add(vars(one), MACHINERY)
+            for group in groups:  # other tensors may come to stand for parameters, as in torch.func.functional_call
+                self._add(vars(one)[group], replaceable=group in ("_parameters", "_buffers"))
+            if one._modules:
+                self._orders.append((one._modules, list(one._modules)))
+            for kind in type(one).__mro__:
+                if kind.__module__.partition(".")[0] not in ("torch", "torchvision") and not _is_pythons(kind):
+                    self._find(kind)
+
+    def _find(self, one: Any) -> None:
+        if id(one) not in self._known:
+            self._known.add(id(one))
+            self._objects.append(one)
+
+    def _add(self, live: Any, as_they_are: frozenset[str] = frozenset(), replaceable: bool = False) -> None:
+        self._live.append(live)
+        self._kept.append(
+            {
+                name: value if name in as_they_are or _is_constant(name) else self._value(value, replaceable)
+                for name, value in live.items()
+            }
+        )
+
+    def _value(self, value: Any, replaceable: bool = False) -> Any:
+        """What equals `value` as long as it is the same, or is a tensor of the same kind that may take its place."""
+        if isinstance(value, VALUES + CLOSED):
+            return value
+        if isinstance(value, torch.Tensor):
+            record = self._tensors.setdefault(id(value), _Tensor(value, len(self._tensors)))
+            record.places += 1
+            record.only = None if replaceable and record.places == 1 else value
+            return record
+        if isinstance(value, (list, tuple)):
+            values = [self._value(part) for part in value]
+            return values if isinstance(value, list) else tuple(values)
+        if isinstance(value, dict):
+            return {key: self._value(part) for key, part in value.items()}
+        if isinstance(value, (set, frozenset)):
+            return set(value)
+        if hasattr(value, "__dict__") and (isinstance(value, SETTINGS) or not _is_pythons(type(value))):
+            self._find(value)
+        return value if type(value).__eq__ is object.__eq__ and not hasattr(value, "__slots__") else _Same(value)
+
+
+class _Tensor:
+    """A tensor's size, dtype and device; and that it is this one, if it is an attribute or has several names."""
+
+    def __init__(self, tensor: torch.Tensor, number: int) -> None:
+        self.facts = tensor.shape, tensor.dtype, tensor.device
+        self.number, self.places = number, 0
+        self.only: torch.Tensor | None = None
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, torch.Tensor):
+            facts = other.shape, other.dtype, other.device
+            return facts == self.facts and (self.only is None or self.only is other)
+        return isinstance(other, _Tensor) and (other.number, other.facts) == (self.number, self.facts)
+
+
+class _Same:
+    """An object that is compared by identity, and by what it holds where that is no attribute."""
+
+    def __init__(self, value: Any) -> None:
+        self.value, self.held = value, _held(value)
+
+    def __eq__(self, other: object) -> bool:
+        other = other.value if isinstance(other, _Same) else other
+        return other is self.value and _held(other) == self.held
+
+
+def _held(value: Any) -> Any:
+    if hasattr(value, "__array_interface__"):
+        return value.shape, str(value.dtype), value.tobytes()
+    if isinstance(value, bytearray):
+        return bytes(value)
+    names = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
+    return [getattr(value, name, None) for name in names]
+
+
+def _is_pythons(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] in sys.stdlib_module_names and kind.__module__ != "__main__"
+
+
+def _is_constant(name: Any) -> bool:
+    return isinstance(name, str) and name.startswith(CONSTANTS)
