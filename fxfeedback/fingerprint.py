@@ -75,7 +75,7 @@ class Fingerprint:
         return (
             self._kept == self._live  # in this order: a tensor on the left would be slow
             and [type(one) for one in self._objects] == self._types
-            and all([list(children) == names for children, names in self._orders])
+            and [list(children) for children, _ in self._orders] == [names for _, names in self._orders]
         )
 
     def __eq__(self, other: object) -> bool:

@@ -184,7 +184,8 @@ class Wrapper(nn.Module):
                     kept = self._build(key)
                     weakref.finalize(kept, forget, sources)
         self._cache[key] = kept
-        for oldest in list(self._cache)[: -self.max_graphs]:
+        graphs = [key for key in list(self._cache) if key != "gates"]
+        for oldest in graphs[: -self.max_graphs]:
             self._cache.pop(oldest, None)
 
     def _build(self, key: tuple[Any, ...]) -> Any:
