@@ -46,7 +46,8 @@ class Fingerprint:
     """Modes, plain attributes, children, and sizes and dtypes of the tensors of all modules below `traced`.
 
     Lists, dicts and objects among the attributes count with all that is in them, and a user's class with its own
-    attributes. What a tensor holds does not count: graphs read it in every call.
+    attributes. What parameters and buffers hold does not count: graphs read
+    them in every call.
 
     Args:
         traced: the module whose code graphs are made from; its modules' hooks do not run.
@@ -96,9 +97,9 @@ class Fingerprint:
             if not isinstance(one, nn.Module):
                 self._add(vars(one), frozenset([name for name in vars(one) if str(name).startswith("__")]))
                 continue
-            self._add(vars(one), MACHINERY)
             for group in groups:  # other tensors may come to stand for parameters, as in torch.func.functional_call
                 self._add(vars(one)[group], replaceable=group in ("_parameters", "_buffers"))
+            self._add(vars(one), MACHINERY)
             if one._modules:
                 self._orders.append((one._modules, list(one._modules)))
             for kind in type(one).__mro__:
@@ -127,6 +128,8 @@ class Fingerprint:
             record = self._tensors.setdefault(id(value), _Tensor(value, len(self._tensors)))
             record.places += 1
             record.only = None if replaceable and record.places == 1 else value
+            if not replaceable and record.places == 1 and value.device.type != "meta":
+                record.held = value.detach().clone()
             return record
         if isinstance(value, (list, tuple)):
             values = [self._value(part) for part in value]
@@ -147,12 +150,17 @@ class _Tensor:
         self.facts = tensor.shape, tensor.dtype, tensor.device
         self.number, self.places = number, 0
         self.only: torch.Tensor | None = None
+        self.held: torch.Tensor | None = None  # of an attribute that is no buffer: its values become constants
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, torch.Tensor):
-            facts = other.shape, other.dtype, other.device
-            return facts == self.facts and (self.only is None or self.only is other)
-        return isinstance(other, _Tensor) and (other.number, other.facts) == (self.number, self.facts)
+            same = (other.shape, other.dtype, other.device) == self.facts and (self.only is None or self.only is other)
+            return same and (self.held is None or torch.equal(self.held, other))
+        if not isinstance(other, _Tensor) or (other.number, other.facts) != (self.number, self.facts):
+            return False
+        return other.held is self.held or (
+            self.held is not None and other.held is not None and torch.equal(self.held, other.held)
+        )
 
 
 class _Same:
