@@ -277,9 +277,8 @@ class BUTD(Wrapper):
         """
         if not self._may_keep_gates():
             return graphs.gates(instructions)
-        called = [module for module in (self._modules.get("instruction_head"), self._modules.get("td_norms")) if module]
-        weights = [self._fetch(name) for name in graphs.gating().attributes]
-        weights += [tensor for module in called for tensor in (*module.parameters(), *module.buffers())]
+        weights = [*self.parameters(), *self.buffers(), *(self._fetch(name) for name in graphs.gating().attributes)]
+        weights = list({id(weight): weight for weight in weights}.values())
         state, values = (graphs, torch.is_inference_mode_enabled(), _autocast(instructions)), [instructions, *weights]
         kept = self._cache.get("gates")
         if kept is None or kept[0] != state or not _equal(kept[1], values):
