@@ -5,7 +5,6 @@
 
 import copy
 import operator
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxfeedback.arguments import Form, form_of
 from fxfeedback.errors import TraceError
-from fxfeedback.nodes import is_torchs, is_users
+from fxfeedback.nodes import is_users
 from fxfeedback.ops import put_at
 from fxfeedback.shapes import EXAMPLE_BATCH, at_batch, on_meta, plain
 from fxfeedback.trace import PathTracer, trace_with
@@ -162,17 +161,16 @@ def _asked(node: fx.Node) -> str:
 
 
 class StandIn(fx.Proxy):
-    """A proxy that says to the model's code, in isinstance(x, torch.Tensor), what it stands for."""
+    """A proxy that knows what it stands for: see `isinstance_of`."""
 
     node: fx.Node
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        asking = sys._getframe(1).f_code
-        if is_torchs(asking.co_filename) and asking.co_name != "is_tensor":
-            return type(self)
+    def stands_for(self) -> Any:
+        """A value of the kind that a call has here: a parameter, a tensor, a number; itself where it is not known."""
+        if self.node.op == "get_attr":
+            return self.tracer.shapes.tensor(self.node)
         values = self.tracer.values(self.node)
-        return type(values[0]) if values else type(self)
+        return values[0] if values else self
 
     @property
     def layout(self) -> torch.layout:
@@ -216,8 +214,8 @@ class StandIn(fx.Proxy):
 class Shaped(StandIn):
     """A proxy of a tensor whose shape is known. Sizes are ints, but for batch dimensions, which are proxies.
 
-    Facts about its dtype and layout are answered, and isinstance(x, torch.Tensor) is true. Writing into it makes a new
-    value, which the proxy stands for from then on; a slice passes it on to the whole.
+    Facts about its dtype and layout are answered. Writing into it makes a new value, which the proxy stands for from
+    then on; a slice passes it on to the whole.
     """
 
     is_nested = False
@@ -227,9 +225,8 @@ class Shaped(StandIn):
         super().__init__(node, tracer)
         self.small, self.large = small, large
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return torch.Tensor
+    def stands_for(self) -> Any:
+        return self.tracer.shapes.tensor(self.node) if self.node.op == "get_attr" else self.small
 
     def __getattr__(self, name: str) -> Any:
         """A method, which waits for its call, or the value of an attribute."""
@@ -237,11 +234,6 @@ class Shaped(StandIn):
         if callable(what):
             return fx.proxy.Attribute(self, name)
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
-
-    @property
-    def _is_param(self) -> bool:
-        """What isinstance(x, nn.Parameter) asks."""
-        return self.node.op == "get_attr" and isinstance(self.tracer.shapes.tensor(self.node), nn.Parameter)
 
     @property
     def requires_grad(self) -> bool:

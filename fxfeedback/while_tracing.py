@@ -1,5 +1,6 @@
 """What is different in torch while a model's own code runs on proxies."""
 
+import builtins
 import contextlib
 import functools
 import inspect
@@ -8,6 +9,7 @@ import linecache
 import os
 import pickle
 import random
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointFunction
 
+from fxfeedback.nodes import is_torchs
 from fxfeedback.ops import applying
 
 SIZED = {
@@ -75,7 +78,8 @@ def running_on_proxies() -> Iterator[None]:
         for device, enabled in around.items():
             torch.set_autocast_enabled(device, False)
             stack.callback(torch.set_autocast_enabled, device, enabled)
-        stack.enter_context(replaced({torch.autograd.Function: {"apply": _applied()}, fx.Proxy: {"__setattr__": _set}}))
+        inside = {torch.autograd.Function: {"apply": _applied()}, fx.Proxy: {"__setattr__": _set}}
+        stack.enter_context(replaced({**inside, builtins: {"isinstance": _isinstance_of}}))
         yield
 
 
@@ -103,6 +107,26 @@ def replaced(by: Mapping[Any, Mapping[str, Any]]) -> Iterator[None]:
 def untraced() -> Any:
     """While a model is traced: what runs in this context is not."""
     return replaced(UNTRACED)
+
+
+ISINSTANCE = isinstance
+
+
+def _isinstance_of(value: Any, kinds: Any, /) -> bool:
+    """isinstance, to which a stand-in in the model's code is what it stands for.
+
+    A stand-in whose `__class__` said so would be a tensor to torch's C code, too, which looks for its memory then.
+    """
+    if ISINSTANCE(value, kinds):
+        return True
+    stands_for = getattr(type(value), "stands_for", None)
+    if stands_for is None:
+        return False
+    asking = sys._getframe(1).f_code
+    of_layers = re.search(r"[/\\]torch[/\\]nn[/\\]", asking.co_filename) or asking.co_name == "is_tensor"
+    if is_torchs(asking.co_filename) and not of_layers:
+        return False  # torch.fx asks whether it is a proxy
+    return ISINSTANCE(stands_for(value), kinds)
 
 
 @contextmanager

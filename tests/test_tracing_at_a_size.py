@@ -488,3 +488,31 @@ def test_a_model_with_passes_inside_another_learns():
     for update, gradient in zip(updates, gradients, strict=True):
         assert (update - gradient).abs().max() <= 1e-9 * gradient.abs().max()
     assert "backbone.1.pass2" in butd.counter_neurons(0)
+
+
+class OfNumbersOrTensors(nn.Module):
+    """Functions of torch's that take numbers or tensors: its C code asks each argument what it is."""
+
+    def __init__(self, looks: bool) -> None:
+        super().__init__()
+        self.looks, self.fc, self.head = looks, nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        if self.looks and x.shape[1] > 100:
+            return x
+        x, mean = self.fc(x), x.mean()
+        y = torch.where(x > 0, x, 0.5) + torch.where(x > 0, 0.5, x) + torch.where(x > mean, mean, x)
+        y = y + torch.pow(2.0, x) + torch.pow(x, 2) + torch.clamp(x, min=-1.0) + torch.add(x, mean, alpha=2)
+        y = y + torch.lerp(x, y, 0.3) + torch.masked_fill(x, x > 0, 1.5) + torch.full_like(x, 2.0)
+        return self.head(torch.addcmul(y, x, x, value=0.5) + torch.mul(2.0, x) + torch.maximum(x, y))
+
+
+@pytest.mark.parametrize("looks", [False, True])
+def test_stand_ins_are_no_tensors_to_torchs_own_code(looks):
+    torch.manual_seed(0)
+    model, x = OfNumbersOrTensors(looks).double(), torch.randn(3, 6, dtype=torch.double)
+    butd = fxfeedback.to_butd(model, n_tasks=2, input_size=(6,))
+    for update, gradient in zip(learned(model, butd(x)), learned(model, model(x)), strict=True):
+        assert (update - gradient).abs().max() <= 1e-9 * gradient.abs().max()
+    feedback = fxfeedback.add_feedback(model, [("head", "fc")], input_size=(6,))
+    torch.testing.assert_close(feedback(x)[0], model(x), rtol=1e-12, atol=0)
