@@ -1352,7 +1352,7 @@ def in_place(g, x):
     return g.fill(x, templates, c=lambda: g.constant(*g.narrow_shape(x)), m=lambda: g.module("nn.ReLU(inplace=True)"))
 
 
-@grows()
+@grows(when=lambda x: x.ndim > 0)
 def called_with_other_attributes(g, x):
     """A module of which each call has attributes of its own."""
     c = x.shape[-1]
