@@ -139,9 +139,10 @@ def _convolution(
     ndim = weight.ndim if isinstance(weight, (Shaped, torch.Tensor)) else 0
     if lacks_batch(input, ndim):
         return CONV[ndim](input.unsqueeze(0), weight, bias, stride, padding, dilation, groups).squeeze(0)
-    if not isinstance(padding, str):
+    shape = _shape(weight)
+    if not isinstance(padding, str) or shape is None:
         return NotImplemented
-    kernel = _shape(weight)[2:]
+    kernel = shape[2:]
     total = [
         0 if padding == "valid" else d * (k - 1) for d, k in zip(as_tuple(dilation, len(kernel)), kernel, strict=True)
     ]
@@ -150,9 +151,13 @@ def _convolution(
     return CONV[len(kernel) + 2](input, weight, bias, stride, [t // 2 for t in total], dilation, groups)
 
 
-def _shape(weight: Any) -> tuple[int, ...]:
-    """The shape of a parameter, as a tensor or as its node."""
-    return tuple(weight.tracer.tensors[weight.node.target].shape if isinstance(weight, fx.Proxy) else weight.shape)
+def _shape(weight: Any) -> tuple[int, ...] | None:
+    """The shape of a weight: a tensor, its node, or what forward computes from it; None where sizes are not known."""
+    if not issubclass(type(weight), fx.Proxy):
+        return tuple(weight.shape)
+    if weight.node.op == "get_attr":
+        return tuple(weight.tracer.tensors[weight.node.target].shape)
+    return tuple(weight.small.shape) if isinstance(weight, Shaped) else None
 
 
 OPS_OF_MAPS = {

@@ -95,16 +95,17 @@ def _first_call(
     given = [x[:1] if x.ndim else x for x in given]
     torch.manual_seed(0)
     random = [torch.randn_like(x) if x.is_floating_point() else x for x in given]
-    try:
-        return random, _of_model(graph, net, form, random)
-    except Exception:
+    two = [torch.cat([x, torch.randn_like(x) if x.is_floating_point() else x]) if x.ndim else x for x in random]
+    failed: Exception | None = None
+    for inputs in (random, given, two):  # a norm may refuse one sample of size 1
         try:
-            return given, _of_model(graph, net, form, given)
+            return inputs, _of_model(graph, net, form, inputs)
         except Exception as error:
-            raise TraceError(
-                f"{type(net).__name__} runs neither on a random sample nor on its example: {error}. Pass "
-                "example_inputs= with numbers that it takes. verify=False skips this check."
-            ) from error
+            failed = failed or error
+    raise TraceError(
+        f"{type(net).__name__} runs neither on a random sample nor on its example: {failed}. Pass example_inputs= with "
+        "numbers that it takes. verify=False skips this check."
+    ) from failed
 
 
 # -- what is computed -------------------------------------------------------------------------------------------------

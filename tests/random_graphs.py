@@ -1352,6 +1352,21 @@ def in_place(g, x):
     return g.fill(x, templates, c=lambda: g.constant(*g.narrow_shape(x)), m=lambda: g.module("nn.ReLU(inplace=True)"))
 
 
+@grows("linear", "layer_norm", when=lambda x: x.ndim > 0)
+def read_by_hand(g, x):
+    """A module, and its parameters beside it."""
+    n, m = x.shape[-1], g.number(1, 4)
+    linear = f"nn.Linear({n}, {m})"
+    made = g.pick([linear, linear, f"parametrizations.weight_norm({linear})", f"nn.LayerNorm({n})"])
+    name = g.module(made)
+    if made.startswith("nn.LayerNorm"):
+        templates = ["{m}({x}) * {m}.weight", "{m}({x} * {m}.weight) + {m}.bias", "{x} * {m}.bias + {m}.weight"]
+    else:
+        templates = ["{m}({x}) * F.linear({x}, {m}.weight)", "F.linear({x}, {m}.weight, {m}.bias) + {m}({x})"]
+        templates += ["F.linear({m}({x}), {m}.weight.t())", "{m}({x}) @ {m}.weight", "{x} @ {m}.weight.t() + {m}.bias"]
+    return g.pick(templates).format(x=x.name, m=name)
+
+
 @grows(when=lambda x: x.ndim > 0)
 def called_with_other_attributes(g, x):
     """A module of which each call has attributes of its own."""
