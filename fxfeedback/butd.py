@@ -54,7 +54,8 @@ def to_butd(
     ("Biologically Inspired Learning Model for Instructed Vision", NeurIPS 2024, arXiv:2306.02415).
 
     Args:
-        model: any module that torch.fx can trace. It stays as it is; its parameters are shared, not copied.
+        model: any module that torch.fx can trace. It stays as it is; its parameters are shared, not copied,
+            its attributes and modes are copied, not shared.
         n_tasks: how many tasks there are; None: an instruction is a vector over the model's own outputs.
         embedding: the hidden sizes of the instruction head (None, one or several), or a module that takes the
             instruction (B, n_tasks) to the features of the prediction head.

@@ -94,7 +94,8 @@ def add_feedback(
     Networks via Long-Range Modulatory Feedback Connections", NeurIPS 2023).
 
     Args:
-        model: any module that torch.fx can trace. It stays as it is; its parameters are shared, not copied.
+        model: any module that torch.fx can trace. It stays as it is; its parameters are shared, not copied,
+            its attributes and modes are copied, not shared.
         connections: pairs (source, destination), dicts, or `Connection`s; names as `node_names` gives them.
         passes: how many passes a call makes unless it says otherwise.
         input_size: size of one input without its batch; default 224 by 224 with the first convolution's channels.

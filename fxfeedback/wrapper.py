@@ -22,6 +22,7 @@ SAVED: ContextVar[Mapping[str, torch.Size] | None] = ContextVar("SAVED", default
 """While a file is loaded: the shapes of the tensors that it has, by name below the wrapper that is made."""
 
 _NUMBERS = itertools.count()
+FACTS = (bool, int, float, str, type(None))
 
 
 class Wrapper(nn.Module):
@@ -140,10 +141,20 @@ class Wrapper(nn.Module):
         Raises:
             OptionError: a module has a hook, which would not run.
         """
-        return self._number()
+        number = self._number()
+        return self._number(self._watched()) if torch.compiler.is_compiling() else number
+
+    def _watched(self) -> int:
+        """How many of the plain attributes are as they are: read so that torch.compile looks at each in every call."""
+        same = 0
+        for module in [*self.modules(), *self._net.modules()]:  # a child may be exchanged in either
+            for name, value in _plain(module):
+                if getattr(module, name) == value:
+                    same += 1
+        return same
 
     @torch.compiler.assume_constant_result
-    def _number(self) -> int:
+    def _number(self, watched: int = 0) -> int:
         if self._cache.present is None or not self._cache.present[0].holds():
             self._follow()
             now = Fingerprint(self._net, self._modules)
@@ -274,6 +285,12 @@ def check_saved(name: str, shape: Sequence[int]) -> None:
     if saved is not None and saved.get(name) != torch.Size(shape):
         has = tuple(saved[name]) if name in saved else "none"
         raise CheckpointError(f"it asks for {name!r} with shape {tuple(shape)}; the file has {has}")
+
+
+@torch.compiler.assume_constant_result
+def _plain(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """The module's mode, numbers and words, by name."""
+    return tuple([(name, value) for name, value in vars(module).items() if isinstance(value, FACTS)])
 
 
 def _refuse_hooks(prefix: str, module: nn.Module) -> None:

@@ -46,6 +46,33 @@ def test_the_model_itself_in_every_way_of_calling_it(feedback):
     assert all(p.grad is not None for p in model.modulations.parameters())
 
 
+CHANGES = {
+    "one module's mode": lambda network: network.get_submodule("1").train(),
+    "mode": lambda network: network.train(),
+    "and back": lambda network: network.eval(),
+    "slope": lambda network: setattr(network.get_submodule("2"), "negative_slope", 0.9),
+    "dropout": lambda network: setattr(network.train().get_submodule("1"), "p", 0.0),
+    "child": lambda network: network.add_module("2", torch.nn.Tanh()),
+}
+
+
+@pytest.mark.parametrize("learns", [True, False], ids=["butd", "feedback"])
+def test_changed_modes_and_attributes_compile_anew(learns):
+    torch._dynamo.reset()
+    nn = torch.nn
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.LeakyReLU(0.1), nn.Linear(8, 2)).eval()
+    feedback = {"connections": [("3", "2")], "input_size": (4,)}
+    network = fxfeedback.to_butd(model, input_size=(4,)) if learns else fxfeedback.add_feedback(model, **feedback)
+    fast, x = compiled(network), torch.randn(3, 4)
+    for change in (lambda network: network, *CHANGES.values()):
+        change(network)
+        outputs = []
+        for one in (fast, network):
+            torch.manual_seed(0)
+            outputs.append(one(x))
+        torch.testing.assert_close(*outputs)
+
+
 @pytest.mark.parametrize("task", [None, torch.tensor([0, 2, 1, 0]), torch.rand(4, 3)], ids=["plain", "ids", "vectors"])
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 def test_an_instructed_network_and_its_learning(task, train):
