@@ -57,12 +57,12 @@ def put(model: nn.Module, path: str, part: nn.Module) -> nn.Module:
 def refuse_untraceable(model: nn.Module) -> None:
     """Say what to pass instead of a model, or a part of it, whose code or weights are out of reach."""
     for name, module in model.named_modules():
-        for own in (*module._modules, *module._parameters, *module._buffers):
-            if not NAME.fullmatch(own):
-                raise TraceError(f"{name or type(model).__name__!r} has {own!r}, {NAMES}: rename it.")
         reason = _untraceable(module)
         if reason:
             raise TraceError(f"{name or type(model).__name__!r} {reason}")
+        for own in (*module._modules, *module._parameters, *module._buffers):
+            if not NAME.fullmatch(own):
+                raise TraceError(f"{name or type(model).__name__!r} has {own!r}, {NAMES}: rename it.")
 
 
 def _untraceable(module: nn.Module) -> str:
