@@ -35,7 +35,7 @@ from fxfeedback.check_rule import Call
 from fxfeedback.counter_hebb_pass import Learning, key_of, learner
 from fxfeedback.errors import RuleError
 from fxfeedback.open_modules import open_modules
-from fxfeedback.openings import OPENINGS, survival, surviving_channels
+from fxfeedback.openings import OPENINGS, OPS_OF_MAPS, survival, surviving_channels
 from fxfeedback.rules import RULES, Rule
 from fxfeedback.rules.core import CONSTANT
 from fxfeedback.shapes import EXAMPLE_BATCH, Spec, annotate_shapes, is_structure
@@ -582,10 +582,26 @@ class Attending(nn.Module):
         return self.attention(x, x, x)[0]
 
 
+class Decoding(nn.Module):
+    """A decoder that reads its own input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(4, 2, 4, batch_first=True), 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.decoder(x, x)
+
+
 OPENED: dict[Any, Any] = {
     nn.modules.batchnorm._BatchNorm: (nn.BatchNorm2d(2), (2, 2, 2)),
     nn.modules.instancenorm._InstanceNorm: (nn.InstanceNorm2d(2, affine=True), (2, 2, 2)),
     nn.MultiheadAttention: (Attending(), (3, 4)),
+    nn.TransformerEncoder: (
+        nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 4, batch_first=True), 1, enable_nested_tensor=False),
+        (3, 4),
+    ),
+    nn.TransformerDecoder: (Decoding(), (3, 4)),
     nn.RNNBase: (nn.LSTM(2, 2, batch_first=True), (2, 2)),
     nn.RNNCellBase: (nn.LSTMCell(2, 2), (2,)),
     F.scaled_dot_product_attention: (lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.1), (2, 3, 4)),
@@ -612,7 +628,10 @@ OPENED: dict[Any, Any] = {
 def openings() -> str:
     """The section on what is opened, and into what, in training mode."""
     rows = []
+    of_maps = {op for ops in OPS_OF_MAPS.values() for op in ops}
     for target in OPENINGS:
+        if target in of_maps:
+            continue
         if target not in OPENED:
             raise SystemExit(f"{Path(__file__).name}: OPENED lacks an example with {spelled(target)}")
         example, size = OPENED[target]
@@ -624,7 +643,8 @@ def openings() -> str:
     return (
         "## Openings\nModules of `torch.nn` open by their own forward into functions, in-place ops become out-of-place "
         "ones, and functions of\nthe model's own open op by op. What opens otherwise, by `fxfeedback/openings.py` (in "
-        f"training\nmode; dropout that is off is the input itself):\n\n{table(['what', 'into'], rows)}"
+        "training\nmode; dropout that is off is the input itself; a convolution or pooling of a map without a batch gets "
+        f"one, and loses\nit again):\n\n{table(['what', 'into'], rows)}"
     )
 
 

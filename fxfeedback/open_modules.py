@@ -23,7 +23,7 @@ from fxfeedback.bottom_up import has_effect
 from fxfeedback.errors import RuleError
 from fxfeedback.nodes import built_in, identifier, is_operator_in_place, is_users, refuse_unwritable, user_line
 from fxfeedback.openings import OPENINGS, call
-from fxfeedback.ops import same
+from fxfeedback.ops import drawn_like, same
 from fxfeedback.rules.core import CONSTANT, RULES
 from fxfeedback.shapes import plain
 from fxfeedback.trace_at_size import Shaped, Shapes, device_of_inputs, elements
@@ -37,7 +37,7 @@ OUT_OF_PLACE = {
 }
 
 
-FILLING = {"zero_": torch.zeros_like, "fill_": torch.full_like}  # in-place methods whose twin has another name
+FILLING = {"zero_": torch.zeros_like, "fill_": torch.full_like, "bernoulli_": drawn_like}  # in-place methods whose twin has another name
 ON_SIZES = ("_operator", "builtins", "math")  # modules whose functions compute sizes
 
 

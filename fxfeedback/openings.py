@@ -104,7 +104,7 @@ def _alpha_dropout(input: fx.Proxy, p: float = 0.5, training: bool = False, inpl
 
 def _gumbel_softmax(logits: fx.Proxy, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1) -> Any:
     """A sample of categories, softly; with `hard` one of them, with the gradient of the soft one."""
-    noise = -torch.empty_like(logits).exponential_().log()
+    noise = -torch.empty_like(logits, memory_format=torch.contiguous_format).exponential_().log()
     soft = ((logits + noise) / tau).softmax(dim)
     if not hard:
         return soft

@@ -43,6 +43,12 @@ def is_recorded() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
+def drawn_like(input: torch.Tensor, p: Any = 0.5, *, generator: torch.Generator | None = None) -> torch.Tensor:
+    """x.bernoulli_(p) out of place: x.bernoulli(p) draws in another order where x is not contiguous, and x.bernoulli()
+    takes x for p."""
+    return torch.empty_like(input).bernoulli_(p, generator=generator)
+
+
 def same(input: torch.Tensor) -> torch.Tensor:
     """The input itself: what is left of dropout in evaluation mode, and of nn.Identity."""
     return input

@@ -6,7 +6,7 @@ import operator
 import torch
 import torch.nn.functional as F
 
-from fxfeedback.ops import BOUNDS_PASS, without_gradient
+from fxfeedback.ops import BOUNDS_PASS, drawn_like, without_gradient
 from fxfeedback.rules.activation import pointwise
 from fxfeedback.rules.core import as_is, constant, nothing, roles, rule, sum_to
 from fxfeedback.rules.examples import C, T, call
@@ -309,6 +309,7 @@ constant(
     operator.floordiv,
     torch.detach,
     torch.bernoulli,
+    drawn_like,
     torch.zeros_like,
     torch.ones_like,
     torch.full_like,
