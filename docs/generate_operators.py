@@ -643,8 +643,8 @@ def openings() -> str:
     return (
         "## Openings\nModules of `torch.nn` open by their own forward into functions, in-place ops become out-of-place "
         "ones, and functions of\nthe model's own open op by op. What opens otherwise, by `fxfeedback/openings.py` (in "
-        "training\nmode; dropout that is off is the input itself; a convolution or pooling of a map without a batch gets "
-        f"one, and loses\nit again):\n\n{table(['what', 'into'], rows)}"
+        "training\nmode; dropout that is off is the input itself; a convolution or pooling of a map without a batch "
+        f"gets one, and loses\nit again):\n\n{table(['what', 'into'], rows)}"
     )
 
 

@@ -433,7 +433,7 @@ def _found(name: str) -> Any:
     no_code_of_its_own = isinstance(found, type) and (
         issubclass(found, nn.Module)
         and not issubclass(found, (fx.GraphModule, torch.jit.ScriptModule, nn.RNNBase))
-        and _inside(getattr(found.__setstate__, "__module__", ""), ("torch.nn.modules",))
+        and _inside(next(c.__module__ for c in found.__mro__ if "__setstate__" in vars(c)), ("torch.nn.modules",))
     )
     return found if no_code_of_its_own else None
 

@@ -8,6 +8,7 @@ import functools
 import os
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -82,7 +83,12 @@ def export(
     with torch.no_grad(), eval_mode(model):
         program = _program(model, steerable, task, passes, dynamic_size)
         network = Network(model, _call(model, task, passes), program.inputs, _ids(program), dynamic_batch)
-        write(program, path, dynamic_batch, functools.partial(check_file, network) if check else lambda _: None)
+        write(program, path, dynamic_batch, functools.partial(_check, network) if check else lambda _: None)
+
+
+def _check(network: Network, file: Path) -> None:
+    with eval_mode(network.model):  # again, as torch's exporter has switched off what the model's own eval keeps on
+        check_file(network, file)
 
 
 def _call(model: Any, task: Any, passes: int | None) -> Callable[[Any, Trial], Any]:

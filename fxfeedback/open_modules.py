@@ -37,7 +37,11 @@ OUT_OF_PLACE = {
 }
 
 
-FILLING = {"zero_": torch.zeros_like, "fill_": torch.full_like, "bernoulli_": drawn_like}  # in-place methods whose twin has another name
+FILLING = {
+    "zero_": torch.zeros_like,
+    "fill_": torch.full_like,
+    "bernoulli_": drawn_like,
+}  # in-place methods whose twin has another name
 ON_SIZES = ("_operator", "builtins", "math")  # modules whose functions compute sizes
 
 

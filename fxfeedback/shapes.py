@@ -2,6 +2,7 @@
 
 import inspect
 import operator
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, is_dataclass
@@ -83,8 +84,19 @@ def example_for(model: nn.Module, input_size: Sequence[int] | None = None) -> tu
         input_size = _default_size(model)
     if not isinstance(input_size, Sequence) or not all(isinstance(n, int) and n >= 1 for n in input_size):
         raise InputError(f"input_size={input_size!r}: give the size of one input without its batch, as (3, 224, 224)")
-    floating = (t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point())
-    return (torch.empty(1, *input_size, dtype=next(floating, torch.get_default_dtype()), device="meta"),)
+    return (torch.empty(1, *input_size, dtype=_dtype_of(model), device="meta"),)
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    """That of most numbers in its parameters, or in its buffers where it has none: norms may be in another."""
+    for tensors in (model.parameters(), model.buffers()):
+        sizes: Counter[torch.dtype] = Counter()
+        for tensor in tensors:
+            if tensor.is_floating_point():
+                sizes[tensor.dtype] += tensor.numel()
+        if sizes:
+            return sizes.most_common(1)[0][0]
+    return torch.get_default_dtype()
 
 
 def refuse_no_module(model: Any) -> None:

@@ -77,7 +77,10 @@ class Merging(nn.Conv2d):
         self.low, self.merged = nn.Parameter(torch.randn(self.out_channels, 1, 1, 1)), False
 
     def forward(self, x):
-        return F.conv2d(x, self.weight if self.merged else self.weight + self.low, self.bias)
+        y = F.conv2d(x, self.weight, self.bias)
+        if self.merged:
+            return y
+        return y + self.low.view(-1, 1, 1) * F.avg_pool2d(x, 3, 1, divisor_override=1).sum(1, keepdim=True)
 
     def train(self, mode=True):
         super().train(mode)
@@ -190,7 +193,8 @@ def test_a_file_is_the_model_in_its_own_eval_mode(kind, how, tmp_path):
 def test_dropout_that_eval_keeps_on_is_on_in_a_file(tmp_path):
     """ONNX Runtime leaves out a Dropout node that is on: the file draws random numbers instead."""
     made = fxfeedback.add_feedback(DropoutStaysOn(), [("f", "c")], passes=1, input_size=SIZE)
-    fxfeedback.export(made, tmp_path / "net.onnx")
+    with pytest.warns(UserWarning, match="the check leaves out 'output_1', which depends on random numbers"):
+        fxfeedback.export(made, tmp_path / "net.onnx")
     x = np.ones((4096, *SIZE), np.float32)
     first, second = run(tmp_path / "net.onnx", x, x)
     assert not np.array_equal(first, second)
@@ -205,5 +209,5 @@ def test_modes_are_saved(how, tmp_path):
     fxfeedback.save(made, tmp_path)
     loaded = fxfeedback.load(tmp_path)
     assert [m.training for m in loaded.modules()] == [m.training for m in made.modules()]
-    assert loaded._modes() == made._modes() and _net(loaded).training
+    assert _net(loaded).training
     assert not loaded.train().norm.training
