@@ -1,5 +1,7 @@
 """Small and real networks that the tests share."""
 
+from collections.abc import Mapping
+
 import torch
 import torchvision
 from torch import nn
@@ -181,10 +183,12 @@ def mvit(second: bool) -> nn.Module:
 LARGE = ["resnet18", "resnet50", "vgg11_bn", "mobilenet_v2", "densenet121"]
 
 
-def build(name: str, train: bool, seed: int = 0) -> tuple[nn.Module, torch.Tensor]:
+def build(name: str, train: bool, seed: int = 0, others: Mapping = {}) -> tuple[nn.Module, torch.Tensor]:
     """The network in float64 with statistics that are not at their start, and an input batch for it."""
     torch.manual_seed(seed)
-    if name in TRANSFORMERS:
+    if name in others:  # a test's own networks for maps of 2 x 6 x 6
+        make, size = others[name], (2, 6, 6)
+    elif name in TRANSFORMERS:
         make, size = TRANSFORMERS[name]
     elif name in SMALL:
         make, size = SMALL[name], (2, 6, 6)

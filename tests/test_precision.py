@@ -1,6 +1,7 @@
 """Low and mixed precision, and how tensors lie in memory: as autograd takes them, on CPU."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxfeedback
-from networks import SMALL, build
+import networks
 from test_unrolling import names_of, reference
 
 NETWORKS = ["convnet", "residual", "attention", "vit", "swin_v2", "maxvit", "mvit", "mixed"]
@@ -33,7 +34,7 @@ class Mixed(nn.Module):
         return F.log_softmax(self.head(x.mean(1)), -1, dtype=torch.float32)
 
 
-SMALL["mixed"] = Mixed
+build = functools.partial(networks.build, others={"mixed": Mixed})
 norm = torch.nn.utils.get_total_norm
 
 
