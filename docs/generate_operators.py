@@ -30,17 +30,17 @@ import torch.nn.functional as F
 import torchvision
 from torch import fx, nn
 
-from fxfeedback.bottom_up import BottomUp
-from fxfeedback.check_rule import Call
 from fxfeedback.counter_hebb_pass import Learning, key_of, learner
 from fxfeedback.errors import RuleError
-from fxfeedback.open_modules import open_modules
-from fxfeedback.openings import OPENINGS, OPS_OF_MAPS, survival, surviving_channels
+from fxfeedback.graph.bottom_up import BottomUp
+from fxfeedback.graph.shapes import EXAMPLE_BATCH, Spec, annotate_shapes, is_structure
+from fxfeedback.instructed.check_rule import Call
 from fxfeedback.rules import RULES, Rule
 from fxfeedback.rules.core import CONSTANT
-from fxfeedback.shapes import EXAMPLE_BATCH, Spec, annotate_shapes, is_structure
-from fxfeedback.share import share
-from fxfeedback.trace import trace
+from fxfeedback.tracing.open_modules import open_modules
+from fxfeedback.tracing.openings import OPENINGS, OPS_OF_MAPS, survival, surviving_channels
+from fxfeedback.tracing.share import share
+from fxfeedback.tracing.trace import trace
 
 HERE = Path(__file__).parent
 PAGE, MEASURED = HERE / "operators.md", HERE / "operators.json"
@@ -642,8 +642,9 @@ def openings() -> str:
         rows.append([f"`{spelled(target)}`", listed(names)])
     return (
         "## Openings\nModules of `torch.nn` open by their own forward into functions, in-place ops become out-of-place "
-        "ones, and functions of\nthe model's own open op by op. What opens otherwise, by `fxfeedback/openings.py` (in "
-        "training\nmode; dropout that is off is the input itself; a convolution or pooling of a map without a batch "
+        "ones, and functions of\nthe model's own open op by op. What opens otherwise, by "
+        "`fxfeedback/tracing/openings.py` (in training\nmode; "
+        "dropout that is off is the input itself; a convolution or pooling of a map without a batch "
         f"gets one, and loses\nit again):\n\n{table(['what', 'into'], rows)}"
     )
 

@@ -12,26 +12,26 @@ from fxfeedback.version import __version__
 if TYPE_CHECKING:
     from fxfeedback import models, rules, runtime
     from fxfeedback.butd import BUTD, to_butd
-    from fxfeedback.check_rule import check_rule
-    from fxfeedback.draw import draw
+    from fxfeedback.deploy.learner import export_learner
+    from fxfeedback.drawing.draw import draw
     from fxfeedback.export import export
-    from fxfeedback.export_learner import export_learner
     from fxfeedback.feedback import Connection, FeedbackModel, Readout, Steering, add_feedback
-    from fxfeedback.names import node_names
-    from fxfeedback.published import load_lrm_steering
-    from fxfeedback.storage import load, save
+    from fxfeedback.instructed.check_rule import check_rule
+    from fxfeedback.storage.published import load_lrm_steering
+    from fxfeedback.storage.save_load import load, save
+    from fxfeedback.tracing.names import node_names
 
 # Where each name comes from. They are imported when they are first used, so that fxfeedback.runtime needs no torch.
 _HOMES = {
     "butd": ["BUTD", "to_butd"],
-    "check_rule": ["check_rule"],
-    "draw": ["draw"],
+    "deploy.learner": ["export_learner"],
+    "drawing.draw": ["draw"],
     "export": ["export"],
-    "export_learner": ["export_learner"],
     "feedback": ["Connection", "FeedbackModel", "Readout", "Steering", "add_feedback"],
-    "names": ["node_names"],
-    "published": ["load_lrm_steering"],
-    "storage": ["load", "save"],
+    "instructed.check_rule": ["check_rule"],
+    "storage.published": ["load_lrm_steering"],
+    "storage.save_load": ["load", "save"],
+    "tracing.names": ["node_names"],
 }
 _MODULES = ["models", "rules", "runtime"]
 
@@ -77,11 +77,11 @@ def __dir__() -> list[str]:
 
 
 class _Package(types.ModuleType):
-    """Importing a submodule sets it as an attribute; those that are called like their function remain the functions."""
+    """Importing a submodule sets it as an attribute; `export`, called like its function, remains the function."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, types.ModuleType) and name in ("check_rule", "draw", "export", "export_learner"):
-            value = getattr(value, name)
+        if isinstance(value, types.ModuleType) and name == "export":
+            value = value.export
         super().__setattr__(name, value)
 
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from fxfeedback.command_line import main
+from fxfeedback.commands.main import main
 
 sys.exit(main())

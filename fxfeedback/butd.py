@@ -7,20 +7,21 @@ from typing import Any, Self
 import torch
 from torch import fx, nn
 
-from fxfeedback import td_state
-from fxfeedback.arguments import Form, describe, example_form
-from fxfeedback.autograd_bridge import CounterHebb, refuse_transforms
-from fxfeedback.bottom_up import operand
-from fxfeedback.butd_graphs import Graphs
 from fxfeedback.errors import InputError
-from fxfeedback.instruction import distinct, read_instruction
-from fxfeedback.options import Lateral, Options
-from fxfeedback.select_task import select_task
-from fxfeedback.shapes import examples_of, of_size, size_of
-from fxfeedback.task_heads import TaskHeads
-from fxfeedback.verify import verify_graph
-from fxfeedback.while_tracing import building
-from fxfeedback.wrapper import Wrapper, check_saved, eval_mode, own_part
+from fxfeedback.graph.bottom_up import operand
+from fxfeedback.graph.shapes import of_size, size_of
+from fxfeedback.instructed import td_state
+from fxfeedback.instructed.autograd_bridge import CounterHebb, refuse_transforms
+from fxfeedback.instructed.graphs import Graphs
+from fxfeedback.instructed.instruction import distinct, read_instruction
+from fxfeedback.instructed.options import Lateral, Options
+from fxfeedback.instructed.task_heads import TaskHeads
+from fxfeedback.one_task.select_task import select_task
+from fxfeedback.tracing.arguments import Form, describe, example_form
+from fxfeedback.tracing.examples import examples_of
+from fxfeedback.tracing.verify import verify_graph
+from fxfeedback.tracing.while_tracing import building
+from fxfeedback.tracing.wrapper import Wrapper, check_saved, eval_mode, own_part
 
 
 def to_butd(

@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import fx, nn
 
-from fxfeedback.bottom_up import BottomUp, channels_of, has_effect, operand, weight_of
+from fxfeedback.graph.bottom_up import BottomUp, has_effect, operand, weight_of
+from fxfeedback.graph.channels import channels_of
+from fxfeedback.graph.values import Emitter, Value, batch_size
 from fxfeedback.rules import RULES
 from fxfeedback.td_graph import Walk
-from fxfeedback.values import Emitter, Value, batch_size
 
 INPUT = "input:"
 """Marks the model's inputs among the names of what learns."""

@@ -14,19 +14,19 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxfeedback.bottom_up import has_effect
 from fxfeedback.butd import BUTD
-from fxfeedback.butd_graphs import Graphs
-from fxfeedback.check_file import Network, Trial, check_file, require_runtime
 from fxfeedback.checksums import checksum
+from fxfeedback.deploy.check_file import Network, Trial, check_file, require_runtime
+from fxfeedback.deploy.onnx_file import SPATIAL, Input, Program, check_target, write
 from fxfeedback.errors import InputError, OptionError
 from fxfeedback.feedback import FeedbackModel, _check_passes, _link
-from fxfeedback.gates import channel_mean
-from fxfeedback.nodes import find_node
-from fxfeedback.onnx_file import SPATIAL, Input, Program, check_target, write
+from fxfeedback.graph.bottom_up import has_effect
+from fxfeedback.graph.channels import channel_mean
+from fxfeedback.graph.nodes import find_node
+from fxfeedback.instructed.graphs import Graphs
 from fxfeedback.rewrite import Unroller, Unrolling
+from fxfeedback.tracing.wrapper import Wrapper, eval_mode
 from fxfeedback.version import __version__
-from fxfeedback.wrapper import Wrapper, eval_mode
 
 
 def export(

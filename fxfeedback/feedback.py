@@ -10,22 +10,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from fxfeedback.arguments import Form, example_form
-from fxfeedback.bottom_up import channel_dim, has_effect, never_negative
+from fxfeedback.checks import is_count
 from fxfeedback.errors import ActivationWarning, InputError, NodeNameError, OptionError, TraceError
-from fxfeedback.layout import layout_of
-from fxfeedback.modulation import Modulation
-from fxfeedback.nodes import find_node
-from fxfeedback.open_modules import open_modules
-from fxfeedback.options import is_count
-from fxfeedback.recompute import brief, lean, segmented
+from fxfeedback.graph.bottom_up import has_effect, never_negative
+from fxfeedback.graph.channels import channel_dim
+from fxfeedback.graph.layout import layout_of
+from fxfeedback.graph.nodes import find_node
+from fxfeedback.graph.shapes import Spec, annotate_shapes, of_size, size_of
+from fxfeedback.lrm.modulation import Modulation
+from fxfeedback.lrm.recompute import brief, lean, segmented
 from fxfeedback.rewrite import Link, Unrolling, unroll
 from fxfeedback.rules import RULES
-from fxfeedback.shapes import Spec, annotate_shapes, example_for, examples_of, of_size, size_of
-from fxfeedback.share import put
-from fxfeedback.trace_at_size import Shaped, trace_for
-from fxfeedback.verify import verify_graph
-from fxfeedback.wrapper import Wrapper, eval_mode, not_finite, own_part
+from fxfeedback.tracing.arguments import Form, example_form
+from fxfeedback.tracing.examples import example_for, examples_of
+from fxfeedback.tracing.open_modules import open_modules
+from fxfeedback.tracing.share import put
+from fxfeedback.tracing.trace_at_size import Shaped, trace_for
+from fxfeedback.tracing.verify import verify_graph
+from fxfeedback.tracing.wrapper import Wrapper, eval_mode, not_finite, own_part
 
 State = dict[str, torch.Tensor]
 Sizes = tuple[tuple[tuple[int, ...] | None, torch.dtype], ...]  # of each input, and its dtype

@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision import transforms as T
 
 from fxfeedback.feedback import Connection, FeedbackModel, add_feedback
-from fxfeedback.published import load_lrm_steering
+from fxfeedback.storage.published import load_lrm_steering
 
 CONNECTIONS = (
     ("classifier.6", "features.8"),

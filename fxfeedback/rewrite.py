@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fxfeedback.bottom_up import has_effect, operand
-from fxfeedback.nodes import input_node
-from fxfeedback.ops import ADVANCES, cumulative_momentum
+from fxfeedback.graph.bottom_up import has_effect, operand
+from fxfeedback.graph.nodes import input_node
+from fxfeedback.rules.ops import ADVANCES, cumulative_momentum
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxfeedback.bottom_up import BottomUp, along_channels, batch_norm_of, channels_of, is_floating, operand, weight_of
 from fxfeedback.errors import Error, RuleError
-from fxfeedback.gates import switch_off_channels
-from fxfeedback.nodes import user_line
+from fxfeedback.graph.bottom_up import BottomUp, batch_norm_of, is_floating, operand, weight_of
+from fxfeedback.graph.channels import along_channels, channels_of, switch_off_channels
+from fxfeedback.graph.nodes import user_line
+from fxfeedback.graph.values import Emitter, Unknown, Value
 from fxfeedback.rules import RULES, Rule
-from fxfeedback.values import Emitter, Unknown, Value
 
 
 @dataclass

@@ -26,7 +26,7 @@ from torch import nn
 import fxfeedback
 from fxfeedback.commands import info
 from fxfeedback.errors import Error
-from fxfeedback.storage import FILE
+from fxfeedback.storage.save_load import FILE
 
 MEMORY = 2**31
 """Bytes that a file of a few kilobytes may ask for on top of what the process has."""

@@ -19,9 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fxfeedback
 import networks
-from fxfeedback.command_line import COMMANDS, FLAGS, in_shell, main, parser
 from fxfeedback.commands import doctor
 from fxfeedback.commands.given import torchvision_names
+from fxfeedback.commands.main import COMMANDS, FLAGS, in_shell, main, parser
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -89,7 +89,7 @@ def test_help_has_examples_that_can_be_typed(name, capsys):
 
 def test_help_completion_and_info_do_not_wait_for_torch(files):
     script = (
-        "import sys; from fxfeedback.command_line import COMMANDS, main\n"
+        "import sys; from fxfeedback.commands.main import COMMANDS, main\n"
         "for name in ['', *COMMANDS]: assert main([name, '--help'] if name else ['--help']) == 0\n"
         "assert main(['info', sys.argv[1]]) == 0\n"
         "sys.exit('torch' in sys.modules)"
@@ -115,7 +115,6 @@ def test_the_script_is_installed_under_its_name():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     module, _, function = project["project"]["scripts"]["fxfeedback"].partition(":")
     assert getattr(importlib.import_module(module), function) is main
-    assert "fxfeedback.commands" in project["tool"]["setuptools"]["packages"]
 
 
 # -- results ----------------------------------------------------------------------------------------------------------
@@ -435,7 +434,7 @@ def test_info_refuses_foreign_and_damaged_files(files, tmp_path, capsys):
 
 
 def test_info_knows_of_weights_in_a_second_file(files, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("fxfeedback.onnx_file.LARGEST", 100)
+    monkeypatch.setattr("fxfeedback.deploy.onnx_file.LARGEST", 100)
     result = run(capsys, "export", files / "butd", tmp_path / "large.onnx", "--task", "0")
     data = tmp_path / result["data"]
     assert result["data_bytes"] == data.stat().st_size > 0

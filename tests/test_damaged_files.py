@@ -11,8 +11,8 @@ import onnx
 import pytest
 
 import fuzz_files
-from fxfeedback.command_line import main
 from fxfeedback.commands import info
+from fxfeedback.commands.main import main
 from fxfeedback.errors import CheckpointError
 from fxfeedback.runtime import Learner, Session
 

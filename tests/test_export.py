@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import fxfeedback
-from fxfeedback import onnx_file
+from fxfeedback.deploy import onnx_file
 from fxfeedback.errors import CheckpointError, Error, ExportError, InputError, OptionError
 from fxfeedback.export import export
 from networks import TRANSFORMERS, build, convnet

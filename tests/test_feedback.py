@@ -13,8 +13,8 @@ from torch import nn
 
 import fxfeedback
 from fxfeedback import Connection, Steering
-from fxfeedback.bottom_up import never_negative
 from fxfeedback.errors import ActivationWarning, InputError, NodeNameError, OptionError, TraceError
+from fxfeedback.graph.bottom_up import never_negative
 from networks import Attention, build
 
 SIZE = (2, 6, 6)

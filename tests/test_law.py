@@ -12,8 +12,8 @@ from torch.overrides import TorchFunctionMode
 
 import fxfeedback
 import published_nets
-from fxfeedback.bottom_up import rectifies
 from fxfeedback.feedback import FeedbackModel
+from fxfeedback.graph.bottom_up import rectifies
 from fxfeedback.rules import RULES, Rule, T, call, transpose
 from networks import LARGE, SMALL, TRANSFORMERS, build
 

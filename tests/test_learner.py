@@ -17,9 +17,9 @@ from torch import nn
 
 import fxfeedback
 import train_multi_mnist
-from fxfeedback import losses
-from fxfeedback.bottom_up import BottomUp
+from fxfeedback.deploy import losses
 from fxfeedback.errors import CheckpointError, ExportError, InputError, OptionError
+from fxfeedback.graph.bottom_up import BottomUp
 from networks import build
 
 onnx = pytest.importorskip("onnx")
@@ -189,7 +189,7 @@ def small(tmp_path_factory):
 @pytest.mark.parametrize("largest", [2**30, 0])
 def test_frozen_parameters_stay_and_can_be_exchanged(small, monkeypatch, largest):
     """Also where a graph cannot hold them."""
-    monkeypatch.setattr("fxfeedback.device_learner.LARGEST", largest)
+    monkeypatch.setattr("fxfeedback.runtime.learner.LARGEST", largest)
     butd, size, path = small
     learner = Learner(path)
     x, target, task = a_batch(butd, size)

@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 import fxfeedback
 from fxfeedback.feedback import FeedbackModel
-from fxfeedback.modulation import modulate
-from fxfeedback.recompute import brief, lean, segmented
+from fxfeedback.lrm.modulation import modulate
+from fxfeedback.lrm.recompute import brief, lean, segmented
 
 
 def convnet():
@@ -72,7 +72,7 @@ def test_nothing_changes_but_what_is_kept(name, train, slice_size):
         x = torch.randn(5, *size, dtype=torch.double, requires_grad=True)
         with (
             mock.patch.object(FeedbackModel, "_steps", lambda self, steps=steps: steps),
-            mock.patch("fxfeedback.modulation.SLICE", slice_size),
+            mock.patch("fxfeedback.lrm.modulation.SLICE", slice_size),
         ):
             outputs = model(x, passes=3)
             sum((output * (i + 1)).cos().sum() for i, output in enumerate(outputs)).backward()
@@ -157,7 +157,7 @@ def test_nothing_changes_without_gradients(slice_size):
         for steps in ((brief,), ()):
             with (
                 mock.patch.object(FeedbackModel, "_steps", lambda self, steps=steps: steps),
-                mock.patch("fxfeedback.modulation.SLICE", slice_size),
+                mock.patch("fxfeedback.lrm.modulation.SLICE", slice_size),
             ):
                 found.append((model(x), model.readout(x, ["0", "1", "2", "3"])))
     for a, b in zip(*map(tree_leaves, found), strict=True):

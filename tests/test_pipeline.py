@@ -6,12 +6,12 @@ import torch
 from torch import fx
 
 import fxfeedback
-from fxfeedback.bottom_up import BottomUp
-from fxfeedback.open_modules import open_modules
+from fxfeedback.graph.bottom_up import BottomUp
+from fxfeedback.graph.shapes import annotate_shapes
 from fxfeedback.rules import RULES
-from fxfeedback.shapes import annotate_shapes
-from fxfeedback.share import share
-from fxfeedback.trace import trace
+from fxfeedback.tracing.open_modules import open_modules
+from fxfeedback.tracing.share import share
+from fxfeedback.tracing.trace import trace
 from networks import LARGE, build
 
 

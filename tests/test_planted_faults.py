@@ -14,12 +14,12 @@ from torch import fx, nn
 from torch.autograd.function import once_differentiable
 
 import fxfeedback
-from fxfeedback import trace
-from fxfeedback.attributes import Stage
-from fxfeedback.autograd_bridge import CounterHebb
-from fxfeedback.fingerprint import Fingerprint
-from fxfeedback.open_modules import _Opener
-from fxfeedback.wrapper import Wrapper
+from fxfeedback.instructed.autograd_bridge import CounterHebb
+from fxfeedback.tracing import trace
+from fxfeedback.tracing.attributes import Stage
+from fxfeedback.tracing.fingerprint import Fingerprint
+from fxfeedback.tracing.open_modules import _Opener
+from fxfeedback.tracing.wrapper import Wrapper
 
 
 class Tied(nn.Module):

@@ -22,7 +22,7 @@ from torch import nn
 import fxfeedback
 from fxfeedback import models
 from fxfeedback.errors import CheckpointError
-from fxfeedback.published import load_lrm_steering
+from fxfeedback.storage.published import load_lrm_steering
 from test_parity_lrm import our_name, small
 
 ROOT = Path(__file__).parent.parent

@@ -15,14 +15,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
 import fxfeedback
-from fxfeedback.autograd_bridge import CounterHebb, cut
 from fxfeedback.butd import BUTD
 from fxfeedback.counter_hebb_pass import Learning, learner
 from fxfeedback.errors import NodeNameError, OptionError
+from fxfeedback.graph.shapes import EXAMPLE_BATCH, annotate_shapes
+from fxfeedback.instructed.autograd_bridge import CounterHebb, cut
 from fxfeedback.rules import RULES
-from fxfeedback.shapes import EXAMPLE_BATCH, annotate_shapes
-from fxfeedback.share import share
-from fxfeedback.trace import trace
+from fxfeedback.tracing.share import share
+from fxfeedback.tracing.trace import trace
 from random_graphs import COVERED, Case, cases
 from test_unrolling import close, names_of, reference
 

@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 import torch
 
-from fxfeedback.command_line import main, parser
+from fxfeedback.commands.main import main, parser
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -13,16 +13,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import fxfeedback
-from fxfeedback.autograd_bridge import CounterHebb, cut
-from fxfeedback.bottom_up import rectifies
-from fxfeedback.check_rule import Call
 from fxfeedback.counter_hebb_pass import Learning, key_of, learner
 from fxfeedback.errors import GradientError
 from fxfeedback.feedback import FeedbackModel
-from fxfeedback.open_modules import open_modules
+from fxfeedback.graph.bottom_up import rectifies
+from fxfeedback.graph.shapes import annotate_shapes
+from fxfeedback.instructed.autograd_bridge import CounterHebb, cut
+from fxfeedback.instructed.check_rule import Call
 from fxfeedback.rules import RULES, roles, rule
-from fxfeedback.shapes import annotate_shapes
-from fxfeedback.trace import trace
+from fxfeedback.tracing.open_modules import open_modules
+from fxfeedback.tracing.trace import trace
 from networks import SMALL, build
 from test_law import ALL_RULES, Gated
 
@@ -123,7 +123,7 @@ def test_feedback_models_obey_the_law_of_second_derivatives(train, checkpointed,
     feedback = fxfeedback.add_feedback(model, connections, passes=3, input_size=SIZE, checkpoint=checkpointed)
     tensors, graph = [x.requires_grad_(), *feedback.parameters()], feedback.unrolled()
     buffers = {key: buffer.clone() for key, buffer in model.named_buffers()}
-    with mock.patch("fxfeedback.modulation.SLICE", slice_size):
+    with mock.patch("fxfeedback.lrm.modulation.SLICE", slice_size):
         found = first_and_second(feedback(x), tensors)
     statistics = [buffer.clone() for buffer in model.buffers()]
     model.load_state_dict(buffers, strict=False)

@@ -19,8 +19,9 @@ import torchvision
 from torch import nn
 
 import fxfeedback
-from fxfeedback import files, storage
+from fxfeedback import files
 from fxfeedback.errors import CheckpointError, OptionError
+from fxfeedback.storage import save_load as storage
 
 
 class Small(nn.Module):

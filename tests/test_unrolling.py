@@ -17,8 +17,8 @@ from torchvision.ops import stochastic_depth
 
 import fxfeedback
 from fxfeedback import Connection, Steering
-from fxfeedback.share import share
-from fxfeedback.trace import trace
+from fxfeedback.tracing.share import share
+from fxfeedback.tracing.trace import trace
 
 BATCH = 3
 LRM3 = [

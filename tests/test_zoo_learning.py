@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxfeedback
-from fxfeedback.openings import OPENINGS
 from fxfeedback.rules import RULES, roles
+from fxfeedback.tracing.openings import OPENINGS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "zoo"))
 zoo = importlib.import_module("learning")

@@ -29,7 +29,7 @@ from table import Line, Table, command
 from torch import fx, nn
 
 import fxfeedback
-from fxfeedback.bottom_up import channel_dim
+from fxfeedback.graph.channels import channel_dim
 from fxfeedback.rules import RULES
 
 TOLERANCE = 1e-9

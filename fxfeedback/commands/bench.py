@@ -55,8 +55,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     import fxfeedback
     from fxfeedback.commands.networks import part_with
-    from fxfeedback.storage import _unwrap
-    from fxfeedback.wrapper import Wrapper
+    from fxfeedback.storage.save_load import _unwrap
+    from fxfeedback.tracing.wrapper import Wrapper
 
     network = read_network(arguments, fxfeedback.FeedbackModel, fxfeedback.BUTD)
     _, wrapper = part_with(network, Wrapper)

@@ -52,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Derive the network, and run the instruction pass for some tasks."""
     import fxfeedback
-    from fxfeedback.bottom_up import rectifies
     from fxfeedback.commands.networks import input_shapes, parameters
+    from fxfeedback.graph.bottom_up import rectifies
 
     butd = read_network(arguments, fxfeedback.BUTD)
     graphs = butd._graphs(butd._stand_ins())

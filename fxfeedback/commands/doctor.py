@@ -115,7 +115,7 @@ def _provider(name: str) -> dict[str, Any]:
     """Whether one of ONNX Runtime's execution providers runs a small graph."""
     import numpy as np
 
-    from fxfeedback.providers import open_session
+    from fxfeedback.runtime.providers import open_session
 
     problem = ""
     try:

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """As `fxfeedback.draw`."""
     import fxfeedback
-    from fxfeedback.wrapper import Wrapper
+    from fxfeedback.tracing.wrapper import Wrapper
 
     network = read_network(arguments)
     size = {"input_size": arguments.input_size} if arguments.input_size and not isinstance(network, Wrapper) else {}

@@ -114,7 +114,7 @@ def read_network(arguments: argparse.Namespace, *kinds: type[Any]) -> Any:
         Error: as `read_model`, `add_feedback` and `to_butd`.
     """
     import fxfeedback
-    from fxfeedback.wrapper import Wrapper
+    from fxfeedback.tracing.wrapper import Wrapper
 
     asked = {name: value for name, value in vars(arguments).items() if value is not None}
     model: Any = read_model(arguments.model, arguments.weights)
@@ -150,7 +150,7 @@ def read_model(name: str, weights: str | None = None) -> "nn.Module":
     from torchvision.models import list_models
 
     import fxfeedback
-    from fxfeedback.nodes import nearest
+    from fxfeedback.graph.nodes import nearest
 
     torch.manual_seed(SEED)
     if ":" in name:
@@ -231,7 +231,8 @@ def _said(error: Exception) -> str:
 
 def _load(model: "nn.Module", where: str) -> None:
     """Load a state_dict from a file."""
-    from fxfeedback.checkpoints import named_tensors, read_checkpoint, without_prefixes
+    from fxfeedback.storage.checkpoints import named_tensors, read_checkpoint
+    from fxfeedback.tracing.wrapper import without_prefixes
 
     state = without_prefixes(named_tensors(read_checkpoint(where), where), model)
     try:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxfeedback.feedback import FeedbackModel
-from fxfeedback.wrapper import Wrapper
+from fxfeedback.tracing.wrapper import Wrapper
 
 
 def input_shapes(wrapper: Wrapper) -> list[list[int | None]]:

@@ -39,9 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Name the nodes of the model or, where torch.fx cannot trace it whole, of the parts that it can."""
     from fxfeedback.errors import InputError, TraceError
-    from fxfeedback.shapes import example_for
-    from fxfeedback.storage import _unwrap
-    from fxfeedback.wrapper import Wrapper
+    from fxfeedback.storage.save_load import _unwrap
+    from fxfeedback.tracing.examples import example_for
+    from fxfeedback.tracing.wrapper import Wrapper
 
     given: Any = read_model(arguments.model, arguments.weights)
     size = arguments.input_size
@@ -65,8 +65,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _traced(model: Any, examples: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
-    from fxfeedback.share import share
-    from fxfeedback.trace_at_size import trace_for
+    from fxfeedback.tracing.share import share
+    from fxfeedback.tracing.trace_at_size import trace_for
 
     module, _ = trace_for(share(model), examples)
     return module, examples
@@ -75,8 +75,8 @@ def _traced(model: Any, examples: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
 def _nodes(part: str, module: Any, examples: Sequence[Any]) -> Iterator[dict[str, Any]]:
     """What is said of each node of a model's or a part's graph."""
     from fxfeedback.feedback import legal_ends
-    from fxfeedback.names import op_name
-    from fxfeedback.shapes import Spec, annotate_shapes
+    from fxfeedback.graph.shapes import Spec, annotate_shapes
+    from fxfeedback.tracing.names import op_name
 
     annotate_shapes(module, examples)
     sources, destinations = legal_ends(module.graph)

@@ -17,8 +17,8 @@ from torch import fx
 from fxfeedback.drawing.network import Arc, Network
 from fxfeedback.errors import InputError, OptionError
 from fxfeedback.feedback import FeedbackModel
-from fxfeedback.layout import layout_of
-from fxfeedback.nodes import find_node
+from fxfeedback.graph.layout import layout_of
+from fxfeedback.graph.nodes import find_node
 
 SIDE = 112
 """Pixels of a map's longer side, as it is drawn."""

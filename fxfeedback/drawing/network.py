@@ -8,18 +8,19 @@ from typing import Any
 
 from torch import fx, nn
 
-from fxfeedback.arguments import example_form
-from fxfeedback.bottom_up import BottomUp
 from fxfeedback.butd import BUTD
-from fxfeedback.butd_graphs import Graphs
 from fxfeedback.errors import OptionError
 from fxfeedback.feedback import FeedbackModel
-from fxfeedback.names import op_name
-from fxfeedback.nodes import find_node
-from fxfeedback.shapes import Spec, annotate_shapes, examples_of
-from fxfeedback.share import share
-from fxfeedback.trace_at_size import trace_for
-from fxfeedback.wrapper import Wrapper
+from fxfeedback.graph.bottom_up import BottomUp
+from fxfeedback.graph.nodes import find_node
+from fxfeedback.graph.shapes import Spec, annotate_shapes
+from fxfeedback.instructed.graphs import Graphs
+from fxfeedback.tracing.arguments import example_form
+from fxfeedback.tracing.examples import examples_of
+from fxfeedback.tracing.names import op_name
+from fxfeedback.tracing.share import share
+from fxfeedback.tracing.trace_at_size import trace_for
+from fxfeedback.tracing.wrapper import Wrapper
 
 
 @dataclass

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from fxfeedback.errors import RuleError
-from fxfeedback.ops import is_recorded
 from fxfeedback.rules.core import dtype_of, fused, nothing, roles, rule, sum_to
 from fxfeedback.rules.examples import C, T, call
 from fxfeedback.rules.matmul import sum_batch_to
+from fxfeedback.rules.ops import is_recorded
 
 aten = torch.ops.aten
 

@@ -5,9 +5,9 @@ import itertools
 import torch
 import torch.nn.functional as F
 
-from fxfeedback.ops import or_zeros
 from fxfeedback.rules.core import as_tuple, fused, rule, spatial, transpose, update
 from fxfeedback.rules.examples import T, call
+from fxfeedback.rules.ops import or_zeros
 
 CONV = {3: torch.conv1d, 4: torch.conv2d, 5: torch.conv3d}
 CONV_TRANSPOSE = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}

@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 
-from fxfeedback.ops import applying, is_recorded, one_node
 from fxfeedback.rules.examples import Example
+from fxfeedback.rules.ops import applying, is_recorded, one_node
 
 Counter = Any
 """A counter neuron: the TD value at the place of a BU value."""

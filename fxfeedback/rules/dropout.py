@@ -3,9 +3,9 @@
 import torch
 import torch.nn.functional as F
 
-from fxfeedback.ops import same, survival, surviving_channels
 from fxfeedback.rules.core import as_is, constant, roles, rule, transpose
 from fxfeedback.rules.examples import T, call
+from fxfeedback.rules.ops import same, survival, surviving_channels
 
 
 @rule(torch.native_dropout)

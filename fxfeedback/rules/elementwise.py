@@ -6,10 +6,10 @@ import operator
 import torch
 import torch.nn.functional as F
 
-from fxfeedback.ops import BOUNDS_PASS, drawn_like, without_gradient
 from fxfeedback.rules.activation import pointwise
 from fxfeedback.rules.core import as_is, constant, nothing, roles, rule, sum_to
 from fxfeedback.rules.examples import C, T, call
+from fxfeedback.rules.ops import BOUNDS_PASS, drawn_like, without_gradient
 
 Tensor = torch.Tensor
 

@@ -1,8 +1,8 @@
 """The gates that fxfeedback itself puts into a BU graph: the lateral connections of an instructed pass."""
 
-from fxfeedback.ops import one_node
 from fxfeedback.rules.core import rule, transpose
 from fxfeedback.rules.examples import C, T, call
+from fxfeedback.rules.ops import one_node
 
 
 @one_node

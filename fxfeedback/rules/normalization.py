@@ -9,9 +9,9 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from fxfeedback.ops import BOUNDS_PASS, laid_out_as, mean_over_processes, synced_batch_norm
 from fxfeedback.rules.core import along, as_is, channelwise, dtype_of, eye_like, fused, roles, rule, spatial, update
 from fxfeedback.rules.examples import C, T, call
+from fxfeedback.rules.ops import BOUNDS_PASS, laid_out_as, mean_over_processes, synced_batch_norm
 from fxfeedback.rules.reduction import slope_of_norm
 
 

@@ -5,9 +5,9 @@ Where the positions are a BU value themselves, an instruction comes evenly from 
 
 import torch
 
-from fxfeedback.ops import put_at
 from fxfeedback.rules.core import as_is, known, rule, transpose
 from fxfeedback.rules.examples import T, call
+from fxfeedback.rules.ops import put_at
 
 
 @rule(put_at)

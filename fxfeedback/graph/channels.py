@@ -1,0 +1,54 @@
+"""Where a value has its channels, and what is asked of each of them."""
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxfeedback.graph.shapes import Spec
+from fxfeedback.rules import RULES
+
+
+def channels_of(node: fx.Node) -> int:
+    """The dimension of the channels in a linear layer's (last) or a convolution's (1) input and output."""
+    channels = RULES[node.target].channels
+    assert channels is not None, f"the rule of {node.target} has a weight, but does not say where its channels are"
+    return channels
+
+
+def positions_of(node: fx.Node) -> list[int]:
+    """The dimensions of a node's value that are neither batch nor channels."""
+    spec = node.meta["spec"]
+    channels = channel_dim(node) % len(spec.shape)
+    return [d for d in range(1, len(spec.shape)) if d != channels]
+
+
+def channel_dim(node: fx.Node) -> int:
+    """Where the channels of a value are: 1 behind a convolution or batch norm, last behind a linear or layer norm.
+
+    Any other op has them where its input has them.
+    """
+    while node.op == "call_function":
+        rule = RULES.get(node.target)
+        if rule is not None and rule.channels is not None:
+            return rule.channels
+        node = node.all_input_nodes[0]
+    return 1
+
+
+def along_channels(channels: int, spec: Spec) -> list[int]:
+    """The shape in which a vector over channels broadcasts to a tensor."""
+    shape = [1] * len(spec.shape)
+    shape[channels] = spec.shape[channels]
+    return shape
+
+
+def switch_off_channels(t: Any, site: fx.Node) -> Any:
+    """relu(t) in channels whose mean over positions is positive, zero in the others."""
+    return torch.relu(t) * (channel_mean(t, site) > 0)
+
+
+def channel_mean(t: Any, site: fx.Node) -> Any:
+    """The mean over positions, kept as dimensions of size 1."""
+    positions = positions_of(site)
+    return t.mean(positions, keepdim=True) if positions else t

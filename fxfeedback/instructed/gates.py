@@ -1,0 +1,32 @@
+"""The gates of an instructed pass: where they stand in the BU graph, and what opens them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+
+def gate_sites(
+    module: fx.GraphModule, sites: Sequence[fx.Node], lateral: Callable[[Any, Any], Any], by_row: bool = False
+) -> fx.GraphModule:
+    """The BU graph with `lateral(value, gate)` behind every site; the gates are inputs, behind the model's own.
+
+    With `by_row` the gates are those of a few instructions, and an input before them says which one each sample has.
+    """
+    graph = fx.Graph()
+    copies = {node: graph.node_copy(node) for node in module.graph.nodes if node.op == "placeholder"}
+    rows = graph.placeholder("rows") if by_row else None
+    gates = {site: graph.placeholder(f"gate_{site.name}") for site in sites}
+    for site, placeholder in gates.items():
+        placeholder.meta["gate"] = site.meta["name"]
+    for node in module.graph.nodes:
+        if node in copies:
+            continue
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+        if node in gates:
+            gate = graph.call_function(torch.index_select, (gates[node], 0, rows)) if by_row else gates[node]
+            copies[node] = graph.call_function(lateral, (copies[node], gate))
+            copies[node].meta.update(spec=node.meta["spec"], name=node.meta["name"] + ".gated", gates=node.meta["name"])
+            copies[node]._rename(f"gated_{node.name}")
+    return fx.GraphModule(module, graph, "Predict")

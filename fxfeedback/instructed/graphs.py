@@ -1,0 +1,291 @@
+"""All graphs of a BU-TD network for one input size and mode; each is built when it is first used."""
+
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import fx
+
+from fxfeedback.counter_hebb_pass import Learning, key_of, learner
+from fxfeedback.errors import Error, NodeNameError, OptionError
+from fxfeedback.graph.bottom_up import BottomUp, operand, weight_of
+from fxfeedback.graph.channels import channels_of, positions_of
+from fxfeedback.graph.nodes import find_node, user_line
+from fxfeedback.graph.shapes import annotate_shapes
+from fxfeedback.instructed import td_state
+from fxfeedback.instructed.autograd_bridge import Halves, cut, lift
+from fxfeedback.instructed.gates import gate_sites
+from fxfeedback.instructed.task_heads import TaskHeads, put_task_heads
+from fxfeedback.rules.gating import gate
+from fxfeedback.td_graph import Instructing, instruct
+from fxfeedback.tracing.arguments import Form
+from fxfeedback.tracing.open_modules import open_modules
+from fxfeedback.tracing.trace_at_size import trace_for
+from fxfeedback.tracing.while_tracing import building, forget, settled
+
+if TYPE_CHECKING:
+    from fxfeedback.butd import BUTD
+
+
+class Graphs:
+    """All graphs of a BU-TD network for one input size and mode; each is built when it is first used."""
+
+    def __init__(self, butd: "BUTD", examples: Sequence[torch.Tensor], form: Form) -> None:
+        self.butd, self.options = butd, butd.options
+        traced, _ = trace_for(butd._net, examples, form)
+        self.bu = open_modules(traced, example_inputs=examples, owner=butd._net)
+        task_heads = butd._modules.get("task_heads")
+        if isinstance(task_heads, TaskHeads):
+            annotate_shapes(self.bu, examples)
+            put_task_heads(self.bu, task_heads, self.options.head)
+            examples = [*examples, examples[0].new_empty(1, task_heads.n_tasks)]
+        annotate_shapes(self.bu, examples)
+        self.bottom_up = BottomUp(self.bu.graph)
+        # By kind, as torch.compile sees no change of a dict that it has looked into.
+        self._kept: dict[str, dict[Any, Any]] = {
+            kind: {} for kind in ("predicting", "learner", "call", "gating", "halves")
+        }
+        try:
+            self.head, self.no_head = self.bottom_up.find_head(self.options.head), None
+        except Error as error:
+            if self.options.n_tasks is not None or self.options.head is not None:
+                raise
+            self.no_head = error  # a network without a head learns all the same; it only takes no instructions
+        self._candidates = [] if self.no_head else self.bottom_up.sites(self.head, self.options.sites)
+
+    @functools.cached_property
+    def sites(self) -> list[fx.Node]:
+        """The gating sites: a rule may bring no instruction to an operand, as attention's to its queries."""
+        if not self._candidates:
+            return []
+        reached = self.td.graph.output_node().args[0]
+        missed = [
+            name for name in self.options.sites or () if find_node(self.bu.graph, name).meta["name"] not in reached
+        ]
+        if missed:
+            raise NodeNameError(f"sites: no instruction reaches {missed[0]!r} from {self.head.meta['name']!r}")
+        return [site for site in self._candidates if site.meta["name"] in reached]
+
+    @property
+    def can_instruct(self) -> bool:
+        return self.no_head is None and bool(self.sites)
+
+    def require_head(self) -> None:
+        if self.no_head:
+            raise self.no_head
+        if not self._candidates:
+            raise OptionError(
+                f"no gating site lies below the prediction head {self.head.meta['name']!r}, so an instruction reaches "
+                "none: pass another head= or sites="
+            )
+
+    @property
+    def instruction_size(self) -> int:
+        """Length of an instruction vector."""
+        own_outputs = self.head.meta["spec"].shape[channels_of(self.head)]
+        return self.options.instruction_size or self.options.n_tasks or own_outputs
+
+    @functools.cached_property
+    def weights(self) -> dict[str, fx.Node]:
+        """Weight name -> the linear layer or convolution that it belongs to."""
+        return {str(weight_of(node).target): node for node in self._weighted if weight_of(node).op == "get_attr"}
+
+    @functools.cached_property
+    def _weighted(self) -> list[fx.Node]:
+        return [node for node in self.bottom_up.nodes if self.bottom_up.is_weighted(node)]
+
+    def require_weights_of_layers(self, option: str) -> None:
+        """TD state belongs to a layer's weight: refuse weights that forward computes, and layers that share one, but
+        have other inputs.
+        """
+        for node in self._weighted:
+            weight = weight_of(node)
+            if weight.op != "get_attr":
+                raise OptionError(
+                    f"{option}: the weight of {node.meta['name']!r}{user_line(node)} is computed by the model's "
+                    "forward, and only a weight that is a parameter can have TD state: use the default"
+                )
+            other = self.weights[str(weight.target)]
+            if option != 'weights="separate"' and td_state.in_channels(node) != td_state.in_channels(other):
+                raise OptionError(
+                    f"{option}: {node.meta['name']!r} and {other.meta['name']!r} have one weight, and inputs with "
+                    "different numbers of channels, which cannot share TD state: use the default"
+                )
+
+    def require_head_of_its_own(self) -> None:
+        """One head per task replaces the head's weights: refuse where forward reads them elsewhere, too."""
+        for source in (operand(self.head, name) for name in ("weight", "bias")):
+            others = [node for node in source.users if node is not self.head] if isinstance(source, fx.Node) else []
+            if isinstance(source, fx.Node) and (others or source.op != "get_attr"):
+                where = others[0] if others else source
+                raise OptionError(
+                    f'heads="per_task": the weights of the head {self.head.meta["name"]!r} are read or computed at '
+                    f"{where.meta['name']!r}{user_line(where)} too, which would not follow the task: pass another head="
+                )
+
+    def _td_names(self, kind: str, names: Sequence[str]) -> dict[str, str]:
+        """Weight name -> qualified name of its TD twin, bias or norm, where there is one."""
+        owned = self.butd._modules.get(kind)
+        if not isinstance(owned, td_state.ByName):
+            return {}
+        keys = {name: name if kind == "td_weights" else td_state.module_of(name) for name in names}
+        return {name: f"{kind}.{key}" for name, key in keys.items() if key in owned}
+
+    @functools.cached_property
+    def twins(self) -> dict[str, str]:
+        return self._td_names("td_weights", list(self.weights))
+
+    @functools.cached_property
+    def td_biases(self) -> dict[str, str]:
+        return self._td_names("td_biases", list(self.weights))
+
+    @functools.cached_property
+    def attributes(self) -> list[str]:
+        """The names of all parameters and buffers that BU and TD use."""
+        return [
+            *dict.fromkeys(str(node.target) for node in self.bottom_up.parameters),
+            *self.twins.values(),
+            *self.td_biases.values(),
+        ]
+
+    def learning_parameters(self) -> frozenset[str]:
+        """The names of those that ask for an update."""
+        with settled(self.butd._net), torch.enable_grad():  # of a parametrized one, as its own parameters do
+            return frozenset(name for name in self.attributes if self.butd._fetch(name).requires_grad)
+
+    # -- the graphs ---------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def td(self) -> fx.GraphModule:
+        self.require_head()
+        how = Instructing(
+            sites=self._candidates,
+            head=self.head,
+            through_head=self.options.n_tasks is None,
+            twins=self.twins,
+            td_biases=self.td_biases,
+            td_norms=self._td_names("td_norms", list(self.weights)),
+            by_channel=self.options.gating == "channel",
+        )
+        return instruct(self.bu, self.butd._root, how)
+
+    def predicting(self, instructed: bool, by_row: bool = False) -> fx.GraphModule:
+        """The BU graph, gated at the sites where it is instructed (see `gate_sites`)."""
+        return self._get("predicting", instructed, by_row)
+
+    def learner(self, instructed: bool, wanted: Iterable[str], **how: Any) -> fx.GraphModule:
+        """BU pass, error pass and updates of `wanted` (see `counter_hebb_pass.learner`)."""
+        return self._get("learner", instructed, False, frozenset(wanted), tuple(how.items()))
+
+    def gating(self) -> "Gating":
+        """The instruction pass, as a call runs it."""
+        return self._get("gating")
+
+    def call(self, instructed: bool, by_row: bool) -> "Call":
+        """What a call without learning runs."""
+        return self._get("call", instructed, by_row)
+
+    def halves(self, instructed: bool, by_row: bool, wanted: frozenset[str], autocast: bool) -> Halves:
+        """What a call with learning runs."""
+        return self._get("halves", instructed, by_row, wanted, autocast)
+
+    def check(self) -> None:
+        """Build what every use needs, so that errors come early."""
+        self.learner(self.can_instruct, self.learning_parameters())
+        if self.can_instruct:
+            _ = self.td
+
+    def _get(self, kind: str, *how: Any) -> Any:
+        """What the method `_make_{kind}` returns; made once."""
+        self._make(kind, *how)
+        return self._kept[kind][how]
+
+    @torch.compiler.assume_constant_result  # making a graph is nothing that torch.compile could trace
+    def _make(self, kind: str, *how: Any) -> None:
+        if how not in self._kept[kind]:
+            with building(self.butd._net) as sources:
+                weakref.finalize(self, forget, sources)
+                if how not in self._kept[kind]:
+                    self._kept[kind][how] = getattr(self, f"_make_{kind}")(*how)
+
+    def _make_predicting(self, instructed: bool, by_row: bool) -> fx.GraphModule:
+        if not instructed:
+            return self.bu
+        return gate_sites(self.bu, self.sites, gate if self.options.exact else self.options.lateral_function, by_row)
+
+    def _make_learner(
+        self, instructed: bool, by_row: bool, wanted: frozenset[str], how: tuple[tuple[str, Any], ...]
+    ) -> fx.GraphModule:
+        learning = Learning(
+            wanted=wanted,
+            twins=self.twins,
+            td_biases=self.td_biases,
+            noise=self.options.update_noise,
+            lateral=None if self.options.exact else self.options.lateral_function,
+            sites=frozenset(site.meta["name"] for site in self.sites),
+            **dict(how),
+        )
+        return learner(self.predicting(instructed, by_row), self.butd._root, learning)
+
+    def _make_halves(self, instructed: bool, by_row: bool, wanted: frozenset[str], autocast: bool) -> Halves:
+        how = (("autocast", True),) if autocast else ()
+        return cut(self._get("learner", instructed, by_row, wanted, how), self.options.inexact)
+
+    def _make_call(self, instructed: bool, by_row: bool) -> "Call":
+        module = self.predicting(instructed, by_row)
+        names = [key_of(node) for node in module.graph.nodes if node.op == "placeholder"]
+        lifted, attributes = lift(module)
+        return Call(tuple(names), type(lifted).forward, attributes, self.attributes)
+
+    def _make_gating(self) -> "Gating":
+        lifted, attributes = lift(self.td)
+        positions = [positions_of(site) if self.options.gating == "channel" else [] for site in self.sites]
+        batch_first = all(site.meta["spec"].per_sample[:1] == (1,) for site in self.sites)
+        return Gating(self.instruction_size, type(lifted).forward, attributes, positions, batch_first)
+
+    # -- the instruction pass at run time -----------------------------------------------------------------------------
+
+    def instruct(self, instruction: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Site name -> counter neurons."""
+        gating = self.gating()
+        return gating.run(self.butd._root, instruction, *[self.butd._fetch(name) for name in gating.attributes])
+
+    def gates(self, instruction: torch.Tensor) -> list[torch.Tensor]:
+        """What the lateral connections take: counter neurons, of each unit or channel; GaLU needs only their sign."""
+        counters = self.instruct(instruction).values()
+        positions = self.gating().positions
+        values = [t.mean(dims, keepdim=True) if dims else t for t, dims in zip(counters, positions, strict=True)]
+        return [(value > 0).to(value.dtype) for value in values] if self.options.exact else values
+
+
+class Call(NamedTuple):
+    """What a call without learning runs.
+
+    inputs: the names of its inputs (see `key_of`).
+    run: (None, *inputs, *attributes) -> what the model returns.
+    attributes: the names of the parameters and buffers that it takes.
+    all_attributes: of those that BU and TD have.
+    """
+
+    inputs: tuple[str, ...]
+    run: Callable[..., Any]
+    attributes: list[str]
+    all_attributes: list[str]
+
+
+class Gating(NamedTuple):
+    """The instruction pass.
+
+    size: length of an instruction.
+    run: (module with instruction head and TD norms, instruction, *attributes) -> site name -> counter neurons.
+    positions: of each site the dimensions over which a channel is one gate; none: every unit is.
+    batch_first: whether a sample's gates can be picked by their first dimension.
+    """
+
+    size: int
+    run: Callable[..., Any]
+    attributes: list[str]
+    positions: list[list[int]]
+    batch_first: bool

@@ -1,0 +1,116 @@
+"""The state that TD may have beside the BU weights: twins, biases, norms, instruction head, heads per task."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, pairwise
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxfeedback.errors import OptionError
+from fxfeedback.graph.bottom_up import BottomUp, batch_norm_of, operand
+from fxfeedback.graph.channels import channels_of
+
+BATCH_NORM = {3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+
+
+class ByName(nn.Module):
+    """Parameters or modules under dotted names, as a read-only mapping: `td_weights["layer1.0.conv1.weight"]`."""
+
+    def __init__(self, items: Mapping[str, nn.Parameter | nn.Module]) -> None:
+        super().__init__()
+        self.names = list(items)
+        for name, item in items.items():
+            *path, leaf = name.split(".")
+            owner: nn.Module = self
+            for step in path:
+                if step not in owner._modules:
+                    owner.add_module(step, nn.Module())
+                owner = owner.get_submodule(step)
+            setattr(owner, leaf, item)
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.names:
+            raise KeyError(name)
+        path, _, leaf = name.rpartition(".")
+        return getattr(self.get_submodule(path), leaf)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def keys(self) -> list[str]:
+        """The dotted names."""
+        return list(self.names)
+
+    def values(self) -> list[Any]:
+        """The parameters or modules."""
+        return [self[name] for name in self.names]
+
+    def items(self) -> list[tuple[str, Any]]:
+        """(dotted name, parameter or module) pairs."""
+        return [(name, self[name]) for name in self.names]
+
+
+def module_of(weight: str) -> str:
+    """layer1.0.conv1.weight -> layer1.0.conv1"""
+    return weight.rpartition(".")[0] or weight
+
+
+def twins(
+    weights: Mapping[str, fx.Node], fetch: Callable[[str], torch.Tensor], init: str, noise: float, learn: bool
+) -> ByName:
+    """A TD weight for every BU weight: drawn anew as torch draws it, or a copy times 1 + noise * randn."""
+
+    def draw(weight: torch.Tensor) -> torch.Tensor:
+        if init == "symmetric":
+            return weight * (1 + noise * torch.randn_like(weight)) if noise else weight.clone()
+        return nn.init.kaiming_uniform_(torch.empty_like(weight), a=math.sqrt(5))
+
+    return ByName({name: nn.Parameter(draw(fetch(name).detach()), learn) for name in weights})
+
+
+def td_biases(weights: Mapping[str, fx.Node], fetch: Callable[[str], torch.Tensor], learn: bool) -> ByName:
+    """A bias per input channel behind the transpose of every linear layer and convolution, drawn as torch draws it."""
+
+    def draw(weight: torch.Tensor, node: fx.Node) -> torch.Tensor:
+        bound = 1 / math.sqrt(math.prod(weight.shape[1:]))
+        return weight.new_empty(in_channels(node)).uniform_(-bound, bound)
+
+    biases = {module_of(name): draw(fetch(name).detach(), node) for name, node in weights.items()}
+    return ByName({name: nn.Parameter(bias, learn) for name, bias in biases.items()})
+
+
+def td_norms(bu: BottomUp, weights: Mapping[str, fx.Node]) -> ByName:
+    """A batch norm behind the transpose of every convolution that a batch norm follows, over its input channels."""
+    normed = [weight for weight in dict.fromkeys(map(batch_norm_of, bu.nodes)) if weight is not None]
+    kinds = {name: BATCH_NORM[len(weights[name].meta["spec"].shape)] for name in normed}
+    return ByName({module_of(name): kind(in_channels(weights[name])) for name, kind in kinds.items()})
+
+
+def in_channels(node: fx.Node) -> int:
+    """How many input channels a linear layer or convolution has."""
+    return operand(node, "input").meta["spec"].shape[channels_of(node)]
+
+
+def instruction_head(
+    size: int, embedding: int | Sequence[int] | nn.Module | None, features: int, bias: bool
+) -> nn.Module:
+    """Linear, ReLU, ..., Linear, ReLU from the instruction through hidden sizes to the head's features; or a module.
+
+    Raises:
+        OptionError: the user's module does not make `features` values of an instruction.
+    """
+    if isinstance(embedding, nn.Module):
+        parameter = next(embedding.parameters(), torch.empty(0))
+        made = embedding(parameter.new_zeros(2, size))
+        if made.shape != (2, features):
+            message = f"makes {tuple(made.shape[1:])} of an instruction; the prediction head takes ({features},)"
+            raise OptionError(f"embedding=: the module {message}")
+        return embedding
+    hidden = [] if embedding is None else list(embedding) if isinstance(embedding, Sequence) else [embedding]
+    layers = [(nn.Linear(i, o, bias=bias), nn.ReLU()) for i, o in pairwise([size, *hidden, features])]
+    return nn.Sequential(*chain.from_iterable(layers))

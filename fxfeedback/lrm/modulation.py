@@ -1,0 +1,208 @@
+"""The LRM block: how one connection modulates its destination (Konkle and Alvarez, "Cognitive Steering in Deep Neural
+Networks via Long-Range Modulatory Feedback Connections", NeurIPS 2023).
+
+    z    = resize(tanh(N(a)))             a: the source's activation; resized to the destination's present size;
+                                          a vector is broadcast
+    P(z) = neg_scale z where z < 0, pos_scale z elsewhere
+    m    = conv1x1(P(z))                  the source's channels -> the destination's
+
+The destination y becomes relu(y + y Σ m), the sum running over its connections (see rewrite.py).
+
+A source is mostly smaller than its destination. Then P(z) = pos_scale z + (neg_scale - pos_scale) min(z, 0) saves work:
+the first term is projected before it is resized, which is the same for linear maps, and min(z, 0) is one look at the
+large map.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fxfeedback.errors import OptionError
+from fxfeedback.graph.layout import Layout
+
+ORDERS = ("norm-squash-resize", "resize-norm-squash")
+NORMS = ("layer", "channel")
+RESIZES = ("bilinear", "bicubic", "area")
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
+SLICE = 2**23
+"""Bytes of a source's map, resized, that `modulate` works on at a time: they stay in a processor's cache."""
+
+
+def resize(x: torch.Tensor, size: Sequence[int], mode: str = "bilinear") -> torch.Tensor:
+    """Resize a map (B, C, ...) to `size`: "bilinear" (linear in 1, trilinear in 3 dimensions), "bicubic" or "area".
+
+    The corners are aligned, as in the published models; a map resized to one position thus takes its corner.
+    """
+    if mode == "area":
+        return F.interpolate(x, size, mode="area")
+    mode = LINEAR[x.ndim - 2] if mode == "bilinear" else mode
+    return F.interpolate(x, size, mode=mode, align_corners=True)
+
+
+class Norm(nn.Module):
+    """Layer norm of a vector or a map, eps 1e-5.
+
+    over "layer": over (C, ...) together; weight and bias are (C, *size), resized to the map's present size.
+    over "channel": over the channels of each position; weight and bias are (C,). A vector has no other norm.
+    """
+
+    def __init__(self, channels: int, size: Sequence[int], over: str) -> None:
+        super().__init__()
+        self.over = over if size else "channel"
+        shape = (channels, *size) if self.over == "layer" else (channels,)
+        self.weight = nn.Parameter(torch.ones(shape))
+        self.bias = nn.Parameter(torch.zeros(shape))
+
+    def of_vector(self, a: torch.Tensor) -> torch.Tensor:
+        """Normalise (B, C) over its channels; a map's weight and bias are averaged over its positions."""
+        weight, bias = (p.reshape(len(p), -1).mean(1) for p in (self.weight, self.bias))
+        return F.layer_norm(a, a.shape[1:], weight, bias)
+
+    def forward(self, a: torch.Tensor) -> torch.Tensor:
+        """Normalise a map (B, C, ...)."""
+        if self.over == "channel":
+            return F.layer_norm(a.movedim(1, -1), self.weight.shape, self.weight, self.bias).movedim(-1, 1)
+        weight, bias = (resize(p.unsqueeze(0), a.shape[2:]).squeeze(0) for p in (self.weight, self.bias))
+        return F.layer_norm(a, a.shape[1:], weight, bias)
+
+
+class Modulation(nn.Module):
+    """The block of one connection.
+
+    Args:
+        source, destination: the layouts of the two values when the model is built.
+        order: "norm-squash-resize", or "resize-norm-squash".
+        norm: "layer", or "channel".
+        resize: "bilinear", "bicubic" or "area".
+    """
+
+    def __init__(
+        self,
+        source: Layout,
+        destination: Layout,
+        order: str = "norm-squash-resize",
+        norm: str = "layer",
+        resize: str = "bilinear",
+    ) -> None:
+        super().__init__()
+        for name, value, choices in (("order", order, ORDERS), ("norm", norm, NORMS), ("resize", resize, RESIZES)):
+            if value not in choices:
+                raise OptionError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}")
+        self.source, self.destination, self.order, self.resize = source, destination, order, resize
+        self.grows = math.prod(source.size) < math.prod(self._onto(destination.size))
+        one_position = all(n == 1 for n in source.size)
+        self.norm = Norm(source.channels, () if one_position else self._onto(destination.size), norm)
+        self.neg_scale = nn.Parameter(torch.ones(1))
+        self.pos_scale = nn.Parameter(torch.ones(1))
+        self.modulation = nn.Conv2d(source.channels, destination.channels, 1)
+
+    def forward(self, a: Any, y: torch.Tensor, strength: torch.Tensor | None = None) -> torch.Tensor:
+        """The connection's share m of the modulation of y.
+
+        Args:
+            a: the source's activation, or what `squash` makes of it.
+            y: the destination, of which only the size matters.
+            strength: factors on the two scales, (2,): negative, positive.
+
+        Returns:
+            m in y's layout, broadcasting to y.
+        """
+        z, of_class = a if isinstance(a, tuple) else self.squash(a, y)
+        size = self._onto(self.destination.sizes_of(y))
+        if z.ndim == 2:
+            m = self._project(z, strength)[(...,) + (None,) * len(size)]  # broadcast
+        elif self.order == "resize-norm-squash":
+            m = self._project(torch.tanh(self.norm(resize(z, size, self.resize))), strength)
+        elif self.grows:
+            m = self._project_onto(z, size, strength)
+        else:
+            m = self._project(resize(z, size, self.resize), strength)
+        if z.ndim == 2 and self.destination.kind == "tokens":
+            return m.flatten(2).transpose(1, 2)  # one for all tokens
+        of_class = None if of_class is None else self._project(of_class, strength)
+        return self.destination.from_map(m, of_class, self.destination.class_tokens(y))
+
+    def squash(self, a: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What is done at the source's own size: tanh(N(a)), and that of what modulates y's class tokens, or None."""
+        a, class_token = self.source.to_map(a)
+        if class_token is not None and self.destination.kind == "vector":
+            a, class_token = class_token, None  # what a class token is for
+        if a.ndim == 2:
+            return self._squash_class(a), None
+        of_class = None
+        if self.destination.class_tokens(y):
+            of_class = self._squash_class(a.flatten(2).mean(2) if class_token is None else class_token)
+        return a if self.order == "resize-norm-squash" else torch.tanh(self.norm(a)), of_class
+
+    def _onto(self, size: Sequence[int]) -> Sequence[int]:
+        """The size that the source's map is resized to: the destination's, or one position for a vector."""
+        return size or [1] * max(len(self.source.size), 1)
+
+    def _squash_class(self, a: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.norm.of_vector(a))
+
+    def _scales(self, strength: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        if strength is None:
+            return self.neg_scale, self.pos_scale
+        return self.neg_scale * strength[0], self.pos_scale * strength[1]
+
+    def _project(self, z: torch.Tensor, strength: torch.Tensor | None) -> torch.Tensor:
+        """conv1x1(P(z)), of a vector or a map of any number of dimensions."""
+        neg, pos = self._scales(strength)
+        return self._mix(torch.where(z < 0, neg * z, pos * z), self.modulation.bias)
+
+    def _project_onto(self, z: torch.Tensor, size: Sequence[int], strength: torch.Tensor | None) -> torch.Tensor:
+        """conv1x1(P(resize(z)))"""
+        neg, pos = self._scales(strength)
+        z = z.contiguous(memory_format=CHANNELS_LAST.get(z.ndim, torch.contiguous_format))  # which resizing makes of it
+        whole = resize(self._mix(pos * z, self.modulation.bias), size, self.resize)
+        z = resize(z, size, self.resize)
+        # Of the clamps only this one has the same derivative at 0, none, in every version of torch.
+        below = F.hardtanh(z, -math.inf, 0.0, inplace=not torch.is_grad_enabled())
+        return torch.addcmul(whole, (neg - pos).type_as(whole), self._mix(below))  # autocast has these in two dtypes
+
+    def _mix(self, z: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """The 1x1 convolution."""
+        if z.ndim == 4:
+            return F.conv2d(z, self.modulation.weight, bias)
+        return F.linear(z.movedim(1, -1), self.modulation.weight.flatten(1), bias).movedim(-1, 1)
+
+
+Share = tuple[Modulation, torch.Tensor, torch.Tensor | None]
+"""One connection's part in a modulation: its block, its source's activation, and the strength."""
+
+
+def modulate(y: torch.Tensor, shares: Sequence[Share], activation: str) -> torch.Tensor:
+    """relu(y + y Σ m), slice by slice of the batch: what the blocks compute at y's size stays in a processor's cache.
+
+    A backward pass keeps nothing of it that is larger than y, and computes it again.
+    """
+
+    def modulated(y: torch.Tensor, *sources: tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
+        modulations = [block(a, y, strength) for (block, _, strength), a in zip(shares, sources, strict=True)]
+        value = torch.addcmul(y, y, functools.reduce(torch.add, modulations))
+        return value.relu_() if activation == "relu" else value
+
+    sources = [block.squash(a, y) for block, a, _ in shares]
+    if all(z.ndim == 2 for z, _ in sources):
+        return modulated(y, *sources)  # nothing in these blocks is large
+    positions = y.shape[1:].numel() // shares[0][0].destination.channels
+    widest = max(block.source.channels for block, _, _ in shares) * positions * y.element_size()
+    sliced = [_sliced(x, len(y), max(1, SLICE // widest)) for x in (y, *itertools.chain(*sources))]
+    again = functools.partial(checkpoint, modulated, use_reentrant=False, preserve_rng_state=False)
+    run: Callable[..., Any] = again if torch.is_grad_enabled() else modulated
+    parts = [run(y, *zip(x[::2], x[1::2], strict=True)) for y, *x in zip(*sliced, strict=False)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _sliced(x: torch.Tensor | None, batch: int, samples: int) -> Iterable[torch.Tensor | None]:
+    """`samples` at a time; what is one for all samples, always."""
+    return itertools.repeat(x) if x is None or len(x) != batch else x.split(samples)

@@ -1,0 +1,375 @@
+"""The kinds of ops, by what they do with channels: which they make constant, which they read, and the op on a few.
+
+A channel is *known* when it holds one number, whatever the network's input is: zero behind a closed gate, β behind the
+batch norm of such a channel. It is *live* when it is not known and somebody reads it.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from fxfeedback.graph.channels import channel_dim
+from fxfeedback.graph.shapes import Spec
+from fxfeedback.rules import RULES
+from fxfeedback.rules.convolution import transposed_convolution
+from fxfeedback.rules.dropout import identity
+from fxfeedback.rules.reshaping import reshape
+
+if TYPE_CHECKING:
+    from fxfeedback.one_task.dead_channels import Emitter, Network
+
+
+@dataclass(frozen=True)
+class Channels:
+    """The channels of a value.
+
+    dim: the dimension that they lie along; None: the value is taken as one channel.
+    known: (size,), whether a channel is known; number: (size,) float64, what it holds then, 0 elsewhere.
+    """
+
+    dim: int | None
+    known: torch.Tensor
+    number: torch.Tensor
+
+    @property
+    def size(self) -> int:
+        return len(self.known)
+
+
+def unknown(dim: int | None, size: int = 1) -> Channels:
+    """Channels of which nothing is known."""
+    return Channels(dim, torch.zeros(size, dtype=torch.bool), torch.zeros(size, dtype=torch.double))
+
+
+class Step:
+    """One op of the network. Here: every channel of the output reads all channels of the operands."""
+
+    def __init__(self, network: "Network", node: fx.Node, channels: Channels | None = None) -> None:
+        self.network, self.node = network, node
+        self.channels = channels or unknown(*_whole(node))
+
+    def reads(self, live: torch.Tensor) -> Iterator[tuple[fx.Node, torch.Tensor]]:
+        """The channels of the operands that the channels `live` of the output are computed from."""
+        for source in self.network.values(self.node):
+            yield source, torch.ones_like(self.network.channels(source).known)
+
+    def emit(self, out: "Emitter", live: list[int]) -> tuple[fx.Node, list[int]]:
+        """A node with at least the channels `live`, and which channels it has, in order."""
+        return out.copy(self.node), list(range(self.channels.size))
+
+
+def _whole(node: fx.Node) -> tuple[int | None, int]:
+    """Where a value of any op has its channels, and how many: only a convenience for the ops behind it."""
+    spec = node.meta.get("spec")
+    if not isinstance(spec, Spec) or len(spec.shape) < 2 or 0 in spec.shape or not spec.dtype.is_floating_point:
+        return None, 1
+    dim = channel_dim(node) % len(spec.shape)
+    return (None, 1) if spec.per_sample[dim] else (dim, spec.shape[dim])
+
+
+class PerChannel(Step):
+    """Each channel by itself: it reads the same channel of each operand, or what all channels share.
+
+    dim: the dimension of the output's channels. along: that of each tensor operand's; None: all channels share it.
+    on_maps: whether the op looks at more than one position, as at a map's border.
+    zero_wins: whether one operand's zero makes the output zero, as in a product.
+    """
+
+    def __init__(
+        self,
+        network: "Network",
+        node: fx.Node,
+        dim: int,
+        along: dict[fx.Node, int | None],
+        on_maps: bool = False,
+        zero_wins: bool = False,
+    ) -> None:
+        self.network, self.node, self.dim, self.along = network, node, dim, along
+        self.on_maps, self.zero_wins = on_maps, zero_wins
+        self.channels = self._channels(node.meta["spec"].shape[dim])
+
+    def _channels(self, size: int) -> Channels:
+        all_known, zero = torch.ones(size, dtype=torch.bool), torch.zeros(size, dtype=torch.bool)
+        if any(source in self.network.numbers for source in self.node.all_input_nodes):
+            all_known[:] = False  # what is computed from the batch size is no constant
+        for source, along in self.along.items():
+            operand = self.network.along(source, along)
+            constant = self.network.constant(source) is not None
+            if along is not None:
+                zero |= operand.known & (operand.number == 0)
+                all_known &= operand.known | constant
+            elif not constant:
+                all_known[:] = False
+        known, number = unknown(None, size).known, unknown(None, size).number
+        if all_known.any():
+            picked = all_known.nonzero().flatten()
+            uniform, numbers = self._evaluate(picked)
+            known[picked], number[picked] = uniform, numbers
+        if self.zero_wins:
+            known, number = known | zero, torch.where(zero, 0.0, number)
+        return Channels(self.dim, known, number)
+
+    def _evaluate(self, picked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The op on known channels: in which it gives one number everywhere, and which."""
+
+        def operand(source: fx.Node) -> Any:
+            along, constant = self.along.get(source), self.network.constant(source)
+            if constant is not None:
+                constant = constant.double().cpu() if constant.is_floating_point() else constant.cpu()
+                return constant if along is None else constant.index_select(along, picked)
+            assert along is not None
+            shape = self.network.shape(source)
+            column = [len(picked) if d == along else 1 for d in range(len(shape))]
+            numbers = self.network.along(source, along).number[picked].reshape(column)
+            wide = [len(picked) if d == along else size for d, size in enumerate(shape)]
+            return numbers.expand(wide) if self.on_maps else numbers
+
+        args, kwargs = fx.node.map_arg((self.node.args, self.node.kwargs), operand)
+        result = self.node.target(*args, **kwargs).double().cpu().movedim(self.dim, 0).reshape(len(picked), -1)  # type: ignore[operator]
+        low, high = result.amin(1), result.amax(1)
+        uniform = torch.isfinite(result).all(1) & (high - low <= 1e-12 * torch.maximum(low.abs(), high.abs()))
+        return uniform, torch.where(uniform, low, 0.0)
+
+    def reads(self, live: torch.Tensor) -> Iterator[tuple[fx.Node, torch.Tensor]]:
+        for source in self.network.values(self.node):
+            along, channels = self.along.get(source), self.network.channels(source)
+            yield source, live if along is not None and along == channels.dim else torch.ones_like(channels.known)
+
+    def emit(self, out: "Emitter", live: list[int]) -> tuple[fx.Node, list[int]]:
+        live = self._in_order(out, live)
+        operands: dict[fx.Node, fx.Node] = {}
+        for source, along in self.along.items():
+            constant = self.network.constant(source)
+            if along is None:
+                operands[source] = out.whole(source)
+            elif constant is not None:
+                operands[source] = out.attribute(str(source.target), pick(constant, along, live))
+            else:
+                operands[source] = out.aligned(source, along, live)
+        same = self._same(out, operands)
+        return (out.copy(self.node, operands) if same is None else operands[same]), live
+
+    def _in_order(self, out: "Emitter", live: list[int]) -> list[int]:
+        """`live` in the order that an operand has already, if possible one that has no others."""
+        wanted = set(live)
+        sources = [s for s, d in self.along.items() if d is not None and s in out.lists]
+        sources = [s for s in sources if self.network.channels(s).dim == self.along[s]]
+        sources.sort(key=lambda s: (math.prod(self.network.shape(s)), set(out.lists[s]) == wanted))
+        first = [channel for channel in out.lists[sources[-1]] if channel in wanted] if sources else []
+        return first + sorted(wanted - set(first))
+
+    def _same(self, out: "Emitter", operands: dict[fx.Node, fx.Node]) -> fx.Node | None:
+        """The operand that the op leaves as it is: the identity, and a product with open gates."""
+        if RULES.get(self.node.target) is identity:
+            return self.node.all_input_nodes[0]
+        if not (self.zero_wins and len(operands) == 2 and self.node.target is torch.mul):
+            return None
+        (value, constant) = self.node.all_input_nodes
+        if operands[constant].op != "get_attr" or value not in self.network.steps:
+            return None
+        ones = bool((out.tensors[str(operands[constant].target)] == 1).all())
+        return value if ones and self.network.shape(value) == self.network.shape(self.node) else None
+
+
+class Mixing(Step):
+    """Convolutions and linear layers: each output channel reads all input channels of its group.
+
+    weight: (groups, outputs, inputs, ...), the layer's weight in this order. padded: whether a known input channel that
+    is not zero makes outputs that differ at the border, so that it must be there.
+    """
+
+    def __init__(self, network: "Network", node: fx.Node, dim: int, groups: int, padded: bool) -> None:
+        self.network, self.node, self.dim, self.groups = network, node, dim, groups
+        rule = RULES[node.target]
+        self.operands = rule.operands(node.args, dict(node.kwargs))
+        self.input = self.operands["input"]
+        self.transposed = rule is transposed_convolution
+        self.weight = self._by_group(network.constant(self.operands["weight"]))
+        read = network.along(self.input, dim)
+        folded = read.known & (read.number == 0) if padded else read.known
+        self.read = ~folded.reshape(groups, -1)
+        outputs = self.weight.shape[1]
+        known = ~self.read.any(1).repeat_interleave(outputs)
+        self.shift = self._constant_part(torch.where(folded, read.number, 0.0))
+        bias = network.constant(self.operands.get("bias"))
+        number = self.shift + (0 if bias is None else bias.detach().double().cpu())
+        self.channels = Channels(dim, known, torch.where(known, number, 0.0))
+
+    def _by_group(self, weight: Any) -> torch.Tensor:
+        weight = weight.detach().unflatten(0, (self.groups, -1))
+        return weight.transpose(1, 2) if self.transposed else weight
+
+    def _constant_part(self, number: torch.Tensor) -> torch.Tensor:
+        """What the known inputs add to each output."""
+        groups, outputs, inputs = self.weight.shape[:3]
+        number = number.reshape(groups, inputs)
+        shift = torch.zeros(groups, outputs, dtype=torch.double)
+        for group, channel in number.nonzero().tolist():
+            column = self.weight[group, :, channel].double().reshape(outputs, -1).sum(1).cpu()
+            shift[group] += number[group, channel] * column
+        return shift.flatten()
+
+    def reads(self, live: torch.Tensor) -> Iterator[tuple[fx.Node, torch.Tensor]]:
+        used = live.reshape(self.groups, -1).any(1, keepdim=True)
+        channels = self.network.channels(self.input)
+        mask = (self.read & used).flatten()
+        yield self.input, mask if channels.dim == self.dim else torch.ones_like(channels.known)
+
+    def emit(self, out: "Emitter", live: list[int]) -> tuple[fx.Node, list[int]]:
+        outputs, inputs = self.weight.shape[1:3]
+        tracked = self.network.channels(self.input).dim == self.dim
+        there = {channel: i for i, channel in enumerate(out.lists.get(self.input, []) if tracked else [])}
+        wanted: dict[int, list[int]] = {}
+        for channel in live:
+            wanted.setdefault(channel // outputs, []).append(channel % outputs)
+        read = {
+            g: sorted(self.read[g].nonzero().flatten().tolist(), key=lambda i: there.get(g * inputs + i, -1))
+            for g in wanted
+        }
+        used = sorted(wanted, key=lambda g: there.get(g * inputs + read[g][0], -1))
+        # All groups of a convolution have the same sizes: smaller ones compute more outputs, and read an input again
+        # with weight zero.
+        n_out, n_in = max(map(len, wanted.values())), max(map(len, read.values()))
+        weights, made, taken = [], [], []
+        for g in used:
+            rows = wanted[g] + [o for o in range(outputs) if o not in wanted[g]][: n_out - len(wanted[g])]
+            columns = read[g] + read[g][:1] * (n_in - len(read[g]))
+            part = pick(pick(self.weight[g], 0, rows), 1, columns)
+            part[:, len(read[g]) :] = 0
+            weights.append(part)
+            made += [g * outputs + o for o in rows]
+            taken += [g * inputs + i for i in columns]
+        weight = torch.stack(weights)
+        weight = (weight.transpose(1, 2) if self.transposed else weight).flatten(0, 1)
+        return self._call(out, weight, made, taken, len(used)), made
+
+    def _call(self, out: "Emitter", weight: torch.Tensor, made: list[int], taken: list[int], groups: int) -> fx.Node:
+        operands = dict(self.operands)
+        name, bias = str(operands["weight"].target), self.network.constant(operands.get("bias"))
+        bias_name = name.removesuffix("weight") + "bias" if bias is None else str(operands["bias"].target)
+        shift = self.shift[made]
+        if bias is not None or shift.any():
+            total = shift + (0 if bias is None else pick(bias, 0, made).double().cpu())
+            bias = torch.nn.Parameter(total.to(weight), requires_grad=self.network.learns(name))
+            operands["bias"] = out.attribute(bias_name, bias)
+        operands["weight"] = out.attribute(name, weight)
+        operands["input"] = out.aligned(self.input, self.dim, taken)
+        if "groups" in operands:
+            operands["groups"] = groups
+        return out.call(self.node, operands)
+
+
+class Gathering(Step):
+    """Channels of one value in another order: slices, shuffles, flips.
+
+    origin: for each channel which of the source's it is; -1: zero.
+    """
+
+    def __init__(self, network: "Network", node: fx.Node, source: fx.Node, origin: torch.Tensor) -> None:
+        self.network, self.node, self.source, self.origin = network, node, source, origin
+        channels = network.channels(source)
+        zero = origin < 0
+        known, number = channels.known[origin.clamp(0)] | zero, torch.where(zero, 0.0, channels.number[origin.clamp(0)])
+        self.channels = Channels(channels.dim, known, number)
+
+    def reads(self, live: torch.Tensor) -> Iterator[tuple[fx.Node, torch.Tensor]]:
+        mask = torch.zeros_like(self.network.channels(self.source).known)
+        mask[self.origin[live]] = True
+        yield self.source, mask
+
+    def emit(self, out: "Emitter", live: list[int]) -> tuple[fx.Node, list[int]]:
+        place = {channel: i for i, channel in enumerate(out.lists[self.source])}
+        origin = self.origin.tolist()
+        live = sorted(live, key=lambda channel: place[origin[channel]])
+        assert self.channels.dim is not None
+        return out.aligned(self.source, self.channels.dim, [origin[channel] for channel in live]), live
+
+
+class Moving(Step):
+    """Positions and dimensions of one value moved, each channel alike: permute, flatten.
+
+    path: the nodes from the source, which is not among them, to this one. dim: where the channels are now; each became
+    `block` neighbours. reshapes: whether the call names sizes, so that fewer channels need a reshape in its place.
+    """
+
+    def __init__(
+        self,
+        network: "Network",
+        node: fx.Node,
+        source: fx.Node,
+        path: list[fx.Node],
+        dim: int,
+        block: int,
+        reshapes: bool,
+    ) -> None:
+        self.network, self.node, self.source, self.path = network, node, source, path
+        self.block, self.reshapes = block, reshapes
+        channels = network.channels(source)
+        self.channels = Channels(dim, channels.known.repeat_interleave(block), channels.number.repeat_interleave(block))
+
+    def reads(self, live: torch.Tensor) -> Iterator[tuple[fx.Node, torch.Tensor]]:
+        yield self.source, live.reshape(-1, self.block).any(1)
+
+    def emit(self, out: "Emitter", live: list[int]) -> tuple[fx.Node, list[int]]:
+        kept = out.lists[self.source]
+        node = out.nodes[self.source]
+        for step in self.path:
+            if self.reshapes and len(kept) < self.network.channels(self.source).size:
+                shape = new_shape(step, self.channels.dim, len(kept) * self.block)
+                node = out.insert(torch.reshape, (node, shape), step)
+            else:
+                node = out.copy(step, {step.all_input_nodes[0]: node})
+        return node, [channel * self.block + i for channel in kept for i in range(self.block)]
+
+
+class Joining(Step):
+    """Channels of several values, one behind the other."""
+
+    def __init__(self, network: "Network", node: fx.Node, dim: int) -> None:
+        self.network, self.node, self.dim = network, node, dim
+        self.parts = list(RULES[node.target].operands(node.args, dict(node.kwargs))["tensors"])
+        channels = [network.along(part, dim) for part in self.parts]
+        self.sizes = [part.size for part in channels]
+        self.channels = Channels(
+            dim, torch.cat([part.known for part in channels]), torch.cat([part.number for part in channels])
+        )
+
+    def reads(self, live: torch.Tensor) -> Iterator[tuple[fx.Node, torch.Tensor]]:
+        for part, mask in zip(self.parts, live.split(self.sizes), strict=True):
+            channels = self.network.channels(part)
+            if mask.any():
+                yield part, mask if channels.dim == self.dim else torch.ones_like(channels.known)
+
+    def emit(self, out: "Emitter", live: list[int]) -> tuple[fx.Node, list[int]]:
+        nodes, made, start, wanted = [], [], 0, set(live)
+        for part, size in zip(self.parts, self.sizes, strict=True):
+            if wanted & set(range(start, start + size)):
+                tracked = self.network.channels(part).dim == self.dim
+                kept = out.lists[part] if tracked else list(range(size))
+                nodes.append(out.aligned(part, self.dim, kept))
+                made += [start + channel for channel in kept]
+            start += size
+        return (nodes[0] if len(nodes) == 1 else out.insert(torch.cat, (nodes, self.dim), self.node)), made
+
+
+def is_reshape(node: fx.Node) -> bool:
+    """Whether the op gives values another shape, which names sizes."""
+    return RULES.get(node.target) is reshape
+
+
+def new_shape(node: fx.Node, dim: int | None, size: int) -> list[int] | None:
+    """The shape of a reshaped value with `size` channels along `dim`, with -1 for the batch; None for two of these."""
+    spec = node.meta["spec"]
+    sizes = [size if d == dim else -1 if spec.per_sample[d] else n for d, n in enumerate(spec.shape)]
+    return sizes if sizes.count(-1) < 2 else None
+
+
+def pick(tensor: torch.Tensor, dim: int, channels: Sequence[int]) -> torch.Tensor:
+    """Some channels of a tensor, in this order; the tensor itself where these are all."""
+    if list(channels) == list(range(tensor.shape[dim])):
+        return tensor
+    return tensor.detach().index_select(dim, torch.tensor(channels, dtype=torch.long, device=tensor.device))

@@ -1,0 +1,405 @@
+"""Learn where the network is deployed: in ONNX Runtime, from the file that `fxfeedback.export_learner` wrote.
+
+learner = fxfeedback.runtime.Learner("learner.onnx")
+loss = learner.step(images, labels, task=tasks, lr=0.05)
+logits = learner.predict(images, task=tasks)
+"""
+
+import functools
+import math
+import os
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fxfeedback.errors import CheckpointError, InputError
+from fxfeedback.file_facts import check_texts, data_files, existing, read_metadata
+from fxfeedback.files import LARGEST, as_path, replace_whole
+from fxfeedback.runtime.providers import CUDA, open_session
+from fxfeedback.runtime.reopen import Opened
+from fxfeedback.runtime.signature import Signature, array, cast, finite
+from fxfeedback.version import __version__
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+NEW = ".new"
+"""Ends the name of an output that takes the place of an input in the next step."""
+
+FINITE = "fxfeedback.finite"
+"""An output of the session of a step: 0 where all new values are finite, else NaN."""
+
+
+def _whole(method: Any) -> Any:
+    """The method, while no other thread is in one of the same learner's."""
+
+    @functools.wraps(method)
+    def call(self: "Learner", *args: Any, **kwargs: Any) -> Any:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return call
+
+
+class Learner(Signature):
+    """A network that learns in ONNX Runtime. Weights and optimizer state stay on the device between steps.
+
+    Several threads may share a learner: one lock lets their calls run one after the other, each as a whole. So no step
+    is lost, a prediction is that of one state between two steps, and so is what `state_dict`, `optimizer_state` and
+    `save` return or write. (Two calls are not one: for weights and optimizer state of the same moment take `save`, and
+    `logits` are of the last step of any thread.)
+
+    Its pickle and its copies name the file, which they open again, and bring the present weights, optimizer state and
+    logits along; the file must be there and the same. See `__reduce__`.
+
+    providers: the providers that it runs on, as ONNX Runtime names them, the first preferred.
+    note: why CUDA was not taken, where that was tried; else empty.
+    logits: of the last step, (B, ...); None before the first.
+    metadata: what the file says of itself: loss, optimizer and its settings, which parameters learn, tasks, version.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        providers: str | Sequence[Any] | None = None,
+        options: "ort.SessionOptions | None" = None,
+        finite: bool = True,
+    ) -> None:
+        """Load a file.
+
+        Args:
+            path: the .onnx file.
+            providers: names of ONNX Runtime's execution providers, or (name, options) pairs, the preferred first;
+                "cuda" and "cpu" will do. None: CUDA where it works, else the CPU.
+            options: ONNX Runtime's, for its threads, say.
+            finite: whether a step that would bring NaN or infinite values into the weights is an error, and leaves all
+                as it was. It costs one look at every new value on the device.
+
+        Raises:
+            CheckpointError: there is no such file; it is damaged, or fxfeedback.export_learner did not write it.
+            OptionError: a provider that is not there or cannot be loaded; the message says which library is missing.
+        """
+        path = as_path(path)
+        self._lock = threading.RLock()
+        self._opened = Opened(str(path), providers, options, {"finite": finite})
+        self._model, state = _read(path)
+        self._path, self._providers, self._options, self._finite = str(path), providers, options, finite
+        outputs = [output.name for output in self._model.graph.output]
+        self._changing = [name.removesuffix(NEW) for name in outputs if name.endswith(NEW)]
+        self._kept = [name for name in self._changing if name not in state]
+        self._prediction = "prediction" if "prediction" in outputs else "logits"
+        self._fixed = {name: value for name, value in state.items() if name not in self._changing}
+        self._names = list(state)
+        self._open()
+        self.NOT_OWN = {"instruction", "target", "lr", *self._names, *self._kept}
+        super().__init__(self._stepping, {entry.key: entry.value for entry in self._model.metadata_props}, path)
+        zeros = {name: np.zeros(self.inputs[name], self.dtypes[name]) for name in self._kept}  # type: ignore[arg-type]
+        state |= zeros
+        start = {name: state[name] for name in self._changing}
+        self._now, self._next = self._on_device(start), self._on_device(start)
+        self.logits: np.ndarray | None = None
+
+    @_whole
+    def step(self, *inputs_and_target: Any, lr: float, task: Any = None) -> float:
+        """Learn from one batch.
+
+        Args:
+            inputs_and_target: the model's own inputs, (B, ...), and the target: (B, ...) class ids for cross_entropy
+                (-100: leave out; where all are left out, the loss is NaN and the updates are 0, as in torch), else
+                floats shaped like the logits. Numpy arrays, lists or tensors.
+            lr: the learning rate, a number, finite and not negative.
+            task: for an instructed network: one id, (B,) integer ids, or (B or 1, instruction size) floats.
+
+        Returns:
+            The loss before the step; the logits are in `logits`.
+
+        Raises:
+            InputError: an input, target, learning rate or instruction of the wrong shape, dtype or range; with
+                finite=True also inputs, a loss or new values that are not finite. Nothing was learned.
+        """
+        *inputs, target = inputs_and_target or (None,)
+        sizes: dict[str, int] = {}
+        feeds, _ = self.feeds(inputs, task, sizes)
+        feeds["target"] = self._target(target, sizes)
+        if self._finite:
+            feeds = {name: finite(value, repr(name)) for name, value in feeds.items()}
+        feeds["lr"] = self._rate(lr)
+        wanted = ["loss", "logits", FINITE][: 3 if self._finite else 2]
+        loss, logits, *nothing = self._run(self._stepping, feeds, wanted, self._next)
+        if self._finite:
+            self._check_finite(float(loss), float(nothing[0]), feeds["target"])
+        self._now, self._next, self.logits = self._next, self._now, logits
+        return float(loss)
+
+    @_whole
+    def predict(self, *inputs: Any, task: Any = None) -> np.ndarray:
+        """The logits (B, ...) in evaluation mode, with the present weights.
+
+        Raises:
+            InputError: an input or instruction of the wrong shape, dtype or range.
+        """
+        feeds, _ = self.feeds(inputs, task, {})
+        return self._run(self._predicting, feeds, [self._prediction], {})[0]
+
+    @_whole
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """The network's parameters and buffers under torch's names; `BUTD.load_state_dict` takes it."""
+        state = {name: self._value(name) for name in self._names}
+        return state | {name: state[first] for name, first in self.metadata["tied"].items()}
+
+    @_whole
+    def optimizer_state(self) -> dict[str, np.ndarray]:
+        """What the optimizer keeps: `<parameter>.momentum_buffer`, `<parameter>.exp_avg`, ..., `optimizer.step`."""
+        return {name: self._value(name) for name in self._kept}
+
+    @_whole
+    def load_state_dict(self, state: Mapping[str, Any], optimizer_state: Mapping[str, Any] | None = None) -> None:
+        """Take over the parameters and buffers of a network, arrays or tensors, under torch's names.
+
+        Args:
+            state: a whole state_dict of the network that was exported.
+            optimizer_state: as `optimizer_state()` returned it; None: the optimizer starts anew.
+
+        Raises:
+            CheckpointError: entries that are missing, unknown or of another shape; with finite=True also values of what
+                changes that are not finite. Nothing was taken over.
+        """
+        for what, given in (("state_dict", state), ("optimizer's state", optimizer_state or {})):
+            if not isinstance(given, Mapping):
+                raise CheckpointError(f"a {what} is a dict of names and arrays, not a {type(given).__name__}")
+        tied = self.metadata["tied"]
+        given = {name: value for name, value in state.items() if name not in tied}
+        zeros = {name: np.zeros_like(self._value(name)) for name in self._kept}
+        kept = zeros if optimizer_state is None else optimizer_state
+        self._check_names("state_dict", given, self._names)
+        self._check_names("optimizer's state", kept, self._kept)
+        values = {name: self._fitting(name, value) for name, value in {**given, **kept}.items()}
+        now = self._on_device({name: values[name] for name in self._changing})
+        fixed = {name: values[name] for name in self._fixed}
+        if any(not np.array_equal(fixed[name], self._fixed[name]) for name in fixed):
+            before, self._fixed = self._fixed, fixed
+            try:
+                self._open()  # what never changes is part of the sessions
+            except BaseException:
+                self._fixed = before
+                raise
+        self._now = now
+
+    @_whole
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write weights and optimizer state as a safetensors file; an old one is replaced whole or not at all."""
+        from safetensors.numpy import save_file
+
+        tensors = self._tensors()
+        about = {"fxfeedback": __version__, "product": "learner"}
+        replace_whole(Path(path), lambda new: save_file(tensors, new, about))
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Take over what `save` wrote.
+
+        Raises:
+            CheckpointError: no such file, a damaged one, or weights of another network. Nothing was taken over.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        self._take(tensors)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How pickle and copy make another one: from the file, with the present state.
+
+        Raises:
+            OptionError: it was opened with options=, which cannot be pickled.
+            CheckpointError: the file is gone, or another one has taken its place; also where it is opened again.
+        """
+        with self._lock:
+            return self._opened.reduced(type(self), (self._tensors(), self.logits))
+
+    def __setstate__(self, state: tuple[dict[str, np.ndarray], np.ndarray | None]) -> None:
+        tensors, self.logits = state
+        self._take(tensors)
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _tensors(self) -> dict[str, np.ndarray]:
+        """The whole state: parameters, buffers, and what the optimizer keeps."""
+        return {name: self._value(name) for name in (*self._names, *self._kept)}
+
+    def _take(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Take over what `_tensors` returned."""
+        kept = {name: value for name, value in tensors.items() if name in self._kept}
+        self.load_state_dict({name: value for name, value in tensors.items() if name not in kept}, kept)
+
+    def _open(self) -> None:
+        """The sessions of a step and of a prediction: two parts of one graph.
+
+        What never changes is a constant of both, which ONNX Runtime prepares once; where a graph cannot hold it, it is
+        an input that lies on the device.
+        """
+        from onnx import ModelProto, numpy_helper
+        from onnx.utils import Extractor
+
+        model = ModelProto()
+        model.CopyFrom(self._model)
+        constants = self._fixed if sum(value.nbytes for value in self._fixed.values()) <= LARGEST else {}
+        model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
+        if self._finite:
+            _look_at_new_values(model.graph)
+        extractor = Extractor(model)
+        inputs = [given.name for given in model.graph.input if given.name not in constants]
+        outputs = [output.name for output in model.graph.output if output.name != "prediction"]
+        sessions = []
+        for wanted in (outputs, [self._prediction]):
+            part = extractor.extract_model(inputs, wanted)
+            used = {*wanted, *(name for node in part.graph.node for name in node.input)}
+            needed = [given for given in part.graph.input if given.name in used or wanted is outputs]
+            del part.graph.input[:]
+            part.graph.input.extend(needed)
+            sessions.append(open_session(part.SerializeToString(), self._providers, self._options, self._path))
+        (self._stepping, self.note), (self._predicting, _) = sessions
+        self.providers: list[str] = self._stepping.get_providers()
+        self._beside = {} if constants else self._on_device(self._fixed)
+
+    def _run(
+        self, session: Any, feeds: Mapping[str, np.ndarray], wanted: Sequence[str], onto: Mapping[str, Any]
+    ) -> list[np.ndarray]:
+        """Run on the values that lie on the device: what is `wanted`, as arrays; what changes is written to `onto`."""
+        binding, there = session.io_binding(), {**self._beside, **self._now}
+        for given in session.get_inputs():
+            if given.name in feeds:
+                binding.bind_cpu_input(given.name, np.asarray(feeds[given.name], order="C"))
+            else:
+                binding.bind_ortvalue_input(given.name, there[given.name])
+        for name in wanted:
+            binding.bind_output(name)
+        for name, value in onto.items():
+            binding.bind_ortvalue_output(name + NEW, value)
+        session.run_with_iobinding(binding)
+        return [value.numpy() for value in binding.get_outputs()[: len(wanted)]]
+
+    def _on_device(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Copies of the values."""
+        import onnxruntime as ort
+
+        device = "cuda" if self.providers[0] == CUDA else "cpu"
+        return {name: ort.OrtValue.ortvalue_from_numpy(np.array(value), device) for name, value in values.items()}
+
+    def _value(self, name: str) -> np.ndarray:
+        return np.array(self._now[name].numpy() if name in self._now else self._fixed[name])
+
+    def _target(self, target: Any, sizes: dict[str, int]) -> np.ndarray:
+        dtype = np.dtype(self.dtypes["target"])  # type: ignore[arg-type]
+        target = array(target, "the target")
+        if np.issubdtype(target.dtype, np.floating) != np.issubdtype(dtype, np.floating) or target.dtype == bool:
+            raise InputError(f"the target of {self.metadata['loss']} is of {dtype}, not {target.dtype}")
+        classes = self.outputs["logits"][1] if np.issubdtype(dtype, np.integer) else None
+        if classes is not None and not np.isin(target, (*range(int(classes)), -100)).all():
+            raise InputError(f"target: class ids lie between 0 and {int(classes) - 1}; -100 leaves one out")
+        return self.checked("target", cast(target, dtype), sizes)
+
+    def _rate(self, lr: Any) -> np.ndarray:
+        rate = cast(array(lr, "lr"), self.dtypes["lr"])
+        if rate.ndim or not np.isfinite(rate) or rate < 0:
+            raise InputError(f"lr={lr!r}: give one number, finite and not negative")
+        return rate
+
+    def _check_finite(self, loss: float, new: float, target: np.ndarray) -> None:
+        """Refuse a step by its loss and its look at the new values; that of no sample has the loss NaN."""
+        of_none = np.issubdtype(target.dtype, np.integer) and (target == -100).all()
+        if math.isnan(new) or not (math.isfinite(loss) or of_none):
+            what = "new weights" if math.isnan(new) else "the loss"
+            raise InputError(
+                f"the step would make {what} NaN or infinite (loss {loss}): nothing was learned. Mostly the inputs are "
+                "too large or lr is; Learner(..., finite=False) goes on all the same"
+            )
+
+    def _check_names(self, what: str, given: Iterable[str], expected: Sequence[str]) -> None:
+        missing, unknown = [n for n in expected if n not in given], [n for n in given if n not in expected]
+        if missing or unknown:
+            found = ", ".join([f"{n!r} is missing" for n in missing[:3]] + [f"{n!r} is unknown" for n in unknown[:3]])
+            raise CheckpointError(f"the {what} is of another network or optimizer: {found}")
+
+    def _fitting(self, name: str, value: Any) -> np.ndarray:
+        like = self._now.get(name)
+        shape, dtype = (like.shape(), self.dtypes[name]) if like else (self._fixed[name].shape, self._fixed[name].dtype)
+        try:
+            value = array(value, repr(name))
+            if list(value.shape) != list(shape):
+                raise CheckpointError(f"{name!r} has shape {tuple(value.shape)}, the network's {tuple(shape)}")
+            return finite(cast(value, dtype), repr(name)) if like and self._finite else cast(value, dtype)
+        except InputError as error:
+            raise CheckpointError(str(error)) from None
+
+
+def _look_at_new_values(graph: Any) -> None:
+    """Add the output `FINITE`: the sum of x - x over all new values x (and lr: there may be none that are new)."""
+    from onnx import TensorProto, helper
+
+    parts = []
+    new = [output for output in graph.output if output.name.endswith(NEW)]
+    for output in (*new, *(given for given in graph.input if given.name == "lr")):
+        if output.type.tensor_type.elem_type in (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16):
+            zero, total, part = (f"{FINITE}/{output.name}/{step}" for step in ("zero", "sum", "cast"))
+            graph.node.append(helper.make_node("Sub", [output.name, output.name], [zero]))
+            graph.node.append(helper.make_node("ReduceSum", [zero], [total], keepdims=0))
+            graph.node.append(helper.make_node("Cast", [total], [part], to=TensorProto.FLOAT))
+            parts.append(part)
+    graph.node.append(helper.make_node("Sum", parts, [FINITE]))
+    graph.output.append(helper.make_tensor_value_info(FINITE, TensorProto.FLOAT, []))
+
+
+def _read(path: Path) -> tuple[Any, dict[str, np.ndarray]]:
+    """The file's graph without the values of the state, and these by name."""
+    try:
+        import onnx
+    except ImportError as error:
+        raise ImportError(f"{error}: to learn in ONNX Runtime, pip install 'fxfeedback[runtime]'") from error
+    existing(path, "fxfeedback.export_learner")
+    try:
+        model = onnx.load(path, load_external_data=False)
+        check_texts(model, path)
+        data_files(model, path)
+        onnx.external_data_helper.load_external_data_for_model(model, str(path.parent))
+    except CheckpointError:
+        raise
+    except Exception as error:  # protobuf's own, and whatever external data may raise
+        raise CheckpointError(f"{str(path)!r} cannot be loaded: it is damaged, or no ONNX file: {error}") from error
+    said = {entry.key: entry.value for entry in model.metadata_props}
+    if said.get("product") != "learner" or "fxfeedback" not in said:
+        raise CheckpointError(f"{str(path)!r} was not written by fxfeedback.export_learner")
+    tied = read_metadata(said, path)["tied"]
+    inputs = {given.name for given in model.graph.input}
+    try:
+        state = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer if t.name in inputs}
+    except Exception as error:  # of a tensor whose values are not as many as its shape says
+        raise CheckpointError(f"{str(path)!r} is damaged: a weight cannot be read: {error}") from error
+    _check_names(model, state, tied, path)
+    constants = [tensor for tensor in model.graph.initializer if tensor.name not in state]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(constants)
+    return model, state
+
+
+def _check_names(model: Any, state: Mapping[str, np.ndarray], tied: Mapping[str, str], path: Path) -> None:
+    """Refuse a graph that is no step of learning: what it takes, returns and keeps fits together."""
+    inputs = {given.name: given.type.tensor_type.shape.dim for given in model.graph.input}
+    outputs = [output.name for output in model.graph.output]
+    missing = [f"an input {name!r}" for name in ("target", "lr") if name not in inputs]
+    missing += [f"an output {name!r}" for name in ("loss", "logits") if name not in outputs]
+    changing = [name.removesuffix(NEW) for name in outputs if name.endswith(NEW)]
+    missing += [f"an input {name!r}" for name in changing if name not in inputs]
+    missing += [f"a weight {name!r}" for name in tied.values() if name not in state]
+    largest = max((value.size for value in state.values()), default=0)
+    for name in changing:
+        sizes = [size.dim_value for size in inputs.get(name, ())]
+        if name not in state and (min(sizes, default=1) < 1 or math.prod(sizes) > max(1, largest)):
+            missing.append(f"a state {name!r} that is no larger than the weights")
+    if missing:
+        raise CheckpointError(f"{str(path)!r} is damaged: its graph lacks {missing[0]}")

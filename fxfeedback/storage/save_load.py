@@ -1,0 +1,237 @@
+"""`save` and `load`: a converted model in one file, with its connections, options and weights.
+
+The directory holds `model.safetensors`: all tensors by name, and in the file's metadata, as JSON, how the model was
+made. `architecture.py` describes the plain model in it, so that `load` needs nothing else; no code is stored and none
+is run. Every field is checked before it is used, as a file may come from anybody (saved.py). The file is replaced as a
+whole: a crash leaves the old one or the new one.
+"""
+
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from fxfeedback.butd import BUTD
+from fxfeedback.errors import CheckpointError, Error, OptionError
+from fxfeedback.feedback import FeedbackModel
+from fxfeedback.files import replace_whole
+from fxfeedback.instructed.options import Options
+from fxfeedback.storage.architecture import NotDescribed, build, check_levels, describe, encode
+from fxfeedback.storage.saved import Saved, check_passes, read_saved, read_wrapper
+from fxfeedback.tracing.share import put, share
+from fxfeedback.tracing.wrapper import SAVED, Wrapper
+from fxfeedback.version import __version__
+
+FILE = "model.safetensors"
+FORMAT = 1
+
+
+def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Save a model that `add_feedback` or `to_butd` returned, for `load`.
+
+    Args:
+        model: on any device; with connections or options, weights, buffers, modes and what is frozen.
+        directory: made where it does not exist; a model saved there before is replaced, whole or not at all.
+
+    Raises:
+        OptionError: neither `add_feedback` nor `to_butd` made the model, or an option cannot be stored.
+    """
+    plain, wrappers = _unwrap(model)
+    if not wrappers:
+        raise OptionError(f"a {type(model).__name__} has neither connections nor instructions: save its state_dict()")
+    tensors, names = _tensors(model)
+    try:
+        net, reason = describe(plain, names), ""
+        check_levels(net, type(plain).__name__)
+        build(net, tensors, "the model")  # what is saved can be loaded
+    except (NotDescribed, CheckpointError) as error:
+        net, reason = None, str(error)
+        warnings.warn(
+            f"{reason}: the weights are saved, the architecture is not; fxfeedback.load will need the plain model, too",
+            stacklevel=2,
+        )
+    about = {
+        "format": FORMAT,
+        "fxfeedback": __version__,
+        "wrappers": [_described(*wrapper, names, tensors) for wrapper in wrappers],
+        "net": net,
+        "reason": reason,
+        "names": {name: names[id(tensor)] for name, tensor in model.state_dict(keep_vars=True).items()},
+        "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
+        "training": [name for name, module in model.named_modules() if module.training],
+    }
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    replace_whole(Path(directory, FILE), lambda path: save_file(tensors, path, {"fxfeedback": json.dumps(about)}))
+
+
+def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> Any:
+    """The model that `save` wrote, on the CPU.
+
+    Args:
+        directory: as given to `save`.
+        model: the plain model, where its architecture was not saved (its class is not importable, or the saving process
+            said so); the saved weights are copied into it. Classes from outside torch, torchvision and timm are found
+            only in modules that are imported already.
+
+    Raises:
+        CheckpointError: there is no such file; it is damaged, not ours or of a later version, and the message says
+            which field; it does not fit `model`, which then is as it was.
+    """
+    path = Path(directory, FILE)
+    about, tensors = _read(path)
+    try:
+        return _made(about, tensors, model, path)
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever a model's own code makes of values that no model has
+        message = str(error) if isinstance(error, Error) else f"{type(error).__name__}: {error}"
+        raise CheckpointError(
+            f"{path} is damaged, or does not fit: the model cannot be made of it: {message}"
+        ) from error
+
+
+def _made(about: Saved, tensors: dict[str, torch.Tensor], model: nn.Module | None, path: Path) -> Any:
+    """The model that a file, whose fields are checked, describes."""
+    if model is not None:
+        plain = share(model)
+    elif about.net is None:
+        raise CheckpointError(f"{path}: {about.reason}: pass the plain model, load(directory, model)")
+    else:
+        plain = build(about.net, tensors, path)
+    state = {name: tensors[kept] for name, kept in about.names.items()}
+    own = plain.state_dict()
+    _check_fit(own, {name: tensor for name, tensor in state.items() if name in own}, path)
+    with torch.random.fork_rng(devices=[]):  # what the wrappers draw at random is overwritten
+        made = _wrap(plain, about, tensors, path)
+    _check_fit(made.state_dict(), state, path)
+    for field, known in (("frozen", made.named_parameters()), ("training", made.named_modules())):
+        unknown = sorted(getattr(about, field) - {name for name, _ in known})
+        if unknown:
+            raise CheckpointError(f"{path}: the field {field!r} names {unknown[0]!r}, which the model does not have")
+    made.load_state_dict(state)
+    for name, parameter in made.named_parameters():
+        if parameter.is_floating_point() or parameter.is_complex():
+            parameter.requires_grad_(name not in about.frozen)
+    for name, module in made.named_modules():
+        module.training = name in about.training
+    return made
+
+
+# -- wrappers ---------------------------------------------------------------------------------------------------------
+
+
+def _unwrap(model: nn.Module) -> tuple[nn.Module, list[tuple[str, str, dict[str, Any]]]]:
+    """The plain model, and the wrappers in it, outermost first: where, which kind, made how."""
+    wrappers: list[tuple[str, str, dict[str, Any]]] = []
+    while True:
+        found = next(((path, module) for path, module in model.named_modules() if isinstance(module, Wrapper)), None)
+        if found is None:
+            return model, wrappers
+        path, wrapper = found
+        how: dict[str, Any] = {"examples": [(tuple(x.shape), x.dtype) for x in wrapper._examples]}
+        if wrapper._example_names:
+            how["names"] = wrapper._example_names
+        elif not wrapper._form.is_positional:
+            raise OptionError(
+                "example_inputs= with other values than tensors cannot be saved: make the model with a tuple or a dict "
+                "of tensors"
+            )
+        if isinstance(wrapper, FeedbackModel):
+            connections = [asdict(connection) for connection in wrapper.connections]
+            how |= {"connections": connections, "passes": wrapper.passes, "return_all": wrapper.return_all}
+            how |= {"checkpoint": wrapper.checkpoint}
+        elif isinstance(wrapper, BUTD):
+            how |= {field.name: getattr(wrapper.options, field.name) for field in fields(Options)}
+        wrappers.append((path, type(wrapper).__name__, how))
+        model = put(model, path, wrapper._net)
+
+
+def _described(
+    path: str, kind: str, how: dict[str, Any], names: Mapping[int, str], tensors: Mapping[str, torch.Tensor]
+) -> list[Any]:
+    """A wrapper as `load` takes it."""
+    try:
+        described = encode(how, names)
+        check_levels(described, kind)
+        read_wrapper(kind, described, tensors, "the model", path)
+    except (NotDescribed, CheckpointError) as error:
+        raise OptionError(f"an option of the {kind} cannot be saved: {error}") from None
+    return [path, kind, described]
+
+
+def _wrap(model: nn.Module, about: Saved, tensors: Mapping[str, torch.Tensor], where: Path) -> Any:
+    shapes = {name: tensors[kept].shape for name, kept in about.names.items()}
+    hows = [
+        read_wrapper(kind, what, tensors, where, f"wrappers[{i}]") for i, (_, kind, what) in enumerate(about.wrappers)
+    ]
+    check_passes(hows, where)
+    for number, ((path, kind, _), how) in reversed(list(enumerate(zip(about.wrappers, hows, strict=True)))):
+        at, inside = f"wrappers[{number}]", f"{path}." if path else ""
+        try:
+            part = model.get_submodule(path)
+        except AttributeError:
+            raise CheckpointError(f"{where}: {at} is at {path!r}, where the model has no module") from None
+        below = {name.removeprefix(inside): shape for name, shape in shapes.items() if name.startswith(inside)}
+        token = SAVED.set(below)
+        try:
+            made: Wrapper = FeedbackModel(part, **how) if kind == "FeedbackModel" else BUTD(part, **how)
+        except Error as error:
+            raise CheckpointError(f"{where}: {at}: {error}") from error
+        finally:
+            SAVED.reset(token)
+        model = put(model, path, made)
+    return model
+
+
+# -- the file ---------------------------------------------------------------------------------------------------------
+
+
+def _tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[int, str]]:
+    """All parameters and buffers by name, a tied one once; and their names by identity."""
+    names: dict[int, str] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    memory: set[int] = set()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        names[id(tensor)] = name
+        data = tensor.detach().cpu().contiguous()
+        where = data.untyped_storage().data_ptr()
+        tensors[name] = data.clone() if where in memory else data  # the format knows no views
+        memory.add(where)
+    return tensors, names
+
+
+def _read(path: Path) -> tuple[Saved, dict[str, torch.Tensor]]:
+    if not path.is_file():
+        raise CheckpointError(f"there is no {path}: give the directory that fxfeedback.save wrote")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get("fxfeedback", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 it is no dict
+    except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged or cannot be read: {error}") from error
+    if not isinstance(about, dict) or "format" not in about:
+        raise CheckpointError(f"{path} was not written by fxfeedback.save")
+    if about["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path} was written by fxfeedback {about.get('fxfeedback')!r}: a later version is needed"
+        )
+    check_levels(about, path)
+    return read_saved(about, tensors, path), tensors
+
+
+def _check_fit(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], path: Path) -> None:
+    def shape(tensors: Mapping[str, torch.Tensor], name: str) -> tuple[int, ...] | None:
+        return tuple(tensors[name].shape) if name in tensors else None
+
+    misfits = [name for name in {**own, **state} if shape(own, name) != shape(state, name)]
+    if misfits:
+        shown = ", ".join(f"{name}: {shape(state, name)} saved, {shape(own, name)} here" for name in misfits[:5])
+        raise CheckpointError(f"{path} does not fit the model, which stays as it was; {shown}")

@@ -1,0 +1,198 @@
+"""What torch.nn's modules and composite functions do, written in ops that have rules.
+
+`OPENINGS` is the table; `open_modules` uses it. Every module that is not in it opens by its own forward.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torchvision.ops import stochastic_depth
+
+from fxfeedback.errors import TraceError
+from fxfeedback.rules.convolution import CONV
+from fxfeedback.rules.core import as_tuple
+from fxfeedback.rules.ops import ADVANCES, cumulative_momentum, survival, surviving_channels, synced_batch_norm
+from fxfeedback.tracing.open_attention import decoder, dot_product, encoder, multi_head
+from fxfeedback.tracing.open_recurrent import cell, sequence
+from fxfeedback.tracing.trace_at_size import Shaped
+
+
+def call(function: Callable[..., Any], input: fx.Proxy, *args: Any) -> fx.Proxy:
+    """A node that calls a function of ours as a whole, for what cannot run on proxies."""
+    return input.tracer.create_proxy("call_function", function, (input, *args), {})
+
+
+def _batch_norm(module: Any, input: fx.Proxy) -> fx.Proxy:
+    """y = (x - mean) / sqrt(var + eps) * gamma + beta; forward itself looks at the input's dimensions."""
+    known = module.running_mean is not None
+    tracks = known and (module.track_running_stats or not module.training)  # who stops tracking keeps them in eval mode
+    training = module.training or not known
+    momentum, norm = module.momentum, F.batch_norm
+    if isinstance(module, nn.SyncBatchNorm) and training:
+        if module.process_group is not None:
+            raise TraceError("SyncBatchNorm over a group of its own does not open: leave out process_group")
+        norm = synced_batch_norm
+    if module.training and tracks:
+        count = input.tracer.parameter(module.num_batches_tracked)
+        call(torch.Tensor.add_, count, 1)
+        momentum = call(cumulative_momentum, count) if momentum is None else momentum
+        if not input.tracer.present.users:  # nothing reads the value, but the statistics advance
+            call(ADVANCES[norm], input, module.running_mean, module.running_var, momentum)
+            return input
+    return call(
+        norm,
+        input,
+        module.running_mean if tracks else None,
+        module.running_var if tracks else None,
+        module.weight,
+        module.bias,
+        training,
+        0.0 if momentum is None else momentum,
+        module.eps,
+    )
+
+
+def _instance_norm(module: Any, input: fx.Proxy) -> fx.Proxy:
+    """Forward itself looks at the input's dimensions."""
+    if lacks_batch(input, module._get_no_batch_dim() + 1):
+        return _instance_norm(module, input.unsqueeze(0)).squeeze(0)
+    own = module.training or not module.track_running_stats
+    momentum = 0.0 if module.momentum is None else module.momentum
+    statistics = (module.running_mean, module.running_var)
+    return F.instance_norm(input, *statistics, module.weight, module.bias, own, momentum, module.eps)
+
+
+def _dropout(input: fx.Proxy, p: float = 0.5, training: bool = True, inplace: bool = False) -> fx.Proxy:
+    """Dropout hands out the mask that it draws; the random stream is F.dropout's."""
+    return torch.native_dropout(input, p, True)[0] if training and p > 0 else input
+
+
+def _stochastic_depth(input: fx.Proxy, p: float, mode: str, training: bool = True) -> fx.Proxy:
+    return input * call(survival, input, p, mode) if training and p > 0 else input
+
+
+def _feature_dropout(input: fx.Proxy, p: float = 0.5, training: bool = True, inplace: bool = False) -> fx.Proxy:
+    return input * call(surviving_channels, input, p) if training and p > 0 else input
+
+
+def _dropout_of_maps(ndim: int) -> Callable[..., Any]:
+    """Channel dropout of maps that have `ndim` dimensions with their batch."""
+
+    def dropout(input: fx.Proxy, p: float = 0.5, training: bool = True, inplace: bool = False) -> fx.Proxy:
+        if lacks_batch(input, ndim):
+            return _feature_dropout(input.unsqueeze(0), p, training).squeeze(0)
+        return _feature_dropout(input, p, training)
+
+    return dropout
+
+
+def _alpha_dropout(input: fx.Proxy, p: float = 0.5, training: bool = False, inplace: bool = False) -> fx.Proxy:
+    """Who drops out becomes α, SELU's lowest value; then mean 0 and variance 1 again (Klambauer et al. 2017)."""
+    if not training or p == 0:
+        return input
+    if p == 1:
+        return input * 0
+    alpha = -1.7580993408473766
+    scale = 1 / math.sqrt((1 + alpha * alpha * p) * (1 - p))
+    stays = torch.empty_like(input).bernoulli_(1 - p)
+    return input * (stays * scale) + ((1 - stays) * (alpha * scale) - alpha * scale * p)
+
+
+def _gumbel_softmax(logits: fx.Proxy, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1) -> Any:
+    """A sample of categories, softly; with `hard` one of them, with the gradient of the soft one."""
+    noise = -torch.empty_like(logits, memory_format=torch.contiguous_format).exponential_().log()
+    soft = ((logits + noise) / tau).softmax(dim)
+    if not hard:
+        return soft
+    one = torch.zeros_like(logits).scatter_(dim, soft.argmax(dim, keepdim=True), 1.0)
+    return one - soft.detach() + soft
+
+
+def lacks_batch(input: Any, ndim: int) -> bool:
+    """Whether a value is known to have one dimension less than `ndim`: torch takes it for a batch of one."""
+    return isinstance(input, Shaped) and input.ndim == ndim - 1
+
+
+def _batched(function: Callable[..., Any], ndim: int) -> Callable[..., Any]:
+    """The opening of an op of maps that have `ndim` dimensions with their batch."""
+
+    def opening(input: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(input.unsqueeze(0), *args, **kwargs).squeeze(0) if lacks_batch(input, ndim) else NotImplemented
+
+    return opening
+
+
+def _convolution(
+    input: fx.Proxy,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Any:
+    """padding="same" and "valid" in numbers; an uneven "same" pads once more at the far end, as torch does."""
+    ndim = weight.ndim if isinstance(weight, (Shaped, torch.Tensor)) else 0
+    if lacks_batch(input, ndim):
+        return CONV[ndim](input.unsqueeze(0), weight, bias, stride, padding, dilation, groups).squeeze(0)
+    shape = _shape(weight)
+    if not isinstance(padding, str) or shape is None:
+        return NotImplemented
+    kernel = shape[2:]
+    total = [
+        0 if padding == "valid" else d * (k - 1) for d, k in zip(as_tuple(dilation, len(kernel)), kernel, strict=True)
+    ]
+    if any(t % 2 for t in total):
+        input = F.pad(input, [extra for t in reversed(total) for extra in (0, t % 2)])
+    return CONV[len(kernel) + 2](input, weight, bias, stride, [t // 2 for t in total], dilation, groups)
+
+
+def _shape(weight: Any) -> tuple[int, ...] | None:
+    """The shape of a weight: a tensor, its node, or what forward computes from it; None where sizes are not known."""
+    if not issubclass(type(weight), fx.Proxy):
+        return tuple(weight.shape)
+    if weight.node.op == "get_attr":
+        return tuple(weight.tracer.tensors[weight.node.target].shape)
+    return tuple(weight.small.shape) if isinstance(weight, Shaped) else None
+
+
+OPS_OF_MAPS = {
+    3: (F.conv_transpose1d, F.avg_pool1d, F.max_pool1d, torch.max_pool1d, F.adaptive_avg_pool1d, F.adaptive_max_pool1d),
+    4: (F.conv_transpose2d, F.avg_pool2d, F.max_pool2d, torch.max_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d),
+    5: (F.conv_transpose3d, F.avg_pool3d, F.max_pool3d, torch.max_pool3d, F.adaptive_avg_pool3d, F.adaptive_max_pool3d),
+}
+"""How many dimensions a map has with its batch -> ops that take it without, too; their rules do not."""
+
+OPENINGS: dict[Any, Callable[..., Any]] = {
+    nn.modules.batchnorm._BatchNorm: _batch_norm,
+    nn.modules.instancenorm._InstanceNorm: _instance_norm,
+    nn.MultiheadAttention: multi_head,
+    nn.TransformerEncoder: encoder,
+    nn.TransformerDecoder: decoder,
+    nn.RNNBase: sequence,
+    nn.RNNCellBase: cell,
+    F.scaled_dot_product_attention: dot_product,
+    nn.ReLU6: lambda module, input: F.relu6(input),  # its own forward is a hardtanh
+    F.dropout: _dropout,
+    torch.dropout: _dropout,
+    F.dropout1d: _dropout_of_maps(3),
+    F.dropout2d: _feature_dropout,  # which takes three dimensions for a batch of sequences
+    F.dropout3d: _dropout_of_maps(5),
+    torch.feature_dropout: _feature_dropout,
+    F.alpha_dropout: _alpha_dropout,
+    torch.alpha_dropout: _alpha_dropout,
+    F.gumbel_softmax: _gumbel_softmax,
+    torch.fliplr: lambda input: input.flip(1),
+    torch.flipud: lambda input: input.flip(0),
+    stochastic_depth: _stochastic_depth,
+    **dict.fromkeys(CONV.values(), _convolution),
+    **{op: _batched(op, ndim) for ndim, ops in OPS_OF_MAPS.items() for op in ops},
+}
+"""nn.Module class or function -> the same in ops that have rules, or NotImplemented.
+
+Every other module opens by its own forward.
+"""

@@ -1,0 +1,308 @@
+"""What is different in torch while a model's own code runs on proxies."""
+
+import builtins
+import contextlib
+import functools
+import inspect
+import itertools
+import linecache
+import os
+import pickle
+import random
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import fx, nn
+from torch.nn.utils import parametrize
+from torch.overrides import is_tensor_method_or_property
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import CheckpointFunction
+
+from fxfeedback.graph.nodes import is_torchs
+from fxfeedback.rules.ops import applying
+
+SIZED = {
+    torch: ("arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm", "zeros"),
+    torch.Tensor: ("expand", "repeat"),
+}
+"""What gives a tensor of the model's own a size, which may be a proxy: nodes, where it is one."""
+
+UNTRACED = {owner: {name: getattr(owner, name) for name in names} for owner, names in SIZED.items()}
+UNTRACED[nn.Module] = {name: getattr(nn.Module, name) for name in ("__call__", "__getattr__")}
+"""All that is replaced while a model is traced, as it is otherwise."""
+
+
+DRAWS = (
+    "its forward draws random numbers that do not depend on its input's values or size, and would be the same in every "
+    "call: draw them with torch.rand_like(x), x.new_empty(...).bernoulli_(p) or nn.Dropout"
+)
+
+_ONE_AT_A_TIME = threading.RLock()
+_REPLACED: list[contextlib.ExitStack] = []
+
+
+def _in_forked_child() -> None:
+    """A thread that was tracing in the parent is not here: neither are its lock and what it had replaced."""
+    global _ONE_AT_A_TIME
+    if _ONE_AT_A_TIME._is_owned():  # type: ignore[attr-defined]  # the thread that forks traces itself, and goes on
+        return
+    _ONE_AT_A_TIME = threading.RLock()
+    while _REPLACED:
+        _REPLACED[-1].close()
+    for name, value in UNTRACED[nn.Module].items():  # which torch.fx replaces
+        setattr(nn.Module, name, value)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_forked_child)
+
+
+@contextmanager
+def running_on_proxies() -> Iterator[None]:
+    """While a model's code runs: only its own contexts count, and autograd functions stay whole.
+
+    By one thread at a time, as some of what this replaces is torch's for all threads; what it is replaced by does the
+    same as before for the others.
+    """
+    around = {device: torch.is_autocast_enabled(device) for device in ("cpu", "cuda")}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_ONE_AT_A_TIME)
+        stack.enter_context(torch.enable_grad())
+        for device, enabled in around.items():
+            torch.set_autocast_enabled(device, False)
+            stack.callback(torch.set_autocast_enabled, device, enabled)
+        inside = {torch.autograd.Function: {"apply": _applied()}, fx.Proxy: {"__setattr__": _set}}
+        stack.enter_context(replaced({**inside, builtins: {"isinstance": _isinstance_of}}))
+        yield
+
+
+def _set(proxy: fx.Proxy, name: str, value: Any) -> None:
+    """Setting an attribute of a stand-in: not those that tensors have."""
+    if hasattr(torch.Tensor, name):
+        raise ValueError(
+            f"it sets .{name} of a tensor, which a graph cannot hold: change a parameter with an op in place, such as "
+            "copy_, under torch.no_grad(), and freeze parameters before the model is converted"
+        )
+    object.__setattr__(proxy, name, value)
+
+
+@contextmanager
+def replaced(by: Mapping[Any, Mapping[str, Any]]) -> Iterator[None]:
+    """Of each owner, these attributes are these."""
+    with contextlib.ExitStack() as stack:
+        _REPLACED.append(stack)
+        stack.callback(_REPLACED.remove, stack)
+        for owner, attributes in by.items():
+            stack.enter_context(mock.patch.multiple(owner, **attributes))
+        yield
+
+
+def untraced() -> Any:
+    """While a model is traced: what runs in this context is not."""
+    return replaced(UNTRACED)
+
+
+ISINSTANCE = isinstance
+
+
+def _isinstance_of(value: Any, kinds: Any, /) -> bool:
+    """isinstance, to which a stand-in in the model's code is what it stands for.
+
+    A stand-in whose `__class__` said so would be a tensor to torch's C code, too, which looks for its memory then.
+    """
+    if ISINSTANCE(value, kinds):
+        return True
+    stands_for = getattr(type(value), "stands_for", None)
+    if stands_for is None:
+        return False
+    asking = sys._getframe(1).f_code
+    of_layers = re.search(r"[/\\]torch[/\\]nn[/\\]", asking.co_filename) or asking.co_name == "is_tensor"
+    if is_torchs(asking.co_filename) and not of_layers:
+        return False  # torch.fx asks whether it is a proxy
+    return ISINSTANCE(stands_for(value), kinds)
+
+
+@contextmanager
+def recording_sized() -> Iterator[None]:
+    """While a model is traced: it may make a tensor of its own that is as large as the batch, which is a proxy."""
+    is_tensor_method_or_property(torch.relu)  # makes torch's own tables of functions, before some are replaced
+    with torch.device("meta"):
+        torch.empty(())
+    with replaced({owner: {name: _recorded(UNTRACED[owner][name]) for name in SIZED[owner]} for owner in SIZED}):
+        yield
+
+
+def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which becomes a node where it gets a proxy."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for value in tree_leaves((args, kwargs)):
+            if isinstance(value, fx.Proxy):
+                return value.tracer.create_proxy("call_function", function, args, kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _applied() -> Any:
+    """torch.autograd.Function.apply, which becomes a node where it gets a proxy; checkpoints are seen through."""
+    original = inspect.getattr_static(torch.autograd.Function, "apply")
+
+    def apply(kind: type, *args: Any, **kwargs: Any) -> Any:
+        if kind is CheckpointFunction and any(isinstance(value, fx.Proxy) for value in args):
+            function, _, *given = args
+            return function(*given)
+        if any(isinstance(value, fx.Proxy) for value in tree_leaves((args, kwargs))):
+            return _recorded(applying(kind))(*args, **kwargs)
+        return original.__get__(None, kind)(*args, **kwargs)
+
+    return classmethod(apply)
+
+
+class _RefusingDraws(TorchDispatchMode):
+    """While a model is traced: no op of this thread's draws random numbers, but on the meta device for its shape.
+
+    generators: those of the model's own that last from call to call.
+    """
+
+    def __init__(self, generators: list[torch.Generator]) -> None:
+        super().__init__()
+        self.generators = [*generators, torch.default_generator, None]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags and any(
+            kwargs.get("generator") is g for g in self.generators
+        ):
+            tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+            device = torch.device(kwargs.get("device") or "cpu")
+            if device.type != "meta" and not any(tensor.is_meta for tensor in tensors):
+                raise ValueError(DRAWS)
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def refusing_draws(model: nn.Module) -> Iterator[None]:
+    """While a model is traced: a random number of torch's, or of a new generator of numpy's, is an error."""
+    values = [value for module in model.modules() for value in vars(module).values()]
+    numpy = {module: {"default_rng": _seeded(module.default_rng)} for module in _numpys()}
+    with _RefusingDraws([value for value in values if isinstance(value, torch.Generator)]), replaced(numpy):
+        yield
+
+
+def _seeded(default_rng: Callable[..., Any]) -> Callable[..., Any]:
+    return _watched(default_rng, lambda seed=None: seed is None)
+
+
+def _watched(function: Callable[..., Any], draws: Callable[..., bool]) -> Callable[..., Any]:
+    """The function, which this thread may not call so that it draws."""
+    thread = threading.get_ident()
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() == thread and draws(*args, **kwargs):
+            raise ValueError(DRAWS)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _numpys() -> list[Any]:
+    return [sys.modules["numpy.random"]] if "numpy.random" in sys.modules else []
+
+
+def random_states() -> tuple[Any, ...]:
+    """Of the generators that all threads share: torch's, Python's, numpy's."""
+    numpy = [pickle.dumps(module.get_state(legacy=False)) for module in _numpys()]
+    return bytes(torch.get_rng_state().numpy()), random.getstate(), *numpy
+
+
+@contextmanager
+def watching_draws() -> Iterator[None]:
+    """To find out who changes these: to do so in this thread is an error. Python's profiler sees every call."""
+    shared = (random.random.__self__, torch.default_generator)  # type: ignore[attr-defined]
+
+    def watch(frame: Any, event: str, called: Any) -> None:
+        owner = getattr(called, "__self__", None) if event == "c_call" else None
+        if any(owner is one for one in shared) and not called.__name__.startswith(("get_state", "getstate", "initial")):
+            raise ValueError(DRAWS)
+
+    def of_numpy(module: Any) -> dict[str, Any]:
+        owners = {name: type(getattr(f, "__self__", None)).__name__ for name, f in vars(module).items()}
+        drawing = [name for name, owner in owners.items() if owner == "RandomState" and name != "get_state"]
+        return {name: _watched(getattr(module, name), lambda *a, **k: True) for name in drawing}
+
+    before = sys.getprofile()
+    with replaced({module: of_numpy(module) for module in _numpys()}):
+        sys.setprofile(watch)
+        try:
+            yield
+        finally:
+            sys.setprofile(before)
+
+
+@contextmanager
+def building(model: nn.Module) -> Iterator[list[str]]:
+    """While graphs are made: by one thread at a time, and outside of inference mode, as their constants are kept.
+
+    Yields:
+        a list, in which the names of the files are afterwards in which torch.fx has their code (see `forget`).
+    """
+    sources: list[str] = []
+    with _ONE_AT_A_TIME, torch.inference_mode(False), settled(model):
+        n_before = len(_SOURCES)
+        yield sources
+        sources += itertools.islice(_SOURCES, n_before, None)
+
+
+_SOURCES: dict[str, str] = getattr(getattr(fx.graph_module, "_loader", None), "eval_cache", {})
+
+
+def forget(sources: Sequence[str]) -> None:
+    """Let go of the code of graphs that are gone: for tracebacks, torch.fx keeps the text of each for ever."""
+    for source in sources:
+        _SOURCES.pop(source, None)
+        linecache.cache.pop(source, None)
+
+
+@contextmanager
+def settled(module: nn.Module) -> Iterator[None]:
+    """Parametrizations in evaluation mode: to look at a weight is no step of training (spectral norm's iteration)."""
+    owners = [owner for owner in module.modules() if parametrize.is_parametrized(owner)]
+    parametrizations = [owner.get_submodule("parametrizations") for owner in owners]
+    inner = [m for each in parametrizations for m in each.modules() if m.training]
+    for m in inner:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m in inner:
+            m.training = True
+
+
+@contextmanager
+def parametrized_once() -> Iterator[None]:
+    """A parametrized weight is one tensor, however often it is read (torch's own cache takes a module's copies for it).
+
+    Other threads compute theirs as always.
+    """
+    made: dict[nn.Module, Any] = {}
+    call, thread = parametrize.ParametrizationList.__call__, threading.get_ident()
+
+    def once(parametrization: nn.Module) -> Any:
+        if threading.get_ident() != thread:
+            return call(parametrization)
+        if parametrization not in made:
+            made[parametrization] = call(parametrization)
+        return made[parametrization]
+
+    with mock.patch.object(parametrize.ParametrizationList, "__call__", once):
+        yield

@@ -1,0 +1,370 @@
+"""What every module that fxfeedback returns has in common: it holds a model's tensors as its own, and traces it."""
+
+import contextlib
+import copy
+import itertools
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any, Self
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
+
+from fxfeedback.errors import CheckpointError, InputError, OptionError
+from fxfeedback.graph.shapes import at_batch
+from fxfeedback.tracing.arguments import Form, arguments_of, bind, example_form
+from fxfeedback.tracing.fingerprint import HOOKS, Cache, Fingerprint
+from fxfeedback.tracing.share import share
+from fxfeedback.tracing.while_tracing import building, forget
+
+SAVED: ContextVar[Mapping[str, torch.Size] | None] = ContextVar("SAVED", default=None)
+"""While a file is loaded: the shapes of the tensors that it has, by name below the wrapper that is made."""
+
+_NUMBERS = itertools.count()
+FACTS = (bool, int, float, str, type(None))
+
+
+class Wrapper(nn.Module):
+    """A module with the parameters, buffers and submodules of a user's model, under their own names.
+
+    The user's model is neither changed nor kept: `_net` is a copy of its modules that shares its tensors. Graphs made
+    from it are kept in `_cache`, by the modules' fingerprint and whatever else they depend on.
+    """
+
+    max_graphs = 32
+    """How many graphs are kept, one per input size, mode and set of attributes; the least recently used go first."""
+
+    OWN: tuple[str, ...] = ()
+    """Names of the submodules that the wrapper adds."""
+    OPTIONS: tuple[str, ...] = ()
+    """Names of the call's arguments that are not the model's own."""
+
+    _net: nn.Module  # like the user's model, with the same tensors and our modes
+    _root: nn.Module  # our tensors and modules without our methods, whose names the model's children may have, too
+
+    def __init__(self, model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any]) -> None:
+        super().__init__()
+        net = share(model)
+        self._form, examples = example_form(net, example_inputs)
+        self._examples = stand_ins(examples)
+        by_name = isinstance(example_inputs, Mapping) and len(example_inputs) == len(examples)
+        names = {id(x): name for name, x in example_inputs.items()} if by_name else {}  # type: ignore[union-attr]
+        self._example_names = [names[id(x)] for x in examples] if by_name else []
+        taken = sorted(set() if isinstance(net, Wrapper) else arguments_of(net) & set(self.OPTIONS))
+        if taken:
+            raise OptionError(
+                f"{type(net).__name__}.forward has an argument {taken[0]!r}, which is an option of the call here: "
+                "rename it, or wrap the model in a module of yours whose forward has other names"
+            )
+        taken = [name for name in self.OWN if hasattr(net, name)]
+        if taken:
+            raise OptionError(f"the model's attribute {taken[0]!r} has a name that fxfeedback needs: rename it")
+        _refuse_hooks("", net)
+        self._parameters, self._buffers, self._modules = net._parameters, net._buffers, dict(net._modules)
+        self._non_persistent_buffers_set = net._non_persistent_buffers_set
+        root = nn.Module()
+        root._parameters, root._buffers, root._modules = self._parameters, self._buffers, self._modules
+        vars(root).update((name, value) for name, value in vars(net).items() if isinstance(value, torch.Tensor))
+        object.__setattr__(self, "_net", net)  # as attributes only, or their tensors would count twice
+        object.__setattr__(self, "_root", root)
+        self._children = dict(net._modules)  # as they were when the two last agreed
+        self._cache = Cache()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "_net" not in self.__dict__:
+                raise
+            return getattr(self._net, name)  # what the model's own code may ask for, as backbone.out_channels
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._is_models(name) and not isinstance(value, (nn.Module, nn.Parameter)):
+            setattr(self._net, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if self._is_models(name):
+            delattr(self._net, name)
+        else:
+            super().__delattr__(name)
+
+    def _is_models(self, name: str) -> bool:
+        """Whether an attribute is one of the model's, which its code may read, and not ours."""
+        ours = (
+            {**self._parameters, **self._buffers, **self._modules, **self.__dict__} if "_net" in self.__dict__ else ()
+        )
+        return bool(ours) and not (name.startswith("_") or name in ours or hasattr(type(self), name))
+
+    def _bind(
+        self, args: Sequence[Any], named: Mapping[str, Any], tensors: Any = torch.Tensor
+    ) -> tuple[Form, list[Any]]:
+        """The form and the inputs of a call with the model's own arguments."""
+        try:
+            form, inputs = bind(self._net, args, named, tensors)
+        except InputError as error:
+            n, given = len(self._examples), len([x for x in (*args, *named.values()) if isinstance(x, torch.Tensor)])
+            raise InputError(
+                f"the model takes {n} inputs, not {given} inputs: {error}" if n != given else str(error)
+            ) from None
+        if not any(isinstance(x, fx.Proxy) or x.ndim for x in inputs):
+            raise InputError(
+                f"the model takes {len(self._examples)} inputs, not 0 inputs: give the call a tensor with a batch"
+            )
+        return form, inputs
+
+    def _called(self, args: Sequence[Any], named: Mapping[str, Any]) -> tuple[Form | None, list[torch.Tensor]]:
+        """As `_bind`; None for the form of the example."""
+        usual = not named and len(args) == len(self._examples) and self._form.is_positional
+        if usual and all(isinstance(x, torch.Tensor) for x in args):
+            return None, list(args)
+        form, inputs = self._bind(args, named)
+        return (None if form == self._form else form), inputs
+
+    def _call_as_example(self, inputs: Sequence[torch.Tensor], **options: Any) -> Any:
+        """A call in the form of the example, with these inputs."""
+        args, named = self._form.fill(inputs)
+        return self(*args, **named, **options)
+
+    def _stand_ins(self) -> list[torch.Tensor]:
+        """Tensors without data like the example inputs, in our present dtype."""
+        like = self._like()
+        return [x.to(like.dtype) if x.is_floating_point() else x for x in self._examples]
+
+    # -- graphs -------------------------------------------------------------------------------------------------------
+
+    def _fingerprint(self) -> int:
+        """A number for the modules' modes and attributes: the same for the same ones.
+
+        Raises:
+            OptionError: a module has a hook, which would not run.
+        """
+        number = self._number()
+        return self._number(self._watched()) if torch.compiler.is_compiling() else number
+
+    def _watched(self) -> int:
+        """How many of the plain attributes are as they are: read so that torch.compile looks at each in every call."""
+        same = 0
+        for module in [*self.modules(), *self._net.modules()]:  # a child may be exchanged in either
+            for name, value in _plain(module):
+                if getattr(module, name) == value:
+                    same += 1
+        return same
+
+    @torch.compiler.assume_constant_result
+    def _number(self, watched: int = 0) -> int:
+        if self._cache.present is None or not self._cache.present[0].holds():
+            self._follow()
+            now = Fingerprint(self._net, self._modules)
+            if len(self._cache.numbers) > 4 * self.max_graphs:
+                self._cache.numbers.clear()
+            self._cache.present = now, self._cache.numbers.setdefault(now, next(_NUMBERS))
+        fingerprint, number = self._cache.present
+        if any(fingerprint.hooks):
+            _refuse_hooks("", self._net)
+        return number
+
+    def _follow(self) -> None:
+        """Children that were exchanged, here or by the model's own methods, are exchanged in the other place, too."""
+        net, ours = self._net, {name: child for name, child in self._modules.items() if name not in self.OWN}
+        if ours != self._children:
+            net._modules.clear()
+            net._modules.update(ours)
+        elif net._modules != self._children:
+            own = {name: child for name, child in self._modules.items() if name in self.OWN}
+            self._modules.clear()
+            self._modules.update({**net._modules, **own})
+        self._children = dict(net._modules)
+        vars(self._root).update((name, value) for name, value in vars(net).items() if isinstance(value, torch.Tensor))
+
+    def _kept(self, key: tuple[Any, ...]) -> Any:
+        """What `_build` makes for this key; made once, and kept as long as it is one of the last that were used."""
+        self._make(key)
+        kept = self._cache.get(key)
+        return self._kept(key) if kept is None else kept  # another thread may have cleared the cache
+
+    @torch.compiler.assume_constant_result  # making a graph is nothing that torch.compile could trace
+    def _make(self, key: tuple[Any, ...]) -> None:
+        kept = self._cache.pop(key, None)
+        if kept is None:
+            with building(self._net) as sources:
+                kept = self._cache.pop(key, None)
+                if kept is None:
+                    kept = self._build(key)
+                    weakref.finalize(kept, forget, sources)
+        self._cache[key] = kept
+        graphs = [key for key in list(self._cache) if key != "gates"]
+        for oldest in graphs[: -self.max_graphs]:
+            self._cache.pop(oldest, None)
+
+    def _build(self, key: tuple[Any, ...]) -> Any:
+        raise NotImplementedError
+
+    def _like(self) -> torch.Tensor:
+        """A tensor of our dtype, on our device."""
+        examples = (x.dtype for x in self._examples if x.is_floating_point())
+        empty = torch.empty(0, dtype=next(examples, torch.get_default_dtype()))
+        return next((p for p in self.parameters() if p.is_floating_point()), empty)
+
+    def _fetch(self, name: str) -> torch.Tensor:
+        """The parameter or buffer `name`, computed anew where it is parametrized."""
+        path, _, leaf = name.rpartition(".")
+        return getattr(self._root.get_submodule(path) if path else self._net, leaf)
+
+    @property
+    def training(self) -> bool:
+        """The model's own mode: its code reads and sets it on `_net`."""
+        return self._net.training if "_net" in self.__dict__ else True
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if "_net" in self.__dict__:
+            self._net.training = mode
+
+    def train(self, mode: bool = True, *args: Any, **named: Any) -> Self:
+        """As the model's own train, which may keep batch norms frozen or take more arguments."""
+        self._net.train(mode, *args, **named)
+        return self._switch_own(mode)
+
+    def eval(self) -> Self:
+        """As the model's own eval, which may keep dropout on."""
+        self._net.eval()
+        return self._switch_own(False)
+
+    def _switch_own(self, mode: bool) -> Self:
+        for name in self.OWN:
+            if name in self._modules:
+                self.get_submodule(name).train(mode)
+        return self
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As nn.Module.load_state_dict; takes arrays as well, as `fxfeedback.runtime.Learner.state_dict` returns.
+
+        Names may begin with what torch.compile and DistributedDataParallel put before them.
+        """
+        state_dict = without_prefixes(state_dict, self)
+        if any(hasattr(value, "__array_interface__") for value in state_dict.values()):
+            state_dict = {name: torch.as_tensor(value) for name, value in state_dict.items()}
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """As nn.Module._apply; buffers keep their identity, as parameters do, so that the user's model follows."""
+        before = [(module._buffers, dict(module._buffers)) for module in self.modules()]
+        super()._apply(fn, recurse)
+        for buffers, kept in before:
+            for name, old in kept.items():
+                new = buffers[name]
+                if old is not None and new is not None and torch._has_compatible_shallow_copy_type(old, new):
+                    old.data = new
+                    buffers[name] = old
+        self._cache.clear()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": Cache()}
+
+
+def own_part(name: str, make: Callable[[], nn.Module]) -> nn.Module:
+    """A part that a wrapper adds; for a file it is made only where the file has its tensors (see `check_saved`)."""
+    if SAVED.get() is not None:
+        with torch.device("meta"):
+            for key, tensor in make().state_dict().items():
+                check_saved(f"{name}.{key}", tensor.shape)
+    return make()
+
+
+def check_saved(name: str, shape: Sequence[int]) -> None:
+    """While a file is loaded: whether it has a tensor that a wrapper is about to make, in this size.
+
+    Raises:
+        CheckpointError: it has not. Nothing was allocated, however much the file asks for.
+    """
+    saved = SAVED.get()
+    if saved is not None and saved.get(name) != torch.Size(shape):
+        has = tuple(saved[name]) if name in saved else "none"
+        raise CheckpointError(f"it asks for {name!r} with shape {tuple(shape)}; the file has {has}")
+
+
+@torch.compiler.assume_constant_result
+def _plain(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """The module's mode, numbers and words, by name."""
+    return tuple([(name, value) for name, value in vars(module).items() if isinstance(value, FACTS)])
+
+
+def _refuse_hooks(prefix: str, module: nn.Module) -> None:
+    """Hooks of inner modules would be silently ignored: the graph has their ops, and does not call them."""
+    for path, inner in module.named_modules(prefix=prefix):
+        for kind in HOOKS:
+            if getattr(inner, kind):
+                what = kind.strip("_").removesuffix("s").replace("_", " ")
+                hook = next(iter(getattr(inner, kind).values()))
+                who = getattr(hook, "__name__", type(hook).__name__)
+                raise OptionError(
+                    f"the module {path or type(inner).__name__!r} has a {what} ({who}), which would not run, as its "
+                    "ops are nodes of a graph: remove it, and hook the converted model or its parameters, or read "
+                    "values with readout() or counter_neurons(); for weight_norm and spectral_norm use "
+                    "torch.nn.utils.parametrizations, for pruning prune.remove()"
+                )
+
+
+@contextlib.contextmanager
+def eval_mode(model: Any, but: tuple[type, ...] = ()) -> Iterator[None]:
+    """The model in its own eval mode, but for modules of a kind in `but`; afterwards all is as it was.
+
+    What learns is the same meanwhile: a model's own eval may freeze parameters.
+    """
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    modes = [(module, module.training) for module in modules]
+    learning = [(parameter, parameter.requires_grad) for module in modules for parameter in module.parameters(False)]
+    nets = map(_innermost, modules)
+    attributes = [(net, dict(vars(net))) for net in nets if type(net).train is not nn.Module.train]
+    try:
+        if modules:
+            model.eval()
+        _put_back(((module, mode) for module, mode in modes if isinstance(module, but)), learning)
+        yield
+    finally:
+        for net, before in attributes:
+            if net.training != before["training"]:
+                net.train(before["training"])  # it may undo what its eval did, as layers that merge weights do
+            vars(net).clear()
+            vars(net).update(before)
+        _put_back(modes, learning)
+
+
+def _innermost(module: nn.Module) -> nn.Module:
+    return _innermost(module._net) if isinstance(module, Wrapper) else module
+
+
+def _put_back(modes: Iterable[tuple[nn.Module, bool]], learning: Iterable[tuple[nn.Parameter, bool]]) -> None:
+    for module, mode in modes:
+        module.training = mode
+    for parameter, learns in learning:
+        parameter.requires_grad = learns
+
+
+def without_prefixes(state: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:
+    """The tensors without the prefixes that a compiled or a wrapped model has before all of its names."""
+    for prefix in ("_orig_mod.", "module.", "_orig_mod."):  # compiled and then wrapped, or the other way round
+        own = prefix.removesuffix(".") in model._modules
+        if state and not own and all(name.startswith(prefix) for name in state):
+            state = copy.copy(state)
+            consume_prefix_in_state_dict_if_present(state, prefix)  # type: ignore[arg-type]
+    return state
+
+
+def not_finite(tensor: torch.Tensor) -> bool:
+    """Whether the tensor has NaN or infinite values, as far as can be seen.
+
+    Looking would wait for a GPU; torch.compile and torch.func.vmap cannot look.
+    """
+    hidden = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return not hidden and tensor.device.type == "cpu" and not bool(tensor.isfinite().all())
+
+
+def stand_ins(example_inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """One-sample tensors without data, of the examples' sizes and dtypes."""
+    return [at_batch(1, x) for x in example_inputs]
