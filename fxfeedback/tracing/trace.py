@@ -1,8 +1,8 @@
 """Any model -> a named graph.
 
 `trace` keeps torch.nn modules closed and gives every node its torchvision name in `node.meta["name"]`;
-`open_modules` (open_modules.py) opens them into functional ops; `annotate_shapes` (graph/shapes.py) adds shapes. The user's
-model is never traced itself, only a copy that shares its tensors (share.py).
+`open_modules` (open_modules.py) opens them into functional ops; `annotate_shapes` (graph/shapes.py) adds shapes. The
+user's model is never traced itself, only a copy that shares its tensors (share.py).
 """
 
 import math
