@@ -19,9 +19,11 @@ from fxfeedback.instructed.task_heads import TaskHeads
 from fxfeedback.one_task.select_task import select_task
 from fxfeedback.tracing.arguments import Form, describe, example_form
 from fxfeedback.tracing.examples import examples_of
+from fxfeedback.tracing.modes import eval_mode
+from fxfeedback.tracing.saved import check_saved, own_part
 from fxfeedback.tracing.verify import verify_graph
 from fxfeedback.tracing.while_tracing import building
-from fxfeedback.tracing.wrapper import Wrapper, check_saved, eval_mode, own_part
+from fxfeedback.tracing.wrapper import Wrapper
 
 
 def to_butd(
@@ -320,23 +322,6 @@ class BUTD(Wrapper):
     def _build(self, key: tuple[Any, ...]) -> Graphs:
         _, sizes, form = key
         return Graphs(self, [of_size(size, dtype) for size, dtype in sizes], form or self._form)
-
-
-# -- what the rest of the package asks of a BU-TD network ------------------------------------------------------------
-
-
-def graphs_of(butd: BUTD) -> Graphs:
-    """Its graphs in the present mode, at the example's size."""
-    return butd._graphs(butd._stand_ins())
-
-
-def instruction_of(butd: BUTD, task: Any) -> torch.Tensor:
-    """The instruction vector (1, size) of one task: an id, or a vector.
-
-    Raises:
-        InputError: an id out of range, a vector of the wrong shape.
-    """
-    return butd._instruction(task, graphs_of(butd), 1)[0]
 
 
 def _autocast(tensor: torch.Tensor) -> torch.dtype | None:

@@ -52,12 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Derive the network, and run the instruction pass for some tasks."""
     import fxfeedback
-    from fxfeedback.butd import graphs_of
     from fxfeedback.commands.networks import input_shapes, parameters
     from fxfeedback.graph.bottom_up import rectifies
 
     butd = read_network(arguments, fxfeedback.BUTD)
-    graphs = graphs_of(butd)
+    graphs = butd._graphs(butd._stand_ins())
     graphs.require_head()
     if arguments.save:
         fxfeedback.save(butd, arguments.save)
@@ -95,10 +94,8 @@ def _gates(butd: Any, graphs: Any, task: int) -> list[Any]:
     """Each site's gates for one task: positive is open."""
     import torch
 
-    from fxfeedback.butd import instruction_of
-
     with torch.no_grad():
-        return graphs.gates(instruction_of(butd, task))
+        return graphs.gates(butd._instruction(task, graphs, 1)[0])
 
 
 def _share(gates: list[Any]) -> float:

@@ -85,10 +85,9 @@ def _computed(graph: Any, passes: int) -> list[list[str]]:
 
 def _connections(network: Any) -> list[dict[str, Any]]:
     from fxfeedback.commands.networks import parameters
-    from fxfeedback.feedback import bottom_up_of
     from fxfeedback.graph.nodes import find_node
 
-    graph = bottom_up_of(network).graph
+    graph = network._bottom_up().graph
     order = list(graph.nodes)
     rows = []
     for connection in network.connections:

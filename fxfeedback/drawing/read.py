@@ -15,7 +15,7 @@ from fxfeedback.drawing.places import Plan, make_plan
 from fxfeedback.drawing.tasks import Active, active_units
 from fxfeedback.errors import OptionError
 from fxfeedback.feedback import FeedbackModel
-from fxfeedback.tracing.wrapper import eval_mode
+from fxfeedback.tracing.modes import eval_mode
 
 
 @dataclass

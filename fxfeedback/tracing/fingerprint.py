@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from fxfeedback.errors import OptionError
+
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 """What nn.Module's call runs, and a graph does not."""
 
@@ -198,3 +200,19 @@ def _is_pythons(kind: type) -> bool:
 
 def _is_constant(name: Any) -> bool:
     return isinstance(name, str) and name.startswith(CONSTANTS)
+
+
+def refuse_hooks(prefix: str, module: nn.Module) -> None:
+    """Hooks of inner modules would be silently ignored: the graph has their ops, and does not call them."""
+    for path, inner in module.named_modules(prefix=prefix):
+        for kind in HOOKS:
+            if getattr(inner, kind):
+                what = kind.strip("_").removesuffix("s").replace("_", " ")
+                hook = next(iter(getattr(inner, kind).values()))
+                who = getattr(hook, "__name__", type(hook).__name__)
+                raise OptionError(
+                    f"the module {path or type(inner).__name__!r} has a {what} ({who}), which would not run, as its "
+                    "ops are nodes of a graph: remove it, and hook the converted model or its parameters, or read "
+                    "values with readout() or counter_neurons(); for weight_norm and spectral_norm use "
+                    "torch.nn.utils.parametrizations, for pruning prune.remove()"
+                )

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fxfeedback.tracing.trace_at_size import Shaped
+from fxfeedback.tracing.stand_ins import Shaped
 
 
 def encoder(

@@ -25,8 +25,9 @@ from fxfeedback.graph.nodes import built_in, identifier, is_operator_in_place, i
 from fxfeedback.graph.shapes import plain
 from fxfeedback.rules.core import CONSTANT, RULES
 from fxfeedback.rules.ops import drawn_like, same
+from fxfeedback.tracing.known_shapes import Shapes
 from fxfeedback.tracing.openings import OPENINGS, call
-from fxfeedback.tracing.trace_at_size import Shaped, Shapes, device_of_inputs, elements
+from fxfeedback.tracing.stand_ins import Shaped, device_of_inputs, elements
 from fxfeedback.tracing.while_tracing import parametrized_once, running_on_proxies
 
 OUT_OF_PLACE = {

@@ -18,7 +18,7 @@ from fxfeedback.rules.core import as_tuple
 from fxfeedback.rules.ops import ADVANCES, cumulative_momentum, survival, surviving_channels, synced_batch_norm
 from fxfeedback.tracing.open_attention import decoder, dot_product, encoder, multi_head
 from fxfeedback.tracing.open_recurrent import cell, sequence
-from fxfeedback.tracing.trace_at_size import Shaped
+from fxfeedback.tracing.stand_ins import Shaped
 
 
 def call(function: Callable[..., Any], input: fx.Proxy, *args: Any) -> fx.Proxy:

@@ -30,14 +30,8 @@ from fxfeedback.graph.nodes import (
 from fxfeedback.rules.ops import without_gradient
 from fxfeedback.tracing.arguments import PROXIES, Form, form_of
 from fxfeedback.tracing.attributes import CONSTANT, Stage, difference, meaning, noting_lines, state_is_kept
-from fxfeedback.tracing.while_tracing import (
-    random_states,
-    recording_sized,
-    refusing_draws,
-    running_on_proxies,
-    untraced,
-    watching_draws,
-)
+from fxfeedback.tracing.draws import random_states, refusing_draws, watching_draws
+from fxfeedback.tracing.while_tracing import recording_sized, running_on_proxies, untraced
 
 
 class PathTracer(NodePathTracer):

@@ -1,26 +1,20 @@
 """What every module that fxfeedback returns has in common: it holds a model's tensors as its own, and traces it."""
 
-import contextlib
-import copy
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
-from typing import Any, NamedTuple, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import fx, nn
-from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from fxfeedback.errors import CheckpointError, InputError, OptionError
+from fxfeedback.errors import InputError, OptionError
 from fxfeedback.graph.shapes import at_batch
 from fxfeedback.tracing.arguments import Form, arguments_of, bind, example_form
-from fxfeedback.tracing.fingerprint import HOOKS, Cache, Fingerprint
+from fxfeedback.tracing.fingerprint import Cache, Fingerprint, refuse_hooks
+from fxfeedback.tracing.saved import without_prefixes
 from fxfeedback.tracing.share import share
 from fxfeedback.tracing.while_tracing import building, forget
-
-SAVED: ContextVar[Mapping[str, torch.Size] | None] = ContextVar("SAVED", default=None)
-"""While a file is loaded: the shapes of the tensors that it has, by name below the wrapper that is made."""
 
 _NUMBERS = itertools.count()
 FACTS = (bool, int, float, str, type(None))
@@ -61,7 +55,7 @@ class Wrapper(nn.Module):
         taken = [name for name in self.OWN if hasattr(net, name)]
         if taken:
             raise OptionError(f"the model's attribute {taken[0]!r} has a name that fxfeedback needs: rename it")
-        _refuse_hooks("", net)
+        refuse_hooks("", net)
         self._parameters, self._buffers, self._modules = net._parameters, net._buffers, dict(net._modules)
         self._non_persistent_buffers_set = net._non_persistent_buffers_set
         root = nn.Module()
@@ -124,6 +118,11 @@ class Wrapper(nn.Module):
         form, inputs = self._bind(args, named)
         return (None if form == self._form else form), inputs
 
+    def _call_as_example(self, inputs: Sequence[torch.Tensor], **options: Any) -> Any:
+        """A call in the form of the example, with these inputs."""
+        args, named = self._form.fill(inputs)
+        return self(*args, **named, **options)
+
     def _stand_ins(self) -> list[torch.Tensor]:
         """Tensors without data like the example inputs, in our present dtype."""
         like = self._like()
@@ -159,7 +158,7 @@ class Wrapper(nn.Module):
             self._cache.present = now, self._cache.numbers.setdefault(now, next(_NUMBERS))
         fingerprint, number = self._cache.present
         if any(fingerprint.hooks):
-            _refuse_hooks("", self._net)
+            refuse_hooks("", self._net)
         return number
 
     def _follow(self) -> None:
@@ -262,152 +261,10 @@ class Wrapper(nn.Module):
         return {**self.__dict__, "_cache": Cache()}
 
 
-# -- what the rest of the package asks of a wrapper: functions, as a method would hide a name of the user's model ------
-
-
-class Example(NamedTuple):
-    """The example call that a wrapper was made with.
-
-    form: its arguments. inputs: its tensors, without data and with batch 1. names: of these tensors, where they were
-    given by name.
-    """
-
-    form: Form
-    inputs: list[torch.Tensor]
-    names: list[str]
-
-
-def example_of(wrapper: Wrapper) -> Example:
-    """The example as it was given, in the dtypes that it had then."""
-    return Example(wrapper._form, wrapper._examples, wrapper._example_names)
-
-
-def stand_ins_of(wrapper: Wrapper) -> list[torch.Tensor]:
-    """Tensors without data like the example inputs, with batch 1, in the wrapper's present dtype."""
-    return wrapper._stand_ins()
-
-
-def net_of(wrapper: Wrapper) -> nn.Module:
-    """The user's model: a copy of its modules, with the wrapper's tensors and modes."""
-    return wrapper._net
-
-
-def root_of(wrapper: Wrapper) -> nn.Module:
-    """A plain module with the wrapper's tensors and modules: what graphs are made on."""
-    return wrapper._root
-
-
-def fetch_of(wrapper: Wrapper) -> Callable[[str], torch.Tensor]:
-    """Qualified name -> parameter or buffer, computed anew where it is parametrized."""
-    return wrapper._fetch
-
-
-def like_of(wrapper: Wrapper) -> torch.Tensor:
-    """A tensor of the wrapper's dtype, on its device."""
-    return wrapper._like()
-
-
-def modes_of(wrapper: Wrapper) -> int:
-    """A number for the modes and attributes of all modules: the same for the same ones."""
-    return wrapper._fingerprint()
-
-
-def call_as_example(wrapper: Wrapper, inputs: Sequence[torch.Tensor], **options: Any) -> Any:
-    """Call a wrapper in the form of its example, with these inputs."""
-    args, named = wrapper._form.fill(inputs)
-    return wrapper(*args, **named, **options)
-
-
-# -- loading ----------------------------------------------------------------------------------------------------------
-
-
-def own_part(name: str, make: Callable[[], nn.Module]) -> nn.Module:
-    """A part that a wrapper adds; for a file it is made only where the file has its tensors (see `check_saved`)."""
-    if SAVED.get() is not None:
-        with torch.device("meta"):
-            for key, tensor in make().state_dict().items():
-                check_saved(f"{name}.{key}", tensor.shape)
-    return make()
-
-
-def check_saved(name: str, shape: Sequence[int]) -> None:
-    """While a file is loaded: whether it has a tensor that a wrapper is about to make, in this size.
-
-    Raises:
-        CheckpointError: it has not. Nothing was allocated, however much the file asks for.
-    """
-    saved = SAVED.get()
-    if saved is not None and saved.get(name) != torch.Size(shape):
-        has = tuple(saved[name]) if name in saved else "none"
-        raise CheckpointError(f"it asks for {name!r} with shape {tuple(shape)}; the file has {has}")
-
-
 @torch.compiler.assume_constant_result
 def _plain(module: nn.Module) -> tuple[tuple[str, Any], ...]:
     """The module's mode, numbers and words, by name."""
     return tuple([(name, value) for name, value in vars(module).items() if isinstance(value, FACTS)])
-
-
-def _refuse_hooks(prefix: str, module: nn.Module) -> None:
-    """Hooks of inner modules would be silently ignored: the graph has their ops, and does not call them."""
-    for path, inner in module.named_modules(prefix=prefix):
-        for kind in HOOKS:
-            if getattr(inner, kind):
-                what = kind.strip("_").removesuffix("s").replace("_", " ")
-                hook = next(iter(getattr(inner, kind).values()))
-                who = getattr(hook, "__name__", type(hook).__name__)
-                raise OptionError(
-                    f"the module {path or type(inner).__name__!r} has a {what} ({who}), which would not run, as its "
-                    "ops are nodes of a graph: remove it, and hook the converted model or its parameters, or read "
-                    "values with readout() or counter_neurons(); for weight_norm and spectral_norm use "
-                    "torch.nn.utils.parametrizations, for pruning prune.remove()"
-                )
-
-
-@contextlib.contextmanager
-def eval_mode(model: Any, but: tuple[type, ...] = ()) -> Iterator[None]:
-    """The model in its own eval mode, but for modules of a kind in `but`; afterwards all is as it was.
-
-    What learns is the same meanwhile: a model's own eval may freeze parameters.
-    """
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    modes = [(module, module.training) for module in modules]
-    learning = [(parameter, parameter.requires_grad) for module in modules for parameter in module.parameters(False)]
-    nets = map(_innermost, modules)
-    attributes = [(net, dict(vars(net))) for net in nets if type(net).train is not nn.Module.train]
-    try:
-        if modules:
-            model.eval()
-        _put_back(((module, mode) for module, mode in modes if isinstance(module, but)), learning)
-        yield
-    finally:
-        for net, before in attributes:
-            if net.training != before["training"]:
-                net.train(before["training"])  # it may undo what its eval did, as layers that merge weights do
-            vars(net).clear()
-            vars(net).update(before)
-        _put_back(modes, learning)
-
-
-def _innermost(module: nn.Module) -> nn.Module:
-    return _innermost(module._net) if isinstance(module, Wrapper) else module
-
-
-def _put_back(modes: Iterable[tuple[nn.Module, bool]], learning: Iterable[tuple[nn.Parameter, bool]]) -> None:
-    for module, mode in modes:
-        module.training = mode
-    for parameter, learns in learning:
-        parameter.requires_grad = learns
-
-
-def without_prefixes(state: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:
-    """The tensors without the prefixes that a compiled or a wrapped model has before all of its names."""
-    for prefix in ("_orig_mod.", "module.", "_orig_mod."):  # compiled and then wrapped, or the other way round
-        own = prefix.removesuffix(".") in model._modules
-        if state and not own and all(name.startswith(prefix) for name in state):
-            state = copy.copy(state)
-            consume_prefix_in_state_dict_if_present(state, prefix)  # type: ignore[arg-type]
-    return state
 
 
 def not_finite(tensor: torch.Tensor) -> bool:
@@ -422,3 +279,8 @@ def not_finite(tensor: torch.Tensor) -> bool:
 def stand_ins(example_inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """One-sample tensors without data, of the examples' sizes and dtypes."""
     return [at_batch(1, x) for x in example_inputs]
+
+
+def innermost(module: nn.Module) -> nn.Module:
+    """The user's model in a network of ours, also where that was made of another; other modules as they are."""
+    return innermost(module._net) if isinstance(module, Wrapper) else module

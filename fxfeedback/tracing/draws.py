@@ -1,0 +1,104 @@
+"""Random numbers that a model's own code draws while it is traced: they would be constants of the graph."""
+
+import functools
+import pickle
+import random
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fxfeedback.tracing.while_tracing import replaced
+
+DRAWS = (
+    "its forward draws random numbers that do not depend on its input's values or size, and would be the same in every "
+    "call: draw them with torch.rand_like(x), x.new_empty(...).bernoulli_(p) or nn.Dropout"
+)
+
+
+class _RefusingDraws(TorchDispatchMode):
+    """While a model is traced: no op of this thread's draws random numbers, but on the meta device for its shape.
+
+    generators: those of the model's own that last from call to call.
+    """
+
+    def __init__(self, generators: list[torch.Generator]) -> None:
+        super().__init__()
+        self.generators = [*generators, torch.default_generator, None]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags and any(
+            kwargs.get("generator") is g for g in self.generators
+        ):
+            tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+            device = torch.device(kwargs.get("device") or "cpu")
+            if device.type != "meta" and not any(tensor.is_meta for tensor in tensors):
+                raise ValueError(DRAWS)
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def refusing_draws(model: nn.Module) -> Iterator[None]:
+    """While a model is traced: a random number of torch's, or of a new generator of numpy's, is an error."""
+    values = [value for module in model.modules() for value in vars(module).values()]
+    numpy = {module: {"default_rng": _seeded(module.default_rng)} for module in _numpys()}
+    with _RefusingDraws([value for value in values if isinstance(value, torch.Generator)]), replaced(numpy):
+        yield
+
+
+def _seeded(default_rng: Callable[..., Any]) -> Callable[..., Any]:
+    return _watched(default_rng, lambda seed=None: seed is None)
+
+
+def _watched(function: Callable[..., Any], draws: Callable[..., bool]) -> Callable[..., Any]:
+    """The function, which this thread may not call so that it draws."""
+    thread = threading.get_ident()
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() == thread and draws(*args, **kwargs):
+            raise ValueError(DRAWS)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _numpys() -> list[Any]:
+    return [sys.modules["numpy.random"]] if "numpy.random" in sys.modules else []
+
+
+def random_states() -> tuple[Any, ...]:
+    """Of the generators that all threads share: torch's, Python's, numpy's."""
+    numpy = [pickle.dumps(module.get_state(legacy=False)) for module in _numpys()]
+    return bytes(torch.get_rng_state().numpy()), random.getstate(), *numpy
+
+
+@contextmanager
+def watching_draws() -> Iterator[None]:
+    """To find out who changes these: to do so in this thread is an error. Python's profiler sees every call."""
+    shared = (random.random.__self__, torch.default_generator)  # type: ignore[attr-defined]
+
+    def watch(frame: Any, event: str, called: Any) -> None:
+        owner = getattr(called, "__self__", None) if event == "c_call" else None
+        if any(owner is one for one in shared) and not called.__name__.startswith(("get_state", "getstate", "initial")):
+            raise ValueError(DRAWS)
+
+    def of_numpy(module: Any) -> dict[str, Any]:
+        owners = {name: type(getattr(f, "__self__", None)).__name__ for name, f in vars(module).items()}
+        drawing = [name for name, owner in owners.items() if owner == "RandomState" and name != "get_state"]
+        return {name: _watched(getattr(module, name), lambda *a, **k: True) for name in drawing}
+
+    before = sys.getprofile()
+    with replaced({module: of_numpy(module) for module in _numpys()}):
+        sys.setprofile(watch)
+        try:
+            yield
+        finally:
+            sys.setprofile(before)

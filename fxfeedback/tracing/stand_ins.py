@@ -1,0 +1,180 @@
+"""Proxies that know what they stand for: `StandIn` its kind, `Shaped` its shape."""
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxfeedback.rules.ops import put_at
+from fxfeedback.tracing.known_shapes import Shapes
+
+OUT_OF_PLACE = {"add_": operator.add, "sub_": operator.sub, "mul_": operator.mul, "div_": operator.truediv}
+
+
+class StandIn(fx.Proxy):
+    """A proxy that knows what it stands for: see `isinstance_of`."""
+
+    node: fx.Node
+
+    def stands_for(self) -> Any:
+        """A value of the kind that a call has here: a parameter, a tensor, a number; itself where it is not known."""
+        if self.node.op == "get_attr":
+            return self.tracer.shapes.tensor(self.node)
+        values = self.tracer.values(self.node)
+        return values[0] if values else self
+
+    @property
+    def layout(self) -> torch.layout:
+        return torch.strided
+
+    def __getattr__(self, name: str) -> Any:
+        """As of any proxy; what no tensor has is looked for in the value, for hasattr(x, "tensors")."""
+        if not hasattr(torch.Tensor, name):
+            values = None if name.startswith("__") else self.tracer.values(self.node)
+            if name.startswith("__") or (values and not hasattr(values[0], name)):
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return super().__getattr__(name)
+
+    def written(self, method: str, other: Any) -> Any:
+        """What is left of x += y: a buffer counts in the graph, too; of others there is a new one, if it is no part."""
+        if self.node.op == "get_attr":
+            self.tracer.create_proxy("call_method", method, (self, other), {})
+            return self
+        if self.is_part():
+            raise ValueError("it writes into a part of a tensor, of which only the size says what it is")
+        return OUT_OF_PLACE[method](self, other)
+
+    def is_part(self) -> bool:
+        """Whether it is x[index] of a tensor."""
+        values = self.tracer.values(self.node) if self.node.target is operator.getitem else None
+        return values is not None and isinstance(values[0], torch.Tensor)
+
+    def __iadd__(self, other: Any) -> Any:
+        return self.written("add_", other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self.written("sub_", other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self.written("mul_", other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self.written("div_", other)
+
+
+class Shaped(StandIn):
+    """A proxy of a tensor whose shape is known. Sizes are ints, but for batch dimensions, which are proxies.
+
+    Facts about its dtype and layout are answered. Writing into it makes a new value, which the proxy stands for from
+    then on; a slice passes it on to the whole.
+    """
+
+    is_nested = False
+    view_of: "tuple[Shaped, Any] | None" = None
+
+    def __init__(self, node: fx.Node, tracer: Any, small: torch.Tensor, large: torch.Tensor) -> None:
+        super().__init__(node, tracer)
+        self.small, self.large = small, large
+
+    def stands_for(self) -> Any:
+        return self.tracer.shapes.tensor(self.node) if self.node.op == "get_attr" else self.small
+
+    def __getattr__(self, name: str) -> Any:
+        """A method, which waits for its call, or the value of an attribute."""
+        what = getattr(torch.Tensor, name)
+        if callable(what):
+            return fx.proxy.Attribute(self, name)
+        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.tracer.shapes.answer("requires_grad")
+
+    def is_contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> bool:
+        return self.tracer.shapes.answer("is_contiguous")
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        pairs = enumerate(zip(self.small.shape, self.large.shape, strict=True))
+        return tuple(a if a == b else self.tracer.size_node(self, dim) for dim, (a, b) in pairs)
+
+    @property
+    def ndim(self) -> int:
+        return self.small.ndim
+
+    @property
+    def device(self) -> torch.device:
+        return self.tracer.shapes.device
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.device.type == "cpu"
+
+    @property
+    def is_meta(self) -> bool:
+        return self.device.type == "meta"
+
+    def dim(self) -> int:
+        return self.ndim
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def numel(self) -> Any:
+        total = 1
+        for size in self.shape:
+            total = size * total
+        return total
+
+    def __len__(self) -> int:
+        if isinstance(self.shape[0], fx.Proxy):
+            raise TypeError("len(x) is the batch size, which a graph leaves open: write x.shape[0]")
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> Any:
+        part = super().__getitem__(index)
+        entries = index if isinstance(index, tuple) else (index,)
+        if isinstance(part, Shaped) and all(i is None or i is Ellipsis or isinstance(i, (int, slice)) for i in entries):
+            part.view_of = self, index
+        return part
+
+    def is_part(self) -> bool:
+        return False
+
+    def written(self, method: str, other: Any) -> Any:
+        if self.view_of is None:
+            return super().written(method, other)
+        self.becomes(OUT_OF_PLACE[method](self, other))
+        return self
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        view = value.view_of if issubclass(type(value), Shaped) else None
+        if not (view and view[0] is self and view[1] is index):  # x[i] += y, which has written already
+            self.becomes(put_at(self, index, value))
+
+    def becomes(self, value: "Shaped") -> None:
+        """From now on the proxy stands for `value`, as after an op in place."""
+        self.node, self.small, self.large = value.node, value.small, value.large
+        if self.view_of is not None:
+            whole, index = self.view_of
+            whole.becomes(put_at(whole, index, self))
+
+
+def device_of_inputs(tracer: fx.Tracer) -> fx.Proxy:
+    """A node for it, in the place of the device that the model was on in tracing."""
+    first = next(node for node in tracer.graph.nodes if node.op == "placeholder")
+    return tracer.create_proxy("call_function", getattr, (fx.Proxy(first, tracer), "device"), {})
+
+
+def elements(x: fx.Proxy, shapes: Shapes | None) -> Iterator[Any] | None:
+    """What a loop over a proxy runs through: the parts of a tuple, the rows of a tensor; None where it is not known."""
+    values = shapes.of(x.node) if shapes else None
+    if not values or not isinstance(values[0], (tuple, list, torch.Tensor)) or len(values[0]) != len(values[1]):
+        return None
+    return iter([x[i] for i in range(len(values[0]))])
