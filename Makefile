@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two OpenMP threads that spin at a barrier stall each other on a busy machine.
 export OMP_WAIT_POLICY = passive
 
-.PHONY: demo page docs test lint types tests bench bench-check zoo zoo-lrm zoo-onnx fuzz fuzz-files operators pictures clean
+.PHONY: demo page docs test test-all lint types tests browser bench bench-check zoo zoo-lrm zoo-onnx fuzz fuzz-files operators pictures clean
 
 demo: $(VENV)/.installed  ## set up, train the instructed network on real digits, say where the results are
 	$(BIN)/python examples/train_multi_mnist.py
@@ -17,7 +17,10 @@ docs: $(VENV)/.docs  ## the documentation, with its tutorials executed: docs/_bu
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -q -W --keep-going -E docs/site docs/_build/html
 	@echo "open docs/_build/html/index.html"
 
-test: lint types tests  ## set up, check style and types, run all tests
+test: lint types tests  ## set up, check style and types, and hold every promise once (8 minutes)
+
+test-all: lint types  ## the same with every test, as continuous integration does after `make browser` (half an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -rs
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -28,7 +31,9 @@ types: $(VENV)/.installed
 	$(BIN)/mypy
 
 tests: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not long"
+
+browser: $(VENV)/.browser  ## a Chromium and Playwright, with which the tests open the page; without them those tests skip
 
 bench: $(VENV)/.installed  ## speed against plain networks, hooks, autograd and ONNX Runtime: docs/benchmarks.md
 	$(BIN)/python benchmarks/report.py
@@ -61,6 +66,14 @@ $(VENV)/.installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+CHROMIUM = command -v chromium chromium-browser google-chrome google-chrome-stable microsoft-edge
+APT = apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium
+$(VENV)/.browser: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[browser]'
+	$(CHROMIUM) || { $(APT); } || sudo -n sh -c '$(APT)' || $(BIN)/python -m playwright install --with-deps chromium \
+		|| echo "no Chromium can be installed here"
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.installed

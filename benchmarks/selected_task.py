@@ -45,7 +45,7 @@ def operations(plain: torch.nn.Module, butd: fxfeedback.BUTD, x: torch.Tensor) -
     """The share of the operations that is left, over all tasks; noted: how far the logits are off."""
     whole = flops(lambda: plain(x))
     shares, off = [], 0.0
-    for task in tqdm(range(TASKS), leave=False):
+    for task in tqdm(range(TASKS), leave=False, disable=None):
         selected = butd.select(task)
         shares.append(flops(lambda selected=selected: selected(x)) / whole)
         logits = butd(x, task)

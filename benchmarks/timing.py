@@ -69,7 +69,7 @@ def show(figures: Iterable[Figure]) -> list[Figure]:
 def interleaved(runs: Sequence[Run], repeats: int) -> list[list[float]]:
     """Seconds per call of each, in turns; the first two are not counted."""
     seconds: list[list[float]] = [[] for _ in runs]
-    for i in tqdm(range(repeats + 2), leave=False):
+    for i in tqdm(range(repeats + 2), leave=False, disable=None):
         for run, taken in zip(runs, seconds, strict=True):
             start = time.perf_counter()
             run()

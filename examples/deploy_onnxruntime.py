@@ -253,7 +253,7 @@ def report(args: argparse.Namespace) -> int:
     print(f"{args.model}, {args.batch} images {deployment.shape}; {torch.get_num_threads()} threads")
     print(f"{'':<12}{'file':>10}{'difference':>12}{'torch':>11}{'ONNX Runtime':>14}{'ratio':>7}   provider")
     bad = 0
-    with tqdm(total=len(products) * (args.repeats + 1), unit="run", dynamic_ncols=True) as bar:
+    with tqdm(total=len(products) * (args.repeats + 1), unit="run", dynamic_ncols=True, disable=None) as bar:
         for name, make in products.items():
             bar.set_description(f"{name}: export")
             try:

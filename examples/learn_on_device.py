@@ -40,7 +40,7 @@ def train(train: Composites, args: argparse.Namespace) -> fxfeedback.BUTD:
     optimizer = torch.optim.AdamW([p for p in butd.parameters() if p.requires_grad], weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.first_steps)
     task = TASKS.index(OLD_TASK)
-    for _ in tqdm(range(args.first_steps), f"in torch, {OLD_TASK}", unit="step", dynamic_ncols=True):
+    for _ in tqdm(range(args.first_steps), f"in torch, {OLD_TASK}", unit="step", dynamic_ncols=True, disable=None):
         batch = torch.randint(len(train.labels), (args.batch_size,))
         loss = F.cross_entropy(butd(train.images[batch], task), train.labels[batch, task])
         optimizer.zero_grad()

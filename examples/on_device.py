@@ -60,7 +60,7 @@ class Run:
         before = signal.signal(signal.SIGINT, lambda *_: setattr(self, "stopped", True))
         try:
             self.keep(0, None)
-            with tqdm(total=self.args.steps, desc="on the device", unit="step", dynamic_ncols=True) as bar:
+            with tqdm(total=self.args.steps, desc="on device", unit="step", dynamic_ncols=True, disable=None) as bar:
                 for done in range(1, self.args.steps + 1):
                     loss = self.step(done)
                     bar.set_postfix(loss=f"{loss:.4f}", refresh=False)

@@ -23,7 +23,7 @@ def main() -> None:
     torch.set_num_threads(1)
     number = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
     start = int(os.environ.get("SEED", 0))
-    with tqdm(total=number, unit="graph") as bar:
+    with tqdm(total=number, unit="graph", disable=None) as bar:
         for first in range(0, number, CHUNK):
             here = start + first // CHUNK
             bar.set_postfix(seed=here)
@@ -38,6 +38,8 @@ def main() -> None:
             except BaseException:
                 print(f"\nA graph fails; to repeat it: SEED={here} python tests/fuzz.py {count}\n", file=sys.stderr)
                 raise
+            if bar.disable:  # a log: one line a hundred
+                print(f"{first + count} of {number} graphs, the last from seed {here}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fxfeedback
+from marks import long
 
 STEPS, BATCH, SIZE = 20, 8, (3, 16, 16)
 
@@ -104,7 +105,13 @@ def one_of_two(rank, kind, accumulate, synced, path):
 @pytest.mark.skipif(not dist.is_available(), reason="this PyTorch was built without torch.distributed")
 @pytest.mark.parametrize(
     ("kind", "accumulate", "synced"),
-    [("shared", 1, False), ("per_task", 2, False), ("feedback", 1, False), ("shared", 1, True), ("feedback", 1, True)],
+    [
+        ("shared", 1, False),
+        ("feedback", 1, True),
+        long("per_task", 2, False),
+        long("feedback", 1, False),
+        long("shared", 1, True),
+    ],
 )
 def test_two_processes_learn_as_one(kind, accumulate, synced, tmp_path):
     """With shares of different sizes; where norms are synced, one process learns with plain batch norms."""
@@ -146,7 +153,7 @@ def sharded_one_of_two(rank, kind, path):
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this PyTorch was built without torch.distributed")
-@pytest.mark.parametrize("kind", ["shared", "feedback"])
+@pytest.mark.parametrize("kind", ["shared", long("feedback")])
 def test_sharded_parameters_learn_the_same(kind, tmp_path):
     """torch's fully_shard: every process keeps half of each parameter, of its gradient and of the optimizer's state."""
     mp.spawn(sharded_one_of_two, (kind, str(tmp_path / "state.pt")), nprocs=2)

@@ -39,6 +39,7 @@ def resolve(start: Any, path: str) -> Any:
     return reduce(lambda value, name: None if name in getattr(value, "OWN", ()) else getattr(value, name), path, start)
 
 
+@pytest.mark.long  # the same steps on less data: tests/test_steer_composites.py
 def test_the_feedback_tutorial():
     names = run("tutorial_feedback", "{code-cell}", 10)
     first, second, labels = (names[name] for name in ("first", "second", "labels"))
@@ -49,6 +50,7 @@ def test_the_feedback_tutorial():
     assert names["figure"].axes
 
 
+@pytest.mark.long  # and tests/test_train_multi_mnist.py
 def test_the_instruction_tutorial():
     names = run("tutorial_instruction", "{code-cell}", 8)
     assert names["updates"].keys() == names["gradients"].keys()

@@ -15,6 +15,7 @@ import fxfeedback
 from fxfeedback import Connection, Steering
 from fxfeedback.errors import ActivationWarning, InputError, NodeNameError, OptionError, TraceError
 from fxfeedback.graph.bottom_up import never_negative
+from marks import long_but
 from networks import Attention, build
 
 SIZE = (2, 6, 6)
@@ -53,7 +54,7 @@ REAL = {
 }
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", long_but(["resnet18", "squeezenet1_1"], REAL))
 def test_pass_one_is_the_model_and_pass_two_is_not(name):
     torch.manual_seed(0)
     options = {"init_weights": False} if name == "googlenet" else {}

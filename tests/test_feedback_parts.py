@@ -42,7 +42,8 @@ def test_a_part_is_rewritten_in_a_copy():
 
 
 def test_a_detector_keeps_its_call_and_its_losses():
-    model = torchvision.models.get_model("fasterrcnn_resnet50_fpn", weights=None, weights_backbone=None)
+    small = {"weights": None, "weights_backbone": None, "min_size": 64, "max_size": 64}
+    model = torchvision.models.get_model("fasterrcnn_resnet50_fpn", **small)
     connection = ("backbone.body.layer4", "backbone.body.layer2.0.conv1")
     detector = fxfeedback.add_feedback(model, [connection]).train()
     images = [torch.rand(3, 64, 64)] * 2

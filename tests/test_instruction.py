@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 import fxfeedback
 from fxfeedback.errors import NodeNameError
+from marks import long
 from networks import build
 
 
@@ -94,7 +95,8 @@ def reference_counters(model, x, instruction, through_head, by_channel=False):
 @pytest.mark.parametrize("by_channel", [False, True], ids=["unit", "channel"])
 @pytest.mark.parametrize("through_head", [False, True], ids=["tasks", "classes"])
 @pytest.mark.parametrize(
-    "name", ["mlp", "convnet", "residual", "resnet18", "mobilenet_v2", "densenet121", "squeezenet1_1"]
+    "name",
+    ["mlp", "convnet", "residual", "squeezenet1_1", long("resnet18"), long("mobilenet_v2"), long("densenet121")],
 )
 def test_counter_neurons(name, through_head, by_channel):
     model, x = build(name, train=False)

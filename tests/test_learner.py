@@ -20,6 +20,7 @@ import train_multi_mnist
 from fxfeedback.deploy import losses
 from fxfeedback.errors import CheckpointError, ExportError, InputError, OptionError
 from fxfeedback.graph.bottom_up import BottomUp
+from marks import long_but
 from networks import build
 
 onnx = pytest.importorskip("onnx")
@@ -128,7 +129,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", long_but([case for case in CASES if "resnet18" not in case], CASES))
 def test_a_step_is_torchs(case, tmp_path):
     """From every state on torch's path: the same loss, and the same weights, statistics and optimizer state."""
     states, lr, name, options, how = CASES[case]

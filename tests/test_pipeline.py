@@ -12,11 +12,12 @@ from fxfeedback.rules import RULES
 from fxfeedback.tracing.open_modules import open_modules
 from fxfeedback.tracing.share import share
 from fxfeedback.tracing.trace import trace
+from marks import long_but
 from networks import LARGE, build
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("name", ["residual", *LARGE])
+@pytest.mark.parametrize("name", long_but(["residual", "resnet18"], ["residual", *LARGE]))
 def test_tracing_and_opening_change_nothing(name, train):
     model, x = build(name, train)
     model, x = model.float(), x.float()
@@ -31,7 +32,7 @@ def test_tracing_and_opening_change_nothing(name, train):
         assert all(map(torch.equal, results[0], other))
 
 
-@pytest.mark.parametrize("name", ["residual", *LARGE])
+@pytest.mark.parametrize("name", long_but(["residual", "resnet18"], ["residual", *LARGE]))
 def test_opened_graphs_are_functional_and_named(name):
     model, _ = build(name, train=True)
     traced = trace(share(model))
@@ -61,7 +62,7 @@ def test_shapes_say_what_grows_with_the_batch():
     assert mean.sizes == ()
 
 
-@pytest.mark.parametrize("name", ["residual", *LARGE])
+@pytest.mark.parametrize("name", long_but(["residual", "resnet18"], ["residual", *LARGE]))
 def test_the_head_is_the_last_layer_that_all_paths_cross(name):
     """Without the head no path is left; without any later linear layer or convolution there still is one."""
     model, x = build(name, train=False)

@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import itertools
+import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -365,10 +367,29 @@ some = settings(
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of degrees of freedom
-@settings(some, max_examples=200)
+@settings(some, max_examples=40)
 @given(cases(most=6))
 def test_random_graphs(case):
     check(case)
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@settings(some, max_examples=160)
+@given(cases(most=6))
+def test_more_random_graphs(case):
+    check(case)
+
+
+def test_a_log_of_many_graphs_has_a_line_a_hundred(monkeypatch, capsys):
+    import fuzz  # which imports this file
+
+    monkeypatch.setattr(sys, "argv", ["fuzz.py", "102"])
+    monkeypatch.setattr(fuzz, "check", lambda case: None)
+    with warnings.catch_warnings():
+        fuzz.main()
+    lines = [f"{done} of 102 graphs, the last from seed {seed}" for seed, done in enumerate([100, 102])]
+    assert capsys.readouterr().err.splitlines() == lines
 
 
 def test_every_rule_is_tried():

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import fxfeedback
 from fxfeedback.errors import InputError, NodeNameError, OptionError
+from marks import long_but
 from networks import SMALL, build
 from random_graphs import cases
 
@@ -196,7 +197,7 @@ def test_small_networks(name, gating):
         assert not any(key.startswith("gate_") for key in selected.state_dict()) or gating == "unit"
 
 
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("name", long_but(["resnet18", "squeezenet1_1"], LARGE))
 def test_large_networks(name):
     butd, x = instructed(name)
     for task in (0, 1):

@@ -4,6 +4,7 @@ import argparse
 import copy
 import csv
 import functools
+import io
 import json
 import operator
 import os
@@ -25,6 +26,7 @@ import train_lrm
 import train_multi_mnist
 import train_uninstructed
 from jobs import UserError
+from marks import long
 from small_data import write_celeba, write_cifar10, write_mnist, write_pictures
 from training import checkpoints
 from training.data import Steps
@@ -105,6 +107,25 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 # -- learning
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_only_a_terminal_shows_a_bar(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A log gets a line an epoch instead."""
+    assert job("mnist", data, tmp_path / "log") == 0
+    printed, errors = capsys.readouterr()
+    assert [line.split()[:2] for line in printed.splitlines()[:3]] == [["epoch", f"{i}:"] for i in (1, 2, 3)]
+    assert "step" not in errors and "\r" not in errors
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stderr", Terminal())
+        assert job("mnist", data, tmp_path / "terminal") == 0
+        assert "epoch 3/3" in sys.stderr.getvalue()
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_200_steps_lower_the_loss(case: str, data: Path, tmp_path: Path) -> None:
     flags = ["--batch-size", "4", "--epochs", "200", "--stop-after", "200", "--lr", "2e-3", "--schedule", "constant"]
@@ -160,11 +181,12 @@ def test_ctrl_c_finishes_the_step(data: Path, tmp_path: Path, monkeypatch: pytes
     assert_same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))
 
 
-def test_killed_at_random_moments(tmp_path: Path) -> None:
-    command = [sys.executable, str(Path(__file__).with_name("kill_at_random.py")), str(tmp_path), "20"]
+@pytest.mark.parametrize("times", [4, long(20)])
+def test_killed_at_random_moments(tmp_path: Path, times: int) -> None:
+    command = [sys.executable, str(Path(__file__).with_name("kill_at_random.py")), str(tmp_path), str(times)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "20 times killed, all checkpoints whole, the same weights in the end" in done.stdout
+    assert f"{times} times killed, all checkpoints whole, the same weights in the end" in done.stdout
 
 
 def test_a_run_that_starts_anew_keeps_the_old_checkpoint(data: Path, tmp_path: Path) -> None:

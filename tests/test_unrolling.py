@@ -19,6 +19,7 @@ import fxfeedback
 from fxfeedback import Connection, Steering
 from fxfeedback.tracing.share import share
 from fxfeedback.tracing.trace import trace
+from marks import long, long_but
 
 BATCH = 3
 LRM3 = [
@@ -259,14 +260,28 @@ def close(a, b, tolerance=1e-12):
     return a.shape == b.shape and (a - b).abs().max() <= tolerance * max(1, b.abs().max())
 
 
-@settings(
+some = settings(
     deadline=None,
-    max_examples=250,
     derandomize=True,
+    database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 )
+
+
+@settings(some, max_examples=40)
 @given(st.data())
 def test_random_graphs_agree_with_the_reference(data):
+    check(data)
+
+
+@pytest.mark.long
+@settings(some, max_examples=160)
+@given(st.data())
+def test_more_random_graphs_agree_with_the_reference(data):
+    check(data)
+
+
+def check(data):
     net, model, x = data.draw(connected())
     plain, names, state, expected_state, losses = net.out_of_place(), names_of(net), None, None, [0, 0]
     for _ in range(data.draw(st.integers(1, 2))):
@@ -409,7 +424,7 @@ SHARING = {
 
 
 @pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("name", SHARING)
+@pytest.mark.parametrize("name", long_but(["alexnet", "resnet18"], SHARING))
 def test_only_what_lies_downstream_of_a_changed_modulation_is_computed_again(name, train):
     net = make(name).train(train)
     model = fxfeedback.add_feedback(net, SHARING[name], input_size=(3, 64, 64))
@@ -469,7 +484,7 @@ def count(counter, module, flops, name):
 
 
 @pytest.mark.parametrize("passes", [1, 2, 3])
-@pytest.mark.parametrize("name", ["alexnet", "resnet50"])
+@pytest.mark.parametrize("name", ["alexnet", long("resnet50")])
 def test_flops_are_those_of_the_nodes_computed_again(name, passes):
     net, x = make(name).eval(), torch.randn(2, 3, 64, 64)
     layers = flops_per_layer(net, x)

@@ -10,6 +10,7 @@ from torch import nn
 
 import fxfeedback
 from fxfeedback import rewrite
+from marks import long
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "zoo"))
 zoo = importlib.import_module("feedback")
@@ -20,21 +21,19 @@ KINDS = dict(zoo.models())
 @pytest.mark.parametrize(
     "name",
     [
-        "convnext_tiny",
-        "fasterrcnn_mobilenet_v3_large_320_fpn",
-        "googlenet",
-        "lraspp_mobilenet_v3_large",
-        "mc3_18",
-        "mnasnet0_5",
-        "mobilenet_v3_small",
-        "raft_small",
-        "regnet_y_400mf",
         "resnet18",
-        "shufflenet_v2_x0_5",
         "squeezenet1_1",
-        "swin_t",
-        "swin_v2_t",
-        "vit_b_32",
+        long("convnext_tiny"),
+        long("fasterrcnn_mobilenet_v3_large_320_fpn"),
+        long("googlenet"),
+        long("lraspp_mobilenet_v3_large"),
+        long("mc3_18"),
+        long("mobilenet_v3_small"),
+        long("raft_small"),
+        long("regnet_y_400mf"),
+        long("shufflenet_v2_x0_5"),
+        long("swin_v2_t"),
+        long("vit_b_32"),
     ],
 )
 def test_a_model_of_the_zoo(name):

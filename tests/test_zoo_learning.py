@@ -15,6 +15,7 @@ from torch import nn
 import fxfeedback
 from fxfeedback.rules import RULES, roles
 from fxfeedback.tracing.openings import OPENINGS
+from marks import long
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "zoo"))
 zoo = importlib.import_module("learning")
@@ -32,15 +33,14 @@ def in_double():
 @pytest.mark.parametrize(
     "name",
     [
-        "googlenet",
-        "lraspp_mobilenet_v3_large",
-        "mc3_18",
-        "mnasnet0_5",
-        "mobilenet_v3_small",
-        "regnet_y_400mf",
-        "shufflenet_v2_x0_5",
         "squeezenet1_1",
-        "swin_t",
+        long("googlenet"),
+        long("lraspp_mobilenet_v3_large"),
+        long("mc3_18"),
+        long("mobilenet_v3_small"),
+        long("regnet_y_400mf"),
+        long("shufflenet_v2_x0_5"),
+        long("swin_t"),
     ],
 )
 def test_a_model_of_torchvision(name):
@@ -51,7 +51,13 @@ def test_a_model_of_torchvision(name):
 
 @pytest.mark.skipif(not TIMM, reason="timm is not installed")
 @pytest.mark.parametrize(
-    "name", ["timm/convnext_atto", "timm/mobilevit_xxs", "timm/resnet10t", "timm/xcit_nano_12_p16_224"]
+    "name",
+    [
+        "timm/resnet10t",
+        long("timm/convnext_atto"),
+        long("timm/mobilevit_xxs"),
+        long("timm/xcit_nano_12_p16_224"),
+    ],
 )
 def test_a_model_of_timm(name):
     row = zoo.check(name, "timm")
@@ -59,6 +65,7 @@ def test_a_model_of_timm(name):
     assert row.tasks.sites == row.classes.sites > 1
 
 
+@pytest.mark.long  # parts of models in the small: tests/test_feedback_parts.py
 def test_the_backbone_of_a_detection_model():
     name = "fasterrcnn_mobilenet_v3_large_320_fpn"
     row = zoo.check(name, KINDS[name])

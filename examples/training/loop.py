@@ -112,8 +112,8 @@ class Run:
     def train(self) -> bool:
         """Train what is left; False when it was interrupted, and a checkpoint was written."""
         total, done = self.args.epochs * len(self.steps), self.epoch * len(self.steps) + self.step
-        quiet = not self.fabric.is_global_zero
-        with Stop() as stop, tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, disable=quiet) as bar:
+        off = None if self.fabric.is_global_zero else True  # None: on a terminal only, so that a log has lines alone
+        with Stop() as stop, tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, disable=off) as bar:
             while self.epoch < self.args.epochs:
                 bar.set_description(f"epoch {self.epoch + 1}/{self.args.epochs}")
                 start = time.perf_counter()

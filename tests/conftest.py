@@ -1,0 +1,25 @@
+"""ONNX Runtime for tests: one thread a session, which sleeps while it waits.
+
+By default its threads spin, one on every core; where tests run side by side they take the cores from each other.
+"""
+
+import importlib.util
+
+if importlib.util.find_spec("onnxruntime"):
+    import onnxruntime
+
+    class Options(onnxruntime.SessionOptions):
+        """Session options that leave the other cores alone; a test may still set its own."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.intra_op_num_threads = 1
+            self.add_session_config_entry("session.intra_op.allow_spinning", "0")
+
+    class Session(onnxruntime.InferenceSession):
+        """A session with those options where none are given."""
+
+        def __init__(self, path_or_bytes, sess_options=None, **options) -> None:
+            super().__init__(path_or_bytes, Options() if sess_options is None else sess_options, **options)
+
+    onnxruntime.SessionOptions, onnxruntime.InferenceSession = Options, Session
