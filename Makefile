@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two OpenMP threads that spin at a barrier stall each other on a busy machine.
 export OMP_WAIT_POLICY = passive
 
-.PHONY: demo page docs test test-all lint types tests browser bench bench-check zoo zoo-lrm zoo-onnx fuzz fuzz-files operators pictures clean
+.PHONY: demo page docs test test-all lint types tests durations browser bench bench-check zoo zoo-lrm zoo-onnx fuzz fuzz-files operators pictures clean
 
 demo: $(VENV)/.installed  ## set up, train the instructed network on real digits, say where the results are
 	$(BIN)/python examples/train_multi_mnist.py
@@ -32,6 +32,11 @@ types: $(VENV)/.installed
 
 tests: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not long"
+
+durations: $(VENV)/.installed  ## what every test takes, as a table: tests/durations.md (half an hour)
+	rm -f .cpu_times
+	OMP_NUM_THREADS=1 CPU_TIMES=.cpu_times PYTHONPATH=tests $(BIN)/python -m pytest -n 2 -p cpu_times
+	$(BIN)/python tests/cpu_times.py .cpu_times > tests/durations.md
 
 browser: $(VENV)/.browser  ## a Chromium and Playwright, with which the tests open the page; without them those tests skip
 
@@ -81,4 +86,4 @@ $(VENV)/.docs: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) docs/_build build dist *.egg-info runs
+	rm -rf $(VENV) docs/_build build dist *.egg-info runs .cpu_times
