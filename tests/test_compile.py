@@ -5,6 +5,7 @@ import torch
 import torchvision
 
 import fxfeedback
+from marks import long_but
 
 MODELS = {
     "alexnet": (("classifier.6", "features.8"), 64),
@@ -13,7 +14,7 @@ MODELS = {
 }
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=long_but(["alexnet"], MODELS))
 def feedback(request):
     connection, size = MODELS[request.param]
     torch.manual_seed(0)

@@ -34,6 +34,7 @@ from fxfeedback.drawing.picture import picture
 from fxfeedback.drawing.places import Rect, Way, place
 from fxfeedback.drawing.read import read_drawing
 from fxfeedback.errors import InputError, NodeNameError, OptionError, TraceError
+from marks import long_but
 from networks import convnet, residual
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -171,7 +172,7 @@ def meeting(areas: list[Area]) -> Iterator[tuple[Area, Area]]:
         above.append(one)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", long_but(["AlexNet lrm3", "Multi-MNIST", "passes that learn", "residual"], MODELS))
 def test_nothing_overlaps(name: str) -> None:
     made, _ = drawing(name)
     for opened in states(name):
@@ -222,7 +223,7 @@ def crossed(points: list[tuple[float, float]], areas: list[Area]) -> set[str]:
 # -- the page ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", long_but(["AlexNet lrm3", "Multi-MNIST", "passes that learn", "residual"], MODELS))
 def test_the_page_puts_everything_where_the_picture_has_it(name: str) -> None:
     made, _ = drawing(name)
     engine = MiniRacer()
