@@ -324,6 +324,23 @@ class BUTD(Wrapper):
         return Graphs(self, [of_size(size, dtype) for size, dtype in sizes], form or self._form)
 
 
+# -- what the rest of the package asks of a BU-TD network ------------------------------------------------------------
+
+
+def graphs_of(butd: BUTD) -> Graphs:
+    """Its graphs in the present mode, at the example's size."""
+    return butd._graphs(butd._stand_ins())
+
+
+def instruction_of(butd: BUTD, task: Any) -> torch.Tensor:
+    """The instruction vector (1, size) of one task: an id, or a vector.
+
+    Raises:
+        InputError: an id out of range, a vector of the wrong shape.
+    """
+    return butd._instruction(task, graphs_of(butd), 1)[0]
+
+
 def _autocast(tensor: torch.Tensor) -> torch.dtype | None:
     """The dtype of autocast on the tensor's device, where that is on."""
     device = tensor.device.type

@@ -14,19 +14,20 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxfeedback.butd import BUTD
+from fxfeedback.butd import BUTD, graphs_of, instruction_of
+from fxfeedback.checks import check_passes
 from fxfeedback.checksums import checksum
 from fxfeedback.deploy.check_file import Network, Trial, check_file, require_runtime
 from fxfeedback.deploy.onnx_file import SPATIAL, Input, Program, check_target, write
 from fxfeedback.errors import InputError, OptionError
-from fxfeedback.feedback import FeedbackModel, _check_passes, _link
+from fxfeedback.feedback import FeedbackModel, bottom_up_of, links_of, looks_at_sizes
 from fxfeedback.graph.bottom_up import has_effect
 from fxfeedback.graph.channels import channel_mean
 from fxfeedback.graph.nodes import find_node
 from fxfeedback.instructed.graphs import Graphs
 from fxfeedback.rewrite import Unroller, Unrolling
 from fxfeedback.tracing.modes import eval_mode
-from fxfeedback.tracing.wrapper import Wrapper
+from fxfeedback.tracing.wrapper import Wrapper, call_as_example, fetch_of, like_of, root_of, stand_ins_of
 from fxfeedback.version import __version__
 
 
@@ -95,8 +96,8 @@ def _check(network: Network, file: Path) -> None:
 def _call(model: Any, task: Any, passes: int | None) -> Callable[[Any, Trial], Any]:
     """How the model is run for what the file's session is given."""
     if isinstance(model, FeedbackModel):
-        return lambda run, trial: run._call_as_example(trial.inputs, passes=passes, return_all=True, **trial.options)
-    return lambda run, trial: run._call_as_example(trial.inputs, task=trial.options.get("task", task))
+        return lambda run, trial: call_as_example(run, trial.inputs, passes=passes, return_all=True, **trial.options)
+    return lambda run, trial: call_as_example(run, trial.inputs, task=trial.options.get("task", task))
 
 
 def _ids(program: Program) -> int:
@@ -152,19 +153,18 @@ class _Numbered(Unroller):
 
 
 def _unrolled(model: FeedbackModel, passes: int, steerable: bool, any_size: bool) -> Program:
-    _check_passes(passes)
-    bu = model._bottom_up()
-    if any_size and model._by_size:
+    check_passes(passes)
+    bu = bottom_up_of(model)
+    if any_size and looks_at_sizes(model):
         raise OptionError("dynamic_size: the model's code looks at the size of its input, so its graph is for one size")
     sources = {c.source: find_node(bu.graph, c.source) for c in model.connections}
     steered = {node.meta["name"]: name for name, node in reversed(sources.items())} if steerable else {}
-    links = [_link(bu, connection) for connection in model.connections]
-    graph = _Numbered(bu.graph, links, Unrolling(passes, model.return_all, steered=tuple(steered))).run()
+    graph = _Numbered(bu.graph, links_of(model), Unrolling(passes, model.return_all, steered=tuple(steered))).run()
     _return_only(graph, graph.output_node().args[0][0])  # type: ignore[index]
     inputs = own_inputs(model, graph)
     for given in inputs:
         given.any_size = any_size and given.example.ndim in SPATIAL
-    like = model._like()
+    like = like_of(model)
     for node_name, name in steered.items():
         spec = find_node(bu.graph, node_name).meta["spec"]
         if spec.per_sample[0] != 1 or any(spec.per_sample[1:]):
@@ -194,7 +194,7 @@ def _unrolled(model: FeedbackModel, passes: int, steerable: bool, any_size: bool
         if steerable
         else {},
     }
-    return Program(graph, labels, inputs, model._root, model._fetch, metadata)
+    return Program(graph, labels, inputs, root_of(model), fetch_of(model), metadata)
 
 
 def _instructed(butd: BUTD) -> Program:
@@ -204,7 +204,7 @@ def _instructed(butd: BUTD) -> Program:
     predicting = graphs.predicting(True).graph
     own = {node: graph.node_copy(node) for node in predicting.nodes if is_own_input(node)}
     inputs = own_inputs(butd, graph)
-    like = butd._like()
+    like = like_of(butd)
     one = torch.empty(1, graphs.instruction_size, dtype=like.dtype, device="meta")
     inputs.append(Input("instruction", one, "instructions"))
 
@@ -225,7 +225,7 @@ def _instructed(butd: BUTD) -> Program:
         labels[gate] = f"gate/{name}"
         gates[f"gate_{site.name}"] = gate
     _predict(predicting, graph, labels, own, instruction, gates)
-    return Program(graph, labels, inputs, butd._root, butd._fetch, about_butd(butd, graphs, "instructed"))
+    return Program(graph, labels, inputs, root_of(butd), fetch_of(butd), about_butd(butd, graphs, "instructed"))
 
 
 def _one_task(butd: BUTD, task: Any) -> Program:
@@ -233,7 +233,7 @@ def _one_task(butd: BUTD, task: Any) -> Program:
     graphs = _graphs(butd)
     try:
         selected = butd.select(task)
-        instruction, _ = butd._instruction(task, graphs, 1)
+        instruction = instruction_of(butd, task)
     except InputError as error:
         raise OptionError(f"task={task!r}: {error}") from None
     labels = {node: f"bu/{node.meta.get('name', node.name)}" for node in selected.graph.nodes}
@@ -250,7 +250,7 @@ def _attribute(module: nn.Module, name: str) -> torch.Tensor:
 
 
 def _graphs(butd: BUTD) -> Graphs:
-    graphs = butd._graphs(butd._stand_ins())
+    graphs = graphs_of(butd)
     graphs.require_head()
     return graphs
 
@@ -289,7 +289,7 @@ def is_own_input(node: fx.Node) -> bool:
 def own_inputs(wrapper: Wrapper, graph: fx.Graph) -> list[Input]:
     """What the model's own inputs are in the file; they are the first placeholders of `graph`."""
     nodes = [node for node in graph.nodes if node.op == "placeholder"]
-    examples = wrapper._stand_ins()
+    examples = stand_ins_of(wrapper)
     return [
         Input(str(node.target), example, "batch" if example.ndim else None)
         for node, example in zip(nodes, examples, strict=False)

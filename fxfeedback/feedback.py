@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from fxfeedback.checks import is_count
+from fxfeedback.checks import check_passes
 from fxfeedback.errors import ActivationWarning, InputError, NodeNameError, OptionError, TraceError
 from fxfeedback.graph.bottom_up import has_effect, never_negative
 from fxfeedback.graph.channels import channel_dim
@@ -193,7 +193,7 @@ class FeedbackModel(Wrapper):
         verify: bool = False,
     ) -> None:
         super().__init__(model, examples)
-        _check_passes(passes)
+        check_passes(passes)
         vars(self).update(  # past nn.Module, for which a child of the model may have such a name
             connections=tuple(connections), passes=passes, return_all=return_all, checkpoint=checkpoint
         )
@@ -289,7 +289,7 @@ class FeedbackModel(Wrapper):
     def unrolled(self, passes: int | None = None) -> fx.GraphModule:
         """The flat graph of this many passes: inputs -> (outputs, state, readouts)."""
         passes = self.passes if passes is None else passes
-        _check_passes(passes)
+        check_passes(passes)
         return self._unrolled(Unrolling(passes))
 
     def modulation(self, source: str, destination: str) -> Modulation:
@@ -321,7 +321,7 @@ class FeedbackModel(Wrapper):
         passes, return_all = (
             getattr(self, name) if options.get(name) is None else options[name] for name in ("passes", "return_all")
         )
-        _check_passes(passes)
+        check_passes(passes)
         found, inputs = self._bind(args, {name: named[name] for name in named if name not in options}, tensors)
         form = None if found == self._form else found
         self._bottom_up()  # which says whether the model looks at sizes
@@ -350,7 +350,7 @@ class FeedbackModel(Wrapper):
         readout: tuple[str, ...] = (),
     ) -> tuple[Any, State, list[dict[str, Any]]]:
         passes = self.passes if passes is None else passes
-        _check_passes(passes)
+        check_passes(passes)
         if taken := [name for name in self.OPTIONS if name in named]:
             raise InputError(f"{taken[0]}= is an option of unroll, and not of this call")
         form, inputs = self._called(inputs, named)
@@ -451,6 +451,26 @@ class FeedbackModel(Wrapper):
         return _Plan(type(module).forward, [sources[name] for name in state], steered_sources)
 
 
+# -- what the rest of the package asks of a model with connections ----------------------------------------------------
+
+
+def bottom_up_of(model: FeedbackModel) -> fx.GraphModule:
+    """Its opened graph for one pass in the present mode, with shapes, at the example's size."""
+    return model._bottom_up()
+
+
+def links_of(model: FeedbackModel) -> list[Link]:
+    """Its connections, between nodes of `bottom_up_of(model)`."""
+    bu = bottom_up_of(model)
+    return [_link(bu, connection) for connection in model.connections]
+
+
+def looks_at_sizes(model: FeedbackModel) -> bool:
+    """Whether a graph of it serves inputs of one size only."""
+    bottom_up_of(model)  # which finds out
+    return model._by_size
+
+
 class _Source(NamedTuple):
     """What is known of a source's value: its spec, and where its channels are."""
 
@@ -510,11 +530,6 @@ def _connection(given: Any) -> Connection:
     if not isinstance(made.source, str) or not isinstance(made.destination, str):
         raise OptionError(f"{given!r} is no connection: {FORM}")
     return made
-
-
-def _check_passes(passes: Any) -> None:
-    if not is_count(passes):
-        raise OptionError(f"passes={passes!r}: give a whole number from 1 on")
 
 
 def _check_connections(bu: fx.GraphModule, connections: Sequence[Connection]) -> None:

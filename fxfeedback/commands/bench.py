@@ -55,16 +55,16 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     import fxfeedback
     from fxfeedback.commands.networks import part_with
-    from fxfeedback.storage.save_load import _unwrap
-    from fxfeedback.tracing.wrapper import Wrapper
+    from fxfeedback.storage.save_load import unwrap
+    from fxfeedback.tracing.wrapper import Wrapper, stand_ins_of
 
     network = read_network(arguments, fxfeedback.FeedbackModel, fxfeedback.BUTD)
     _, wrapper = part_with(network, Wrapper)
-    plain, wrappers = _unwrap(wrapper)
+    plain, wrappers = unwrap(wrapper)
     plain.eval()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    inputs = [torch.randn(arguments.batch, *x.shape[1:], dtype=x.dtype) for x in wrapper._stand_ins()]
+    inputs = [torch.randn(arguments.batch, *x.shape[1:], dtype=x.dtype) for x in stand_ins_of(wrapper)]
     instruction = _instruction(wrapper)
     with torch.inference_mode():
         plain_seconds, seconds = _in_turns(
@@ -93,10 +93,11 @@ def _instruction(wrapper: Any) -> list[Any]:
     import torch
 
     import fxfeedback
+    from fxfeedback.butd import graphs_of
 
     if not isinstance(wrapper, fxfeedback.BUTD):
         return []
-    return [torch.eye(wrapper._graphs(wrapper._stand_ins()).instruction_size)[:1]]
+    return [torch.eye(graphs_of(wrapper).instruction_size)[:1]]
 
 
 def _what(kind: str, how: Mapping[str, Any]) -> str:

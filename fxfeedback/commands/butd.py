@@ -52,11 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Derive the network, and run the instruction pass for some tasks."""
     import fxfeedback
+    from fxfeedback.butd import graphs_of
     from fxfeedback.commands.networks import input_shapes, parameters
     from fxfeedback.graph.bottom_up import rectifies
 
     butd = read_network(arguments, fxfeedback.BUTD)
-    graphs = butd._graphs(butd._stand_ins())
+    graphs = graphs_of(butd)
     graphs.require_head()
     if arguments.save:
         fxfeedback.save(butd, arguments.save)
@@ -94,8 +95,10 @@ def _gates(butd: Any, graphs: Any, task: int) -> list[Any]:
     """Each site's gates for one task: positive is open."""
     import torch
 
+    from fxfeedback.butd import instruction_of
+
     with torch.no_grad():
-        return graphs.gates(butd._instruction(task, graphs, 1)[0])
+        return graphs.gates(instruction_of(butd, task))
 
 
 def _share(gates: list[Any]) -> float:

@@ -85,9 +85,10 @@ def _computed(graph: Any, passes: int) -> list[list[str]]:
 
 def _connections(network: Any) -> list[dict[str, Any]]:
     from fxfeedback.commands.networks import parameters
+    from fxfeedback.feedback import bottom_up_of
     from fxfeedback.graph.nodes import find_node
 
-    graph = network._bottom_up().graph
+    graph = bottom_up_of(network).graph
     order = list(graph.nodes)
     rows = []
     for connection in network.connections:

@@ -9,12 +9,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxfeedback.feedback import FeedbackModel
-from fxfeedback.tracing.wrapper import Wrapper
+from fxfeedback.tracing.wrapper import Wrapper, stand_ins_of
 
 
 def input_shapes(wrapper: Wrapper) -> list[list[int | None]]:
     """Of each input, with None for the batch."""
-    return [[None, *x.shape[1:]] for x in wrapper._examples]
+    return [[None, *x.shape[1:]] for x in stand_ins_of(wrapper)]
 
 
 def part_with(model: nn.Module, kind: type[Any]) -> tuple[str, Any]:
@@ -31,7 +31,7 @@ def parameters(module: nn.Module, own: Sequence[str] = ()) -> int:
 def operations_of_passes(model: FeedbackModel) -> list[int]:
     """The floating-point operations of each pass for one image, a multiplication and an addition as two; no data."""
     empty = copy.deepcopy(model).to("meta")
-    inputs = empty._stand_ins()
+    inputs = stand_ins_of(empty)
     totals = [0]
     for number in range(1, model.passes + 1):
         empty(*inputs, passes=number)  # makes its graph, which is not to be counted

@@ -39,14 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Name the nodes of the model or, where torch.fx cannot trace it whole, of the parts that it can."""
     from fxfeedback.errors import InputError, TraceError
-    from fxfeedback.storage.save_load import _unwrap
+    from fxfeedback.storage.save_load import unwrap
     from fxfeedback.tracing.examples import example_for
-    from fxfeedback.tracing.wrapper import Wrapper
+    from fxfeedback.tracing.wrapper import Wrapper, stand_ins_of
 
     given: Any = read_model(arguments.model, arguments.weights)
     size = arguments.input_size
-    model, _ = _unwrap(given)
-    examples = given._stand_ins() if isinstance(given, Wrapper) and not size else example_for(model, size)
+    model, _ = unwrap(given)
+    examples = stand_ins_of(given) if isinstance(given, Wrapper) and not size else example_for(model, size)
     try:
         graphs = {"": _traced(model, examples)}
     except TraceError:

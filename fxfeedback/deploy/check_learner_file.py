@@ -20,6 +20,7 @@ from fxfeedback.deploy.check_file import DRAWS, ROUNDING, Trial, first_line, num
 from fxfeedback.deploy.onnx_file import Input
 from fxfeedback.errors import ExportError
 from fxfeedback.tracing.modes import eval_mode
+from fxfeedback.tracing.wrapper import call_as_example
 
 LOSSES: Mapping[str, Callable[..., torch.Tensor]] = {
     "cross_entropy": F.cross_entropy,
@@ -136,7 +137,7 @@ def _drawn(lesson: Lesson, learner: Any, number: int) -> tuple[Trial, torch.Tens
 
 def _loss(lesson: Lesson, network: BUTD, trial: Trial, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss, and the last logits that it is taken of."""
-    output = network._call_as_example(trial.inputs, **trial.options)
+    output = call_as_example(network, trial.inputs, **trial.options)
     alike = {id(t): t for t in tree_leaves(output) if isinstance(t, torch.Tensor) and t.is_floating_point()}
     logits = [list(alike.values())[i] for i in lesson.judged]
     losses = [LOSSES[lesson.loss](one, target) for one in logits]

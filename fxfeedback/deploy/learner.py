@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fxfeedback.butd import BUTD
+from fxfeedback.butd import BUTD, graphs_of
 from fxfeedback.deploy.check_file import require_runtime
 from fxfeedback.deploy.check_learner_file import Lesson, check_learner_file, copy_to_learn
 from fxfeedback.deploy.losses import LOSSES
@@ -33,6 +33,7 @@ from fxfeedback.rules.core import channelwise, spatial
 from fxfeedback.rules.normalization import standardized
 from fxfeedback.rules.ops import ADVANCES, cumulative_momentum
 from fxfeedback.tracing.open_modules import open_modules
+from fxfeedback.tracing.wrapper import fetch_of, like_of, modes_of, net_of, root_of
 
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 
@@ -144,7 +145,7 @@ class _Step:
         self.given: dict[str, fx.Node] = {}
         self.tensors: dict[str, fx.Node] = {}
         with eval_mode(butd, but=BATCH_NORMS):
-            self.graphs, self.modes = butd._graphs(butd._stand_ins()), butd._fingerprint()
+            self.graphs, self.modes = graphs_of(butd), modes_of(butd)
             if instructed:
                 self.graphs.require_head()
             has_tasks = butd.options.n_tasks is not None
@@ -167,18 +168,18 @@ class _Step:
         outputs = {"loss": loss, "logits": logits}
         outputs |= {f"{name}.new": node for name, node in self.tensors.items() if node is not start.get(name, node)}
         with eval_mode(self.butd):
-            if self.butd._fingerprint() != self.modes:
+            if modes_of(self.butd) != self.modes:
                 self.tensors = start
-                outputs["prediction"] = self._predict(self.butd._graphs(self.butd._stand_ins()))
+                outputs["prediction"] = self._predict(graphs_of(self.butd))
         self.graph.output(outputs)
         metadata = about_butd(self.butd, self.graphs, "learner") if self.instructed else about(self.butd, "learner")
         metadata |= {"learns": list(updates), "keeps": list(self.kept), "tied": self.tied}
-        root, fetch = self.butd._root, self.butd._fetch
+        root, fetch = root_of(self.butd), fetch_of(self.butd)
         return Program(self.graph, self.labels, inputs, root, fetch, metadata, output="")
 
     def _inputs(self) -> list[Input]:
         """A placeholder for every input of the file, and what these inputs are."""
-        like = self.butd._like()
+        like = like_of(self.butd)
         own = [node for node in self.bu.nodes if is_own_input(node)]
         self.given = {str(node.target): self.graph.node_copy(node) for node in own}
         inputs = own_inputs(self.butd, self.graph)
@@ -263,7 +264,7 @@ class _Step:
         for node in td.nodes:
             node.meta["name"] = td_name(node, bu_names)
         # The instruction head and TD norms are modules there: opened, they work on tensors of the state.
-        opened = open_modules(fx.GraphModule(graphs.td, td), owner=self.butd._net)
+        opened = open_modules(fx.GraphModule(graphs.td, td), owner=net_of(self.butd))
         counters, _ = self._copy(
             opened.graph,
             lambda node, _: self.given["instruction"],

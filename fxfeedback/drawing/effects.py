@@ -16,9 +16,10 @@ from torch import fx
 
 from fxfeedback.drawing.network import Arc, Network
 from fxfeedback.errors import InputError, OptionError
-from fxfeedback.feedback import FeedbackModel
+from fxfeedback.feedback import FeedbackModel, bottom_up_of
 from fxfeedback.graph.layout import layout_of
 from fxfeedback.graph.nodes import find_node
+from fxfeedback.tracing.wrapper import like_of, stand_ins_of
 
 SIDE = 112
 """Pixels of a map's longer side, as it is drawn."""
@@ -66,7 +67,7 @@ def read_effects(model: FeedbackModel, network: Network, x: Any) -> tuple[Map | 
     if model.passes < 2 and feedback:
         raise OptionError("x=: the model makes one pass, and feedback acts from the second on: make it with passes=2")
     inputs = _inputs(model, x)
-    graph = model._bottom_up().graph
+    graph = bottom_up_of(model).graph
     names = list(dict.fromkeys(name for arc in network.arcs for name in arc.given))
     try:
         passes = model.readout(*inputs, names)
@@ -81,10 +82,10 @@ def _inputs(model: FeedbackModel, x: Any) -> list[torch.Tensor]:
     given = [x] if isinstance(x, torch.Tensor) else x
     if not isinstance(given, (list, tuple)) or not all(isinstance(one, torch.Tensor) for one in given):
         raise InputError(f"x= is a tensor, or a tuple of the model's inputs, not a {type(x).__name__}")
-    like, inputs = model._like(), []
-    for one, example in itertools.zip_longest(given, model._examples):
+    like, examples, inputs = like_of(model), stand_ins_of(model), []
+    for one, example in itertools.zip_longest(given, examples):
         if one is None or example is None or one.ndim not in (example.ndim, example.ndim - 1):
-            sizes = " and ".join(str(tuple(example.shape)) for example in model._examples)
+            sizes = " and ".join(str(tuple(example.shape)) for example in examples)
             shapes = " and ".join(str(tuple(one.shape)) for one in given)
             raise InputError(f"x= has shape {shapes}, and the model takes {sizes}")
         first = one[:1] if one.ndim == example.ndim else one[None]

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import fx, nn
 
-from fxfeedback.butd import BUTD
+from fxfeedback.butd import BUTD, graphs_of
 from fxfeedback.errors import OptionError
-from fxfeedback.feedback import FeedbackModel
+from fxfeedback.feedback import FeedbackModel, bottom_up_of
 from fxfeedback.graph.bottom_up import BottomUp
 from fxfeedback.graph.nodes import find_node
 from fxfeedback.graph.shapes import Spec, annotate_shapes
@@ -20,7 +20,7 @@ from fxfeedback.tracing.examples import examples_of
 from fxfeedback.tracing.names import op_name
 from fxfeedback.tracing.share import share
 from fxfeedback.tracing.trace_at_size import trace_for
-from fxfeedback.tracing.wrapper import Wrapper
+from fxfeedback.tracing.wrapper import Wrapper, example_of, net_of, stand_ins_of
 
 
 @dataclass
@@ -118,11 +118,11 @@ def read_network(
     if isinstance(model, Wrapper):
         if input_size is not None or example_inputs is not None:
             raise OptionError("input_size= and example_inputs= are for a plain model: this one was made with its size")
-        form, examples = model._form, model._stand_ins()
+        form, examples = example_of(model).form, stand_ins_of(model)
     else:
         form, examples = example_form(model, examples_of(model, input_size, example_inputs))
-    within = model._net if isinstance(model, BUTD) else model
-    plain = within._net if isinstance(within, FeedbackModel) else within
+    within = net_of(model) if isinstance(model, BUTD) else model
+    plain = net_of(within) if isinstance(within, FeedbackModel) else within
     traced, _ = trace_for(share(plain), examples, form)
     annotate_shapes(traced, examples)
     classes = {path: type(module).__name__ for path, module in plain.named_modules()}
@@ -191,7 +191,7 @@ def _shape(node: fx.Node) -> tuple[int | None, ...] | None:
 
 def _add_passes(network: Network, model: FeedbackModel) -> None:
     """The connections, and which passes compute each node."""
-    graph = model._bottom_up().graph
+    graph = bottom_up_of(model).graph
     network.passes = model.passes
     order = {name: i for i, name in enumerate(network.nodes)}
     for number, connection in enumerate(model.connections, 1):
@@ -216,7 +216,7 @@ def _add_passes(network: Network, model: FeedbackModel) -> None:
 
 def _add_top_down(network: Network, model: BUTD) -> None:
     """What the TD passes cross, and where the instruction comes in."""
-    graphs = model._graphs(model._stand_ins())
+    graphs = graphs_of(model)
     bu, options = graphs.bottom_up, graphs.options
     network.separate = options.weights == "separate"
     if graphs.can_instruct:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fxfeedback.butd import BUTD
+from fxfeedback.butd import BUTD, graphs_of, instruction_of
 from fxfeedback.drawing.network import Network, drawn_as
 from fxfeedback.errors import OptionError
 
@@ -50,7 +50,7 @@ def active_units(butd: BUTD, network: Network, tasks: Any = None) -> tuple[list[
         OptionError, NodeNameError: no tasks, or a network that takes no instruction.
         InputError: an id out of range, or a vector of the wrong size.
     """
-    graphs = butd._graphs(butd._stand_ins())
+    graphs = graphs_of(butd)
     if not graphs.can_instruct and tasks is None:
         return [], {}
     graphs.require_head()
@@ -59,7 +59,7 @@ def active_units(butd: BUTD, network: Network, tasks: Any = None) -> tuple[list[
     for task in chosen.values():
         one_hot = isinstance(task, int) and butd.options.instruction_size is not None
         given = torch.eye(graphs.instruction_size)[[task]] if one_hot else task
-        for units, gate in zip(open_units, graphs.gates(butd._instruction(given, graphs, 1)[0]), strict=True):
+        for units, gate in zip(open_units, graphs.gates(instruction_of(butd, given)), strict=True):
             units.append((gate > 0).flatten())
     active: dict[str, Active] = {}
     for site, per_task in zip(graphs.sites, open_units, strict=True):

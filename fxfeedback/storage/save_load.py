@@ -28,7 +28,7 @@ from fxfeedback.storage.architecture import NotDescribed, build, check_levels, d
 from fxfeedback.storage.saved import Saved, check_passes, read_saved, read_wrapper
 from fxfeedback.tracing.saved import SAVED
 from fxfeedback.tracing.share import put, share
-from fxfeedback.tracing.wrapper import Wrapper
+from fxfeedback.tracing.wrapper import Wrapper, example_of, net_of
 from fxfeedback.version import __version__
 
 FILE = "model.safetensors"
@@ -45,7 +45,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     Raises:
         OptionError: neither `add_feedback` nor `to_butd` made the model, or an option cannot be stored.
     """
-    plain, wrappers = _unwrap(model)
+    plain, wrappers = unwrap(model)
     if not wrappers:
         raise OptionError(f"a {type(model).__name__} has neither connections nor instructions: save its state_dict()")
     tensors, names = _tensors(model)
@@ -129,7 +129,7 @@ def _made(about: Saved, tensors: dict[str, torch.Tensor], model: nn.Module | Non
 # -- wrappers ---------------------------------------------------------------------------------------------------------
 
 
-def _unwrap(model: nn.Module) -> tuple[nn.Module, list[tuple[str, str, dict[str, Any]]]]:
+def unwrap(model: nn.Module) -> tuple[nn.Module, list[tuple[str, str, dict[str, Any]]]]:
     """The plain model, and the wrappers in it, outermost first: where, which kind, made how."""
     wrappers: list[tuple[str, str, dict[str, Any]]] = []
     while True:
@@ -137,10 +137,11 @@ def _unwrap(model: nn.Module) -> tuple[nn.Module, list[tuple[str, str, dict[str,
         if found is None:
             return model, wrappers
         path, wrapper = found
-        how: dict[str, Any] = {"examples": [(tuple(x.shape), x.dtype) for x in wrapper._examples]}
-        if wrapper._example_names:
-            how["names"] = wrapper._example_names
-        elif not wrapper._form.is_positional:
+        example = example_of(wrapper)
+        how: dict[str, Any] = {"examples": [(tuple(x.shape), x.dtype) for x in example.inputs]}
+        if example.names:
+            how["names"] = example.names
+        elif not example.form.is_positional:
             raise OptionError(
                 "example_inputs= with other values than tensors cannot be saved: make the model with a tuple or a dict "
                 "of tensors"
@@ -152,7 +153,7 @@ def _unwrap(model: nn.Module) -> tuple[nn.Module, list[tuple[str, str, dict[str,
         elif isinstance(wrapper, BUTD):
             how |= {field.name: getattr(wrapper.options, field.name) for field in fields(Options)}
         wrappers.append((path, type(wrapper).__name__, how))
-        model = put(model, path, wrapper._net)
+        model = put(model, path, net_of(wrapper))
 
 
 def _described(

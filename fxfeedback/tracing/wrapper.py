@@ -3,7 +3,7 @@
 import itertools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import fx, nn
@@ -117,11 +117,6 @@ class Wrapper(nn.Module):
             return None, list(args)
         form, inputs = self._bind(args, named)
         return (None if form == self._form else form), inputs
-
-    def _call_as_example(self, inputs: Sequence[torch.Tensor], **options: Any) -> Any:
-        """A call in the form of the example, with these inputs."""
-        args, named = self._form.fill(inputs)
-        return self(*args, **named, **options)
 
     def _stand_ins(self) -> list[torch.Tensor]:
         """Tensors without data like the example inputs, in our present dtype."""
@@ -259,6 +254,62 @@ class Wrapper(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": Cache()}
+
+
+# -- what the rest of the package asks of a wrapper: functions, as a method would hide a name of the user's model ------
+
+
+class Example(NamedTuple):
+    """The example call that a wrapper was made with.
+
+    form: its arguments. inputs: its tensors, without data and with batch 1. names: of these tensors, where they were
+    given by name.
+    """
+
+    form: Form
+    inputs: list[torch.Tensor]
+    names: list[str]
+
+
+def example_of(wrapper: Wrapper) -> Example:
+    """The example as it was given, in the dtypes that it had then."""
+    return Example(wrapper._form, wrapper._examples, wrapper._example_names)
+
+
+def stand_ins_of(wrapper: Wrapper) -> list[torch.Tensor]:
+    """Tensors without data like the example inputs, with batch 1, in the wrapper's present dtype."""
+    return wrapper._stand_ins()
+
+
+def net_of(wrapper: Wrapper) -> nn.Module:
+    """The user's model: a copy of its modules, with the wrapper's tensors and modes."""
+    return wrapper._net
+
+
+def root_of(wrapper: Wrapper) -> nn.Module:
+    """A plain module with the wrapper's tensors and modules: what graphs are made on."""
+    return wrapper._root
+
+
+def fetch_of(wrapper: Wrapper) -> Callable[[str], torch.Tensor]:
+    """Qualified name -> parameter or buffer, computed anew where it is parametrized."""
+    return wrapper._fetch
+
+
+def like_of(wrapper: Wrapper) -> torch.Tensor:
+    """A tensor of the wrapper's dtype, on its device."""
+    return wrapper._like()
+
+
+def modes_of(wrapper: Wrapper) -> int:
+    """A number for the modes and attributes of all modules: the same for the same ones."""
+    return wrapper._fingerprint()
+
+
+def call_as_example(wrapper: Wrapper, inputs: Sequence[torch.Tensor], **options: Any) -> Any:
+    """Call a wrapper in the form of its example, with these inputs."""
+    args, named = wrapper._form.fill(inputs)
+    return wrapper(*args, **named, **options)
 
 
 @torch.compiler.assume_constant_result
