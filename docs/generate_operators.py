@@ -33,7 +33,8 @@ from torch import fx, nn
 from fxfeedback.counter_hebb_pass import Learning, key_of, learner
 from fxfeedback.errors import RuleError
 from fxfeedback.graph.bottom_up import BottomUp
-from fxfeedback.graph.shapes import EXAMPLE_BATCH, Spec, annotate_shapes, is_structure
+from fxfeedback.graph.shapes import annotate_shapes, is_structure
+from fxfeedback.graph.specs import EXAMPLE_BATCH, Spec
 from fxfeedback.instructed.check_rule import Call
 from fxfeedback.rules import RULES, Rule
 from fxfeedback.rules.core import CONSTANT

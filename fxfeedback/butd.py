@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from fxfeedback.errors import InputError
 from fxfeedback.graph.bottom_up import operand
-from fxfeedback.graph.shapes import of_size, size_of
+from fxfeedback.graph.specs import of_size, size_of
 from fxfeedback.instructed import td_state
 from fxfeedback.instructed.autograd_bridge import CounterHebb, refuse_transforms
 from fxfeedback.instructed.graphs import Graphs

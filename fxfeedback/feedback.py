@@ -16,7 +16,8 @@ from fxfeedback.graph.bottom_up import has_effect, never_negative
 from fxfeedback.graph.channels import channel_dim
 from fxfeedback.graph.layout import layout_of
 from fxfeedback.graph.nodes import find_node
-from fxfeedback.graph.shapes import Spec, annotate_shapes, of_size, size_of
+from fxfeedback.graph.shapes import annotate_shapes
+from fxfeedback.graph.specs import Spec, of_size, size_of
 from fxfeedback.lrm.modulation import Modulation
 from fxfeedback.lrm.recompute import brief, lean, segmented
 from fxfeedback.rewrite import Link, Unrolling, unroll

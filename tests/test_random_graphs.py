@@ -20,7 +20,8 @@ import fxfeedback
 from fxfeedback.butd import BUTD
 from fxfeedback.counter_hebb_pass import Learning, learner
 from fxfeedback.errors import NodeNameError, OptionError
-from fxfeedback.graph.shapes import EXAMPLE_BATCH, annotate_shapes
+from fxfeedback.graph.shapes import annotate_shapes
+from fxfeedback.graph.specs import EXAMPLE_BATCH
 from fxfeedback.instructed.autograd_bridge import CounterHebb, cut
 from fxfeedback.rules import RULES
 from fxfeedback.tracing.share import share

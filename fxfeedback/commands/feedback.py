@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _computed(graph: Any, passes: int) -> list[list[str]]:
     """For each pass the names of the model's nodes that it computes, where these are tensors."""
-    from fxfeedback.graph.shapes import Spec
+    from fxfeedback.graph.specs import Spec
 
     calls = (node for node in graph.nodes if node.op.startswith("call") and "name" in node.meta)
     named = [node for node in calls if isinstance(node.meta["spec"], Spec)]

@@ -75,7 +75,8 @@ def _traced(model: Any, examples: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
 def _nodes(part: str, module: Any, examples: Sequence[Any]) -> Iterator[dict[str, Any]]:
     """What is said of each node of a model's or a part's graph."""
     from fxfeedback.feedback import legal_ends
-    from fxfeedback.graph.shapes import Spec, annotate_shapes
+    from fxfeedback.graph.shapes import annotate_shapes
+    from fxfeedback.graph.specs import Spec
     from fxfeedback.tracing.names import op_name
 
     annotate_shapes(module, examples)

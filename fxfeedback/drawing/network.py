@@ -13,7 +13,8 @@ from fxfeedback.errors import OptionError
 from fxfeedback.feedback import FeedbackModel, bottom_up_of
 from fxfeedback.graph.bottom_up import BottomUp
 from fxfeedback.graph.nodes import find_node
-from fxfeedback.graph.shapes import Spec, annotate_shapes
+from fxfeedback.graph.shapes import annotate_shapes
+from fxfeedback.graph.specs import Spec
 from fxfeedback.instructed.graphs import Graphs
 from fxfeedback.tracing.arguments import example_form
 from fxfeedback.tracing.examples import examples_of

@@ -12,7 +12,8 @@ from torch import fx
 
 from fxfeedback.errors import NodeNameError
 from fxfeedback.graph.nodes import find_node
-from fxfeedback.graph.shapes import Spec, is_structure, leaves_of
+from fxfeedback.graph.shapes import is_structure, leaves_of
+from fxfeedback.graph.specs import Spec
 from fxfeedback.rules import RULES
 from fxfeedback.rules.core import CONSTANT
 from fxfeedback.rules.ops import survival, surviving_channels

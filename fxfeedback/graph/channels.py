@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxfeedback.graph.shapes import Spec
+from fxfeedback.graph.specs import Spec
 from fxfeedback.rules import RULES
 
 

@@ -1,22 +1,143 @@
-"""Questions about single nodes: what they are called, which of the user's lines made them, whose code they call."""
+"""Questions about single nodes: what the passes have said of them, what they are called, whose code they call.
+
+What one pass tells the next of a node is an entry of its `meta` under a key of `KEYS`. It is said by `tell` where the
+node is made, and read by the accessor beside it; no pass reads it off a node's name.
+"""
 
 import difflib
 import enum
-import keyword
 import operator
 import re
 import types
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 from torch import fx
-from torch.fx.node import base_types
 
-from fxfeedback.errors import NodeNameError, TraceError
+from fxfeedback.errors import NodeNameError
+from fxfeedback.graph.specs import Spec
 
-NAME = re.compile("[A-Za-z0-9_-]+")
-"""Of a module, a parameter or a buffer: torch.fx writes it into the code of a graph, where nothing else is safe."""
-NAMES = "and names of modules, parameters and buffers are of letters from a to z, digits, '_' and '-'"
+KEYS = {
+    "name": "its qualified name, as users write it: layer1.0.relu (tracing/trace.py, and every pass that makes nodes)",
+    "module": "the path of the torch.nn module that it calls or, once opened, is the last op of (tracing/trace.py)",
+    "as_called": "it calls a copy of a module that has the attributes of this call (tracing/trace.py)",
+    "spec": "the Spec of what it makes, a tuple or dict of them if several, None if no tensor (graph/shapes.py)",
+    "drawn": "its op draws random numbers (graph/shapes.py)",
+    "writes": "its function, the user's, writes into its arguments (graph/shapes.py)",
+    "pass": "the number of the pass that computes it; none is the first (rewrite.py)",
+    "instruction": "it is the input for the instruction (instructed/task_heads.py, td_graph.py)",
+    "heads": "'stacked': it computes the heads of all tasks; 'chosen': it picks from these (instructed/task_heads.py)",
+    "gate": "it is the input for the gate of the site of this name (instructed/gates.py)",
+    "rows": "it is the input that says which of several instructions each sample has (instructed/gates.py)",
+    "gates": "it gates the site of this name (instructed/gates.py)",
+    "error": "it is the input for the error of an output (counter_hebb_pass.py)",
+    "counterpart": "the name of the BU node that it is the TD counterpart of, or a part of that (td_graph.py)",
+    "role": "the TD pass that it belongs to: 'instruct' or 'error' (td_graph.py)",
+    "update": "the name of the parameter or input whose update it is (counter_hebb_pass.py)",
+}
+"""Every key of `node.meta` that the package uses: what it says of the node, and which file says it."""
+
+
+def tell(node: fx.Node, **entries: Any) -> None:
+    """Say something of a node to the passes that come later; the keys are those of `KEYS`."""
+    assert entries.keys() <= KEYS.keys(), f"{sorted(entries.keys() - KEYS.keys())} should stand in KEYS"
+    node.meta.update(entries)
+
+
+def inherit(node: fx.Node, like: fx.Node, **changes: Any) -> None:
+    """Say of a node what is said of another, but for `changes`."""
+    node.meta = dict(like.meta)
+    tell(node, **changes)
+
+
+def name_of(node: fx.Node) -> str:
+    """Its qualified name; the name that it has in the graph's code where it has no other."""
+    return node.meta.get("name", node.name)
+
+
+def is_named(node: fx.Node) -> bool:
+    """Whether it has a qualified name."""
+    return "name" in node.meta
+
+
+def module_of(node: fx.Node) -> str | None:
+    """The path of the torch.nn module that it calls or is the last op of."""
+    return node.meta.get("module")
+
+
+def is_as_called(node: fx.Node) -> bool:
+    """Whether it calls a copy of a module."""
+    return "as_called" in node.meta
+
+
+def spec_of(node: fx.Node) -> Spec:
+    """The Spec of the one tensor that it makes."""
+    return node.meta["spec"]
+
+
+def specs_of(node: fx.Node) -> Any:
+    """A Spec, or a tuple or dict of them; None if it makes no tensor, or if its graph has no shapes yet."""
+    return node.meta.get("spec")
+
+
+def draws(node: fx.Node) -> bool:
+    """Whether its op draws random numbers."""
+    return "drawn" in node.meta
+
+
+def writes_into_arguments(node: fx.Node) -> bool:
+    """Whether it is a call of a function of the user's that writes into its arguments."""
+    return "writes" in node.meta
+
+
+def pass_of(node: fx.Node) -> int | None:
+    """The number of the pass that computes it, if it is said."""
+    return node.meta.get("pass")
+
+
+def is_instruction(node: fx.Node) -> bool:
+    """Whether it is the input for the instruction."""
+    return "instruction" in node.meta
+
+
+def is_error(node: fx.Node) -> bool:
+    """Whether it is the input for the error of an output."""
+    return "error" in node.meta
+
+
+def is_own_input(node: fx.Node) -> bool:
+    """Whether it is an input of the model itself: none for instructions, gates and errors."""
+    return node.op == "placeholder" and not node.meta.keys() & {"instruction", "gate", "rows", "error"}
+
+
+def task_heads_of(node: fx.Node) -> Literal["stacked", "chosen"] | None:
+    """What it has to do with the heads of all tasks."""
+    return node.meta.get("heads")
+
+
+def gate_of(node: fx.Node) -> str | None:
+    """Of the input for a gate: the name of the site that it gates."""
+    return node.meta.get("gate")
+
+
+def gated_site_of(node: fx.Node) -> str | None:
+    """Of the call that gates a site: the site's name."""
+    return node.meta.get("gates")
+
+
+def counterpart_of(node: fx.Node) -> str | None:
+    """Of a TD node: the name of the BU node that it is the counterpart of, or a part of that."""
+    return node.meta.get("counterpart")
+
+
+def role_of(node: fx.Node) -> Literal["instruct", "error"] | None:
+    """Of a TD node: the pass that it belongs to."""
+    return node.meta.get("role")
+
+
+def update_of(node: fx.Node) -> str | None:
+    """The name of the parameter or input whose update it is."""
+    return node.meta.get("update")
 
 
 def find_node(graph: fx.Graph, name: str) -> fx.Node:
@@ -25,7 +146,7 @@ def find_node(graph: fx.Graph, name: str) -> fx.Node:
     Raises:
         NodeNameError: no such node; the message has the nearest names.
     """
-    named = {node.meta["name"]: node for node in graph.nodes if node.op != "output" and "name" in node.meta}
+    named = {name_of(node): node for node in graph.nodes if node.op != "output" and is_named(node)}
     if name in named:
         return named[name]
     inside = [node for key, node in named.items() if key.startswith(name + ".")]
@@ -56,52 +177,6 @@ def built_in(value: Any) -> Any:
         return value
     kind = next((kind for kind in (bool, int, float, complex, str) if isinstance(value, kind)), None)
     return value if kind is None or type(value) is kind else kind(value)
-
-
-def refuse_unwritable(graph: fx.Graph) -> None:
-    """Refuse what torch.fx cannot write into a graph's code: it takes names and constants there as they are.
-
-    Raises:
-        TraceError: a name or a constant that would be read as something else.
-    """
-    for node in graph.nodes:
-        steps = str(node.target).split(".")
-        if node.op in ("call_module", "get_attr"):
-            words = [step for step in steps if keyword.iskeyword(step)]
-            if words:
-                raise TraceError(
-                    f"the model's {node.target!r} is called like Python's own word {words[0]!r}, which the code of a "
-                    f"graph cannot say: rename it, for example to {words[0] + '_'!r}"
-                )
-            if not all(map(NAME.fullmatch, steps)):
-                raise TraceError(f"the model has {node.target!r}, {NAMES}: rename it.")
-        names = [str(node.target).lstrip("*")] if node.op in ("call_method", "placeholder") else []
-        names += [node.args[1]] if node.target is getattr and isinstance(node.args[1], str) else []
-        for name in [*names, *node.kwargs]:
-            if not name.isidentifier() or keyword.iskeyword(name):
-                raise TraceError(
-                    f"{node.name!r} has {name!r} as a name{user_line(node)}, which the code of a graph cannot say: use "
-                    "names that Python's own code can have"
-                )
-        _check_constants((node.args, node.kwargs), node)
-
-
-def _check_constants(value: Any, node: fx.Node) -> None:
-    if isinstance(value, (tuple, list)):
-        for item in value:
-            _check_constants(item, node)
-    elif isinstance(value, dict):
-        _check_constants([*value, *value.values()], node)
-    elif isinstance(value, (slice, range)):
-        _check_constants((value.start, value.stop, value.step), node)
-    elif isinstance(value, enum.Enum):
-        if not value.name.isidentifier():
-            raise TraceError(f"{value!r} is a constant{user_line(node)} that the code of a graph cannot say")
-    elif not isinstance(value, (fx.Node, type(None), type(...))) and type(value) not in base_types:
-        raise TraceError(
-            f"a {type(value).__name__} is a constant{user_line(node)}, which the code of a graph cannot say: give "
-            "numbers, strings and tensors"
-        )
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

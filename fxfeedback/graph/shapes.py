@@ -4,7 +4,7 @@ import inspect
 import operator
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, is_dataclass
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -14,43 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxfeedback.errors import TraceError
 from fxfeedback.graph.nodes import is_users, user_line
+from fxfeedback.graph.specs import EXAMPLE_BATCH, Spec, at_batch
 from fxfeedback.rules.ops import without_gradient
-
-EXAMPLE_BATCH = 2
-"""Batch size of the shapes in a `Spec`; no broadcasting can hide in it, as it could in 1."""
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What tracing knows of a tensor: its shape at batch size `EXAMPLE_BATCH`, and how each size grows with the batch.
-
-    `per_sample[i]` is what one more sample adds to `shape[i]`: 0 where the batch has no say, 1 for a batch dimension,
-    64 where 64 windows of an image lie in the batch dimension.
-    """
-
-    shape: tuple[int, ...]
-    per_sample: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def sizes(self) -> tuple[int | None, ...]:
-        """The shape with None where it depends on the batch."""
-        return tuple(None if slope else size for size, slope in zip(self.shape, self.per_sample, strict=True))
-
-
-def at_batch(batch: int, x: torch.Tensor) -> torch.Tensor:
-    """A tensor without data like the input `x`, at this batch size; a tensor of one number, (), has no batch."""
-    return torch.empty((batch, *x.shape[1:]) if x.ndim else (), dtype=x.dtype, device="meta")
-
-
-def size_of(x: torch.Tensor) -> tuple[int, ...] | None:
-    """The size of an input without its batch; None for a tensor of one number, (), which has no batch."""
-    return tuple([operator.index(n) for n in x.shape[1:]]) if x.ndim else None  # under torch.compile, numbers
-
-
-def of_size(size: tuple[int, ...] | None, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor without data with batch 1 of what `size_of` says."""
-    return torch.empty(() if size is None else (1, *size), dtype=dtype, device="meta")
 
 
 def annotate_shapes(module: fx.GraphModule, example_inputs: Sequence[torch.Tensor]) -> None:

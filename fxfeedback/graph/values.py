@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from fxfeedback.errors import RuleError
 from fxfeedback.graph.nodes import identifier
-from fxfeedback.graph.shapes import EXAMPLE_BATCH, Spec
+from fxfeedback.graph.specs import EXAMPLE_BATCH, Spec
 
 
 class Emitter(fx.Tracer):

@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from fxfeedback.graph.bottom_up import operand
-from fxfeedback.graph.shapes import Spec
+from fxfeedback.graph.specs import Spec
 from fxfeedback.lrm.modulation import Modulation, modulate
 from fxfeedback.rewrite import drop_unread
 from fxfeedback.rules.ops import linear_of_passes

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxfeedback.graph.nodes import identifier
-from fxfeedback.graph.shapes import EXAMPLE_BATCH, Spec
+from fxfeedback.graph.specs import EXAMPLE_BATCH, Spec
 from fxfeedback.one_task.step_table import step_of
 from fxfeedback.one_task.steps import Channels, Step, unknown
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from fxfeedback.graph.shapes import Spec
+from fxfeedback.graph.specs import Spec
 from fxfeedback.one_task.steps import (
     Gathering,
     Joining,

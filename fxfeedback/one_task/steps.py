@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from fxfeedback.graph.channels import channel_dim
-from fxfeedback.graph.shapes import Spec
+from fxfeedback.graph.specs import Spec
 from fxfeedback.rules import RULES
 from fxfeedback.rules.convolution import transposed_convolution
 from fxfeedback.rules.dropout import identity

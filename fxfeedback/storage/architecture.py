@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from fxfeedback.errors import CheckpointError
-from fxfeedback.graph.nodes import NAME, NAMES
+from fxfeedback.graph.writable import NAME, NAMES
 
 PACKAGES = (
     "torch.nn.modules",

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 from torch import fx, nn
 
-from fxfeedback.graph.shapes import Spec, annotate_shapes
+from fxfeedback.graph.shapes import annotate_shapes
+from fxfeedback.graph.specs import Spec
 from fxfeedback.tracing.arguments import example_form
 from fxfeedback.tracing.examples import examples_of
 from fxfeedback.tracing.share import share

@@ -21,8 +21,9 @@ from torch.nn.utils.parametrizations import _Orthogonal
 
 from fxfeedback.errors import RuleError
 from fxfeedback.graph.bottom_up import has_effect
-from fxfeedback.graph.nodes import built_in, identifier, is_operator_in_place, is_users, refuse_unwritable, user_line
+from fxfeedback.graph.nodes import built_in, identifier, is_operator_in_place, is_users, user_line
 from fxfeedback.graph.shapes import plain
+from fxfeedback.graph.writable import refuse_unwritable
 from fxfeedback.rules.core import CONSTANT, RULES
 from fxfeedback.rules.ops import drawn_like, same
 from fxfeedback.tracing.known_shapes import Shapes

@@ -9,7 +9,7 @@ from torch.ao.nn.quantized import FloatFunctional
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from fxfeedback.errors import TraceError
-from fxfeedback.graph.nodes import NAME, NAMES
+from fxfeedback.graph.writable import NAME, NAMES
 
 QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 """Packages of quantized modules; what computes with floats there are only the `FloatFunctional`s."""

@@ -18,15 +18,8 @@ from torch import fx, nn
 from torchvision.models.feature_extraction import NodePathTracer
 
 from fxfeedback.errors import TraceError
-from fxfeedback.graph.nodes import (
-    built_in,
-    identifier,
-    is_operator_in_place,
-    is_torchs,
-    is_users,
-    refuse_unwritable,
-    user_line,
-)
+from fxfeedback.graph.nodes import built_in, identifier, is_operator_in_place, is_torchs, is_users, user_line
+from fxfeedback.graph.writable import refuse_unwritable
 from fxfeedback.rules.ops import without_gradient
 from fxfeedback.tracing.arguments import PROXIES, Form, form_of
 from fxfeedback.tracing.attributes import CONSTANT, Stage, difference, meaning, noting_lines, state_is_kept
