@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from fxfeedback.errors import InputError
 from fxfeedback.graph.bottom_up import operand
+from fxfeedback.graph.nodes import name_of
 from fxfeedback.graph.specs import of_size, size_of
 from fxfeedback.instructed import td_state
 from fxfeedback.instructed.autograd_bridge import CounterHebb, refuse_transforms
@@ -216,7 +217,7 @@ class BUTD(Wrapper):
         A part of the model's that is called so is `get_submodule("head")`.
         """
         graphs = self._graphs(self._stand_ins())
-        return None if graphs.no_head else graphs.head.meta["name"]
+        return None if graphs.no_head else name_of(graphs.head)
 
     @property
     def bu(self) -> fx.GraphModule:

@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from fxfeedback.graph.bottom_up import BottomUp, has_effect, operand, weight_of
 from fxfeedback.graph.channels import channels_of
+from fxfeedback.graph.nodes import gated_site_of, name_of, spec_of, specs_of, tell
 from fxfeedback.graph.values import Emitter, Value, batch_size
 from fxfeedback.rules import RULES
 from fxfeedback.td_graph import Walk
@@ -71,9 +72,9 @@ def learner(module: fx.GraphModule, root: nn.Module, learning: Learning) -> fx.G
     values, saved = _emit_bottom_up(bu, emitter, wanted, learning.fused)
     leaves = [leaf for i, leaf in enumerate(bu.output_leaves()) if learning.errors is None or i in learning.errors]
     names = ["error"] if len(leaves) == 1 else [f"error_{i}" for i in range(len(leaves))]
-    seeds = {leaf: emitter.placeholder(name, leaf.meta["spec"]) for leaf, name in zip(leaves, names, strict=True)}
+    seeds = {leaf: emitter.placeholder(name, spec_of(leaf)) for leaf, name in zip(leaves, names, strict=True)}
     for seed in seeds.values():
-        seed.node.meta["error"] = True
+        tell(seed.node, error=True)
     emitter.batch = batch_size(
         [*seeds.values(), *(values[node] for node in bu.inputs)]
     )  # an input would have to be kept
@@ -86,9 +87,9 @@ def learner(module: fx.GraphModule, root: nn.Module, learning: Learning) -> fx.G
         return e, any(_is_gated_step(user) for user in node.users)
 
     def arrive_laterally(node: fx.Node, e: Any) -> tuple[Any, bool]:
-        if node.meta["name"] not in learning.sites:
-            return e, "gates" in node.meta
-        gated = next((user for user in node.users if "gates" in user.meta), node)
+        if name_of(node) not in learning.sites:
+            return e, gated_site_of(node) is not None
+        gated = next((user for user in node.users if gated_site_of(user) is not None), node)
         return learning.lateral(e, values[gated]), True  # type: ignore[misc]
 
     walk = Walk(
@@ -124,8 +125,8 @@ def _emit_bottom_up(bu: BottomUp, emitter: Emitter, wanted: set[fx.Node], fused:
             with emitter.named(f"{node.name}_kernel"):
                 value, saved[node] = kernel.forward(*args, **kwargs)
             value.node._rename(node.name)
-            value.spec = node.meta["spec"]
-            value.node.meta["name"] = node.meta["name"]
+            value.spec = specs_of(node)
+            tell(value.node, name=name_of(node))
         else:
             value = emitter.proxy(emitter.graph.node_copy(node, lambda source: values[source].node))
         values[node] = value
@@ -134,7 +135,7 @@ def _emit_bottom_up(bu: BottomUp, emitter: Emitter, wanted: set[fx.Node], fused:
 
 def _is_gated_step(node: fx.Node) -> bool:
     """Whether the node is the gate behind an activation that is a step (see `Rule`), and that nothing else reads."""
-    if "gates" not in node.meta:
+    if gated_site_of(node) is None:
         return False
     activation = node.all_input_nodes[0]
     rule = RULES.get(activation.target)
@@ -149,7 +150,7 @@ def _updates(
 
     def emit(name: str, value: Any) -> None:
         assert name not in updates, f"{name} gets two updates, and would keep one of them"
-        value.node.meta["update"] = name
+        tell(value.node, update=name)
         value.node._rename("update_" + re.sub(r"\W", "_", name.removeprefix(INPUT)))
         updates[name] = value.node
 

@@ -6,7 +6,6 @@ a `Program` here (a torch.fx graph with labels for its nodes, and what its input
 
 import functools
 import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,17 @@ from fxfeedback.errors import InputError, OptionError
 from fxfeedback.feedback import FeedbackModel, bottom_up_of, links_of, looks_at_sizes
 from fxfeedback.graph.bottom_up import has_effect
 from fxfeedback.graph.channels import channel_mean
-from fxfeedback.graph.nodes import find_node
+from fxfeedback.graph.nodes import (
+    counterpart_of,
+    find_node,
+    gate_of,
+    is_instruction,
+    is_own_input,
+    name_of,
+    pass_of,
+    spec_of,
+    tell,
+)
 from fxfeedback.instructed.graphs import Graphs
 from fxfeedback.rewrite import Unroller, Unrolling
 from fxfeedback.tracing.modes import eval_mode
@@ -140,7 +149,7 @@ class _Numbered(Unroller):
         result = super().one_pass(number, inputs)
         for node in self.graph.nodes:
             if node not in before:
-                node.meta = {**node.meta, "pass": number}
+                tell(node, **{"pass": number})
         return result
 
     def modulated(self, y: fx.Node, modulation: fx.Node, activation: str) -> fx.Node:
@@ -148,7 +157,7 @@ class _Numbered(Unroller):
         value = super().modulated(y, modulation, activation)
         for node in self.graph.nodes:
             if node not in before:
-                node.meta["name"] = f"{y.meta['name']}.modulated"
+                tell(node, name=f"{name_of(y)}.modulated")
         return value
 
 
@@ -166,7 +175,7 @@ def _unrolled(model: FeedbackModel, passes: int, steerable: bool, any_size: bool
         given.any_size = any_size and given.example.ndim in SPATIAL
     like = like_of(model)
     for node_name, name in steered.items():
-        spec = find_node(bu.graph, node_name).meta["spec"]
+        spec = spec_of(find_node(bu.graph, node_name))
         if spec.per_sample[0] != 1 or any(spec.per_sample[1:]):
             raise OptionError(
                 f"steerable: the value of {name!r} is not one per sample of the batch: it cannot be steered"
@@ -185,14 +194,12 @@ def _unrolled(model: FeedbackModel, passes: int, steerable: bool, any_size: bool
         ]
     labels = {}
     for node in graph.nodes:
-        name = str(node.target) if node.op == "call_module" else node.meta.get("name", node.name)
-        labels[node] = f"pass{node.meta['pass']}/{name}" if "pass" in node.meta else f"steering/{name}"
+        name = str(node.target) if node.op == "call_module" else name_of(node)
+        labels[node] = f"pass{pass_of(node)}/{name}" if pass_of(node) else f"steering/{name}"
     metadata = about(model, "lrm") | {
         "connections": [vars(connection) for connection in model.connections],
         "passes": passes,
-        "steerable": {given: steered[node.meta["name"]] for given, node in sources.items()} | steered
-        if steerable
-        else {},
+        "steerable": {given: steered[name_of(node)] for given, node in sources.items()} | steered if steerable else {},
     }
     return Program(graph, labels, inputs, root_of(model), fetch_of(model), metadata)
 
@@ -209,21 +216,20 @@ def _instructed(butd: BUTD) -> Program:
     inputs.append(Input("instruction", one, "instructions"))
 
     down: dict[fx.Node, fx.Node] = {}
-    bottom_up_names = {node.name: node.meta["name"] for node in graphs.bu.graph.nodes if "name" in node.meta}
     for node in graphs.td.graph.nodes:
         if node.op != "output":
             down[node] = graph.node_copy(node, down.__getitem__)
-            labels[down[node]] = f"td/{td_name(node, bottom_up_names)}"
+            labels[down[node]] = f"td/{td_name(node)}"
     counters = graphs.td.graph.output_node().args[0]
     instruction = next(copy for node, copy in down.items() if node.op == "placeholder")
 
     gates: dict[str, fx.Node] = {}
     for site in graphs.sites:
-        name = site.meta["name"]
-        take = functools.partial(gate_of, graphs, site)
+        name = name_of(site)
+        take = functools.partial(take_gate, graphs, site)
         gate = graph.create_node("call_function", take, (down[counters[name]],), name=f"gate_{site.name}")  # type: ignore
         labels[gate] = f"gate/{name}"
-        gates[f"gate_{site.name}"] = gate
+        gates[name] = gate
     _predict(predicting, graph, labels, own, instruction, gates)
     return Program(graph, labels, inputs, root_of(butd), fetch_of(butd), about_butd(butd, graphs, "instructed"))
 
@@ -236,7 +242,7 @@ def _one_task(butd: BUTD, task: Any) -> Program:
         instruction = instruction_of(butd, task)
     except InputError as error:
         raise OptionError(f"task={task!r}: {error}") from None
-    labels = {node: f"bu/{node.meta.get('name', node.name)}" for node in selected.graph.nodes}
+    labels = {node: f"bu/{name_of(node)}" for node in selected.graph.nodes}
     metadata = about_butd(butd, graphs, "task") | {"task": task if isinstance(task, int) else instruction[0].tolist()}
     inputs = own_inputs(butd, selected.graph)
     fetch = functools.partial(_attribute, selected)
@@ -255,7 +261,7 @@ def _graphs(butd: BUTD) -> Graphs:
     return graphs
 
 
-def gate_of(graphs: Graphs, site: fx.Node, counter: torch.Tensor) -> torch.Tensor:
+def take_gate(graphs: Graphs, site: fx.Node, counter: torch.Tensor) -> torch.Tensor:
     """What the lateral connection takes, as `Graphs.gates` makes it."""
     value = channel_mean(counter, site) if graphs.options.gating == "channel" else counter
     return value > 0 if graphs.options.exact else value
@@ -275,15 +281,10 @@ def _predict(
         if node.op == "output":
             graph.output(fx.map_arg(node.args[0], copies.__getitem__))
         elif node.op == "placeholder" and node not in copies:
-            copies[node] = instruction if node.meta.get("instruction") else gates[str(node.target)]
+            copies[node] = instruction if is_instruction(node) else gates[str(gate_of(node))]
         elif node not in copies:
             copies[node] = graph.node_copy(node, copies.__getitem__)
-            labels[copies[node]] = f"bu/{node.meta.get('name', node.name)}"
-
-
-def is_own_input(node: fx.Node) -> bool:
-    """Whether the node is an input of the model itself, not an instruction or a gate."""
-    return node.op == "placeholder" and not node.meta.get("instruction") and not str(node.target).startswith("gate_")
+            labels[copies[node]] = f"bu/{name_of(node)}"
 
 
 def own_inputs(wrapper: Wrapper, graph: fx.Graph) -> list[Input]:
@@ -296,12 +297,9 @@ def own_inputs(wrapper: Wrapper, graph: fx.Graph) -> list[Input]:
     ]
 
 
-def td_name(node: fx.Node, names: Mapping[str, str]) -> str:
+def td_name(node: fx.Node) -> str:
     """The name of the BU node that a node of the TD graph is the counterpart of; else its own."""
-    if node.op == "call_module":
-        return str(node.target)
-    found = re.fullmatch(r"(.*)_td(_\d+)?", node.name)
-    return names.get(found[1], node.name) if found else node.name
+    return str(node.target) if node.op == "call_module" else counterpart_of(node) or node.name
 
 
 def _return_only(graph: fx.Graph, value: Any) -> None:
@@ -325,5 +323,5 @@ def about_butd(butd: BUTD, graphs: Graphs, product: str) -> dict[str, Any]:
         "instruction_size": graphs.instruction_size,
         "takes_ids": graphs.options.instruction_size is None,
         "gating": graphs.options.gating,
-        "sites": [site.meta["name"] for site in graphs.sites],
+        "sites": [name_of(site) for site in graphs.sites],
     }

@@ -15,7 +15,7 @@ from fxfeedback.errors import ActivationWarning, InputError, NodeNameError, Opti
 from fxfeedback.graph.bottom_up import has_effect, never_negative
 from fxfeedback.graph.channels import channel_dim
 from fxfeedback.graph.layout import layout_of
-from fxfeedback.graph.nodes import find_node
+from fxfeedback.graph.nodes import find_node, is_named, name_of, pass_of, spec_of, specs_of, tell, writes_into_arguments
 from fxfeedback.graph.shapes import annotate_shapes
 from fxfeedback.graph.specs import Spec, of_size, size_of
 from fxfeedback.lrm.modulation import Modulation
@@ -277,8 +277,8 @@ class FeedbackModel(Wrapper):
         """
         own, names = _without_names(inputs)
         graph = self._bottom_up().graph
-        found = {name: find_node(graph, name).meta["name"] for name in names}
-        destinations = {find_node(graph, c.destination).meta["name"] for c in self.connections}
+        found = {name: name_of(find_node(graph, name)) for name in names}
+        destinations = {name_of(find_node(graph, c.destination)) for c in self.connections}
         options = {name: named.pop(name) for name in ("steering", "steer_first_pass") if name in named}
         read = self._run(own, named, passes, readout=tuple(found.values()), **options)[2]
 
@@ -330,8 +330,8 @@ class FeedbackModel(Wrapper):
         module = self._unrolled(Unrolling(passes, return_all), sizes, form)
         graph = module.graph
         for node in graph.nodes:
-            name, number = node.meta.get("name", str(node.target) if node.op == "call_module" else node.name), node.meta
-            node.meta["name"] = f"{name}.pass{number['pass']}" if "pass" in number else name
+            name = str(node.target) if node.op == "call_module" and not is_named(node) else name_of(node)
+            tell(node, name=f"{name}.pass{pass_of(node)}" if pass_of(node) else name)
         graph.output_node().args = (graph.output_node().args[0][0],)  # type: ignore[index]
         graph.eliminate_dead_code(is_impure_node=has_effect)
         module.recompile()
@@ -401,7 +401,7 @@ class FeedbackModel(Wrapper):
         traced, by_size = trace_for(self._net, examples, form or self._form)
         module = open_modules(traced, strict=False, owner=self._net)
         annotate_shapes(module, examples)
-        writes = any("writes" in node.meta for node in module.graph.nodes)
+        writes = any(writes_into_arguments(node) for node in module.graph.nodes)
         self._by_size |= by_size or writes
         if writes:
             module = open_modules(traced, strict=False, example_inputs=examples, owner=self._net)
@@ -437,8 +437,8 @@ class FeedbackModel(Wrapper):
         *_, steps, sizes, (form, passes, return_all, state, steered, steer_first, readout) = key
         graph = self._bottom_up(sizes, form).graph
         nodes = [find_node(graph, c.source) for c in self.connections]
-        sources = {node.meta["name"]: _Source(node.meta["spec"], channel_dim(node)) for node in nodes}
-        names = {name: find_node(graph, name).meta["name"] for name in steered}
+        sources = {name_of(node): _Source(spec_of(node), channel_dim(node)) for node in nodes}
+        names = {name: name_of(find_node(graph, name)) for name in steered}
         for name in [name for name in (*state, *names.values()) if name not in sources]:
             given = "the state" if name in state else "the steering"
             raise NodeNameError(f"{given} has {name!r}, which is no source; sources: {', '.join(sources)}")
@@ -546,12 +546,12 @@ def _check_connections(bu: fx.GraphModule, connections: Sequence[Connection]) ->
         seen.add((source, destination))
         for node, role in ((source, "source"), (destination, "destination")):
             if not _is_vector_or_map(node):
-                raise NodeNameError(f"{arrow}: the {role} {node.meta['name']!r} is no vector and no map")
-        samples = [node.meta["spec"].per_sample[0] for node in (source, destination)]
+                raise NodeNameError(f"{arrow}: the {role} {name_of(node)!r} is no vector and no map")
+        samples = [spec_of(node).per_sample[0] for node in (source, destination)]
         if 0 in samples or samples[0] != samples[1]:
             node = destination if samples[1] != 1 else source
             what = "is the same for all samples" if 0 in samples else "has several parts of an input in its batch"
-            raise NodeNameError(f"{arrow}: {node.meta['name']!r} {what}, and cannot be matched sample by sample")
+            raise NodeNameError(f"{arrow}: {name_of(node)!r} {what}, and cannot be matched sample by sample")
         onto, positions = (len(layout_of(node).size) for node in (destination, source))
         if not _can_be_resized(source) or (onto and positions and onto != positions):
             raise NodeNameError(
@@ -569,18 +569,18 @@ def _check_connections(bu: fx.GraphModule, connections: Sequence[Connection]) ->
 
 def legal_ends(graph: fx.Graph) -> tuple[set[fx.Node], set[fx.Node]]:
     """The nodes of a graph with shapes that may be sources, and those that may be destinations."""
-    ends = {node for node in graph.nodes if _is_vector_or_map(node) and node.meta["spec"].per_sample[0]}
+    ends = {node for node in graph.nodes if _is_vector_or_map(node) and spec_of(node).per_sample[0]}
     return {node for node in ends if _can_be_resized(node)}, ends & _reaching_output(graph)
 
 
 def _is_vector_or_map(node: fx.Node) -> bool:
-    spec = node.meta.get("spec")
+    spec = specs_of(node)
     return isinstance(spec, Spec) and len(spec.shape) >= 2 and spec.dtype.is_floating_point
 
 
 def _can_be_resized(node: fx.Node) -> bool:
     """Whether a vector or map has at most three dimensions of positions."""
-    return len(node.meta["spec"].shape) <= 5
+    return len(spec_of(node).shape) <= 5
 
 
 def _reaching_output(graph: fx.Graph) -> set[fx.Node]:
@@ -625,7 +625,7 @@ def _new_rectifications(model: FeedbackModel) -> list[str]:
                 f"the destination {connection.destination!r} is not rectified in the model, but is in every pass that "
                 "has a signal, as published, so that such passes differ from the first by this ReLU, too. Say "
                 'activation="none", or connect to '
-                + (f"{after.meta['name']!r}, which is rectified" if after else "a node after a ReLU")
+                + (f"{name_of(after)!r}, which is rectified" if after else "a node after a ReLU")
                 + '; activation="relu" keeps it, without this warning'
             )
     return list(messages.values())

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxfeedback.graph.bottom_up import has_effect, operand
-from fxfeedback.graph.nodes import input_node
+from fxfeedback.graph.nodes import draws, input_node, name_of, tell
 from fxfeedback.rules.ops import ADVANCES, cumulative_momentum
 
 
@@ -68,7 +68,7 @@ class Unroller:
         It returns a list of outputs (or the last), a dict of the sources' last signals, and a dict of the readouts.
         """
         inputs = {node: self.graph.node_copy(node) for node in self.source.nodes if node.op == "placeholder"}
-        sources = {link.source.meta["name"]: link.source for link in self.links}
+        sources = {name_of(link.source): link.source for link in self.links}
         self.signals = {sources[name]: self.placeholder("state", name) for name in self.what.state}
         kinds = ("activation", "alpha", "strength")
         self.steering = {sources[n]: tuple(self.placeholder(k, n) for k in kinds) for n in self.what.steered}
@@ -101,8 +101,8 @@ class Unroller:
                 modulation = self.modulation(before, signals)
                 if modulation is not None:
                     values[node] = self.modulated(before, modulation, signals[0][0].activation)
-                if node.meta["name"] in self.what.readout:
-                    readout[node.meta["name"]] = (values[node], before, modulation)
+                if name_of(node) in self.what.readout:
+                    readout[name_of(node)] = (values[node], before, modulation)
         self.signals = {link.source: values[link.source] for link in self.links}
         return output, readout
 
@@ -122,7 +122,7 @@ class Unroller:
         copy = self.graph.node_copy(node, values.__getitem__)
         if number > 1 and node.op != "get_attr":
             copy._rename(f"{node.name}_pass{number}")
-            copy.meta = {**node.meta, "pass": number}
+            tell(copy, **{"pass": number})
         self.emitted[key] = copy
         return copy
 
@@ -191,7 +191,7 @@ def drop_unread(graph: fx.Graph) -> None:
 def _is_new_in_every_pass(node: fx.Node) -> bool:
     """Whether passes may not share the node although its inputs are the same."""
     counts = node.target is cumulative_momentum
-    return "drawn" in node.meta or counts or has_effect(node) or _keeps_statistics(node)
+    return draws(node) or counts or has_effect(node) or _keeps_statistics(node)
 
 
 def _keeps_statistics(node: fx.Node) -> bool:

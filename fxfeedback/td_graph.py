@@ -15,7 +15,7 @@ from torch import fx, nn
 from fxfeedback.errors import Error, RuleError
 from fxfeedback.graph.bottom_up import BottomUp, batch_norm_of, is_floating, operand, weight_of
 from fxfeedback.graph.channels import along_channels, channels_of, switch_off_channels
-from fxfeedback.graph.nodes import user_line
+from fxfeedback.graph.nodes import name_of, spec_of, specs_of, tell, user_line
 from fxfeedback.graph.values import Emitter, Unknown, Value
 from fxfeedback.rules import RULES, Rule
 
@@ -54,10 +54,10 @@ class Walk:
         counters: dict[fx.Node, Any] = dict(seeds)
         for node in reversed(self.bu.nodes):
             if node in counters and node in self.wanted and node.op == "call_function":
-                with self.emitter.named(f"{node.name}_td"):
+                with self.emitter.named(f"{node.name}_td", counterpart=name_of(node), role=self.role):
                     t = self._whole(node, counters[node])
                     if isinstance(t, Value):
-                        t.spec = node.meta["spec"]
+                        t.spec = specs_of(node)
                     t, done = self.arrive(node, t)
                     for source, counter in self.pass_down(node, t, done):
                         _add(counters, source, counter)
@@ -68,7 +68,7 @@ class Walk:
         if as_it_is:
             return [(source, t) for source in node.all_input_nodes[:1] if source in self.wanted]
         if _is_element(node):
-            return [(node.args[0], {node.args[1] % len(node.args[0].meta["spec"]): t})]
+            return [(node.args[0], {node.args[1] % len(specs_of(node.args[0])): t})]
         rule = RULES.get(node.target)
         if rule is None:
             raise RuleError(_no_rule(node))
@@ -120,7 +120,7 @@ class Walk:
             if self.autocast and is_floating(source) and not (is_norm and source not in self.bu.dynamic):
                 value = value.to(like.dtype)
             if isinstance(value, Value):
-                value.spec = source.meta.get("spec")
+                value.spec = specs_of(source)
             return value
 
         return see
@@ -142,20 +142,18 @@ class Walk:
         """For a tuple of outputs: a counter neuron for each, zero for those that nobody used."""
         if not isinstance(t, dict):
             return t
-        some, specs = next(iter(t.values())), node.meta["spec"]
+        some, specs = next(iter(t.values())), specs_of(node)
         return [t[i] if i in t else some.new_zeros(self.emitter.sizes(spec)) for i, spec in enumerate(specs)]
 
 
 def _is_element(node: fx.Node) -> bool:
     source = node.args[0] if node.args else None
-    return (
-        node.target is operator.getitem and isinstance(source, fx.Node) and isinstance(source.meta.get("spec"), tuple)
-    )
+    return node.target is operator.getitem and isinstance(source, fx.Node) and isinstance(specs_of(source), tuple)
 
 
 def dtype_of(node: fx.Node) -> Any:
     """The dtype of a node's value, as far as it is one."""
-    spec = node.meta["spec"]
+    spec = specs_of(node)
     dtypes = {part.dtype for part in (spec if isinstance(spec, tuple) else [spec]) if part.dtype.is_floating_point}
     return dtypes.pop() if len(dtypes) == 1 else None
 
@@ -174,7 +172,7 @@ def _zip(operand: Any, counter: Any) -> list[tuple[fx.Node, Any]]:
 
 
 def _where(node: fx.Node) -> str:
-    return f"{node.meta.get('name', node.name)!r}{user_line(node)}"
+    return f"{name_of(node)!r}{user_line(node)}"
 
 
 def _no_rule(node: fx.Node) -> str:
@@ -219,6 +217,7 @@ def instruct(module: fx.GraphModule, root: nn.Module, how: Instructing) -> fx.Gr
     bu = BottomUp(module.graph)
     emitter = Emitter()
     t = emitter.placeholder("instruction")
+    tell(t.node, instruction=True)
     emitter.batch = fx.Proxy.__getattr__(t, "shape")[0]
     constants: dict[fx.Node, Value] = {}
 
@@ -239,14 +238,14 @@ def instruct(module: fx.GraphModule, root: nn.Module, how: Instructing) -> fx.Gr
             return t, True
         if node in how.sites:
             t = switch_off_channels(t, node) if how.by_channel else torch.relu(t)
-            counters_at_sites[node.meta["name"]] = t
+            counters_at_sites[name_of(node)] = t
         return t, False
 
     def depart(node: fx.Node, t: Any) -> Any:
         weight = str(weight_of(node).target)
         if weight in how.td_biases:
             bias = emitter.attribute(how.td_biases[weight])
-            t = t + bias.reshape(along_channels(channels_of(node), operand(node, "input").meta["spec"]))
+            t = t + bias.reshape(along_channels(channels_of(node), spec_of(operand(node, "input"))))
         if weight in how.td_norms:
             t = emitter.create_proxy("call_module", how.td_norms[weight], (t,), {})
         return t
@@ -255,7 +254,7 @@ def instruct(module: fx.GraphModule, root: nn.Module, how: Instructing) -> fx.Gr
     if not how.through_head:
         t = emitter.create_proxy("call_module", "instruction_head", (t,), {})
         top = operand(how.head, "input")
-    spec = top.meta["spec"]
+    spec = spec_of(top)
     if len({dtype_of(node) for node in bu.parameters if is_floating(node)}) > 1:
         t = t.to(spec.dtype)  # the instruction has the first parameter's
     t = t.reshape((-1, *along_channels(channels_of(how.head), spec)[1:])).expand(emitter.sizes(spec))
@@ -271,7 +270,7 @@ def instruct(module: fx.GraphModule, root: nn.Module, how: Instructing) -> fx.Gr
         depart,
         twin=lambda weight: emitter.attribute(how.twins[weight.target]) if weight.target in how.twins else None,
     ).run({top: t})
-    names = [site.meta["name"] for site in how.sites]
+    names = [name_of(site) for site in how.sites]
     emitter.graph.output({name: counters_at_sites[name].node for name in names if name in counters_at_sites})
     emitter.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     return fx.GraphModule(root, emitter.graph, "TopDown")

@@ -10,6 +10,7 @@ from typing import Any
 
 from fxfeedback.commands.given import add_connections, add_model, add_tasks, read_network
 from fxfeedback.commands.text import Count, Percent, several, sizes, table
+from fxfeedback.graph.nodes import name_of, spec_of
 
 MOST_TASKS = 8
 """Tasks whose active shares are shown: a line has room for no more."""
@@ -64,7 +65,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     takes_ids = butd.options.instruction_size is None
     tasks = range(min(graphs.instruction_size, MOST_TASKS) if takes_ids else 0)
     gates = [_gates(butd, graphs, task) for task in tasks]
-    sites = [site.meta["name"] for site in graphs.sites]
+    sites = [name_of(site) for site in graphs.sites]
     learning = graphs.learning_parameters()
     own = [name for name, _ in butd.named_parameters() if not name.startswith("instruction_head.")]
     added = parameters(butd, butd.OWN)
@@ -74,14 +75,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "n_tasks": butd.options.n_tasks,
         "instruction_size": graphs.instruction_size,
         "gating": butd.options.gating,
-        "head": graphs.head.meta["name"],
+        "head": name_of(graphs.head),
         "sites": [
-            {"name": site.meta["name"], "shape": site.meta["spec"].sizes, "active": [_share([g[i]]) for g in gates]}
+            {"name": name_of(site), "shape": spec_of(site).sizes, "active": [_share([g[i]]) for g in gates]}
             for i, site in enumerate(graphs.sites)
         ],
         "tasks": [{"task": task, "active": _share(of_sites)} for task, of_sites in zip(tasks, gates, strict=True)],
         "not_reached": [
-            node.meta["name"] for node in graphs.bu.graph.nodes if rectifies(node) and node.meta["name"] not in sites
+            name_of(node) for node in graphs.bu.graph.nodes if rectifies(node) and name_of(node) not in sites
         ],
         "parameters": parameters(butd) - added,
         "parameters_added": added,

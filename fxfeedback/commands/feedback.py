@@ -10,6 +10,7 @@ from typing import Any
 
 from fxfeedback.commands.given import add_connections, add_model, read_network
 from fxfeedback.commands.text import Count, Percent, operations, sizes, table
+from fxfeedback.graph.nodes import is_named, name_of, pass_of, spec_of, specs_of
 
 EXAMPLES = [
     "fxfeedback feedback resnet50 --connect layer4:layer3.0.relu",
@@ -78,9 +79,9 @@ def _computed(graph: Any, passes: int) -> list[list[str]]:
     """For each pass the names of the model's nodes that it computes, where these are tensors."""
     from fxfeedback.graph.specs import Spec
 
-    calls = (node for node in graph.nodes if node.op.startswith("call") and "name" in node.meta)
-    named = [node for node in calls if isinstance(node.meta["spec"], Spec)]
-    return [[n.meta["name"] for n in named if n.meta.get("pass", 1) == number] for number in range(1, passes + 1)]
+    calls = (node for node in graph.nodes if node.op.startswith("call") and is_named(node))
+    named = [node for node in calls if isinstance(specs_of(node), Spec)]
+    return [[name_of(n) for n in named if (pass_of(n) or 1) == number] for number in range(1, passes + 1)]
 
 
 def _connections(network: Any) -> list[dict[str, Any]]:
@@ -98,8 +99,8 @@ def _connections(network: Any) -> list[dict[str, Any]]:
                 "source": connection.source,
                 "destination": connection.destination,
                 "kind": "skip" if order.index(source) < order.index(destination) else "feedback",
-                "source_shape": source.meta["spec"].sizes,
-                "destination_shape": destination.meta["spec"].sizes,
+                "source_shape": spec_of(source).sizes,
+                "destination_shape": spec_of(destination).sizes,
                 "parameters": parameters(network.modulation(connection.source, connection.destination)),
             }
         )

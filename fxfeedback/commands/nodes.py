@@ -12,6 +12,7 @@ from typing import Any
 
 from fxfeedback.commands.given import add_model, read_model
 from fxfeedback.commands.text import several, sizes, table
+from fxfeedback.graph.nodes import name_of, spec_of, specs_of
 
 EXAMPLES = [
     "fxfeedback nodes resnet18",
@@ -83,9 +84,9 @@ def _nodes(part: str, module: Any, examples: Sequence[Any]) -> Iterator[dict[str
     sources, destinations = legal_ends(module.graph)
     for node in module.graph.nodes:
         if node.op != "output":
-            spec = node.meta["spec"] if isinstance(node.meta["spec"], Spec) else None
+            spec = spec_of(node) if isinstance(specs_of(node), Spec) else None
             yield {
-                "name": f"{part}.{node.meta['name']}" if part else node.meta["name"],
+                "name": f"{part}.{name_of(node)}" if part else name_of(node),
                 "op": op_name(node, module),
                 "shape": spec and spec.sizes,
                 "per_image": spec.per_sample[0] if spec and spec.shape else 0,

@@ -24,9 +24,9 @@ from fxfeedback.deploy.losses import LOSSES
 from fxfeedback.deploy.onnx_file import Input, Program, check_target, write
 from fxfeedback.deploy.optimizers import OPTIMIZERS
 from fxfeedback.errors import ExportError, OptionError
-from fxfeedback.export import about, about_butd, eval_mode, gate_of, is_own_input, own_inputs, td_name
+from fxfeedback.export import about, about_butd, eval_mode, own_inputs, take_gate, td_name
 from fxfeedback.graph.bottom_up import BottomUp, has_effect, is_floating, operand
-from fxfeedback.graph.nodes import identifier
+from fxfeedback.graph.nodes import gate_of, identifier, is_error, is_named, is_own_input, name_of, spec_of, tell
 from fxfeedback.graph.shapes import leaves_of
 from fxfeedback.instructed.graphs import Graphs
 from fxfeedback.rules.core import channelwise, spatial
@@ -215,19 +215,18 @@ class _Step:
         pairs: list[list[fx.Node]] = []
 
         def given(node: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> fx.Node:
-            if "error" not in node.meta:
-                return gates.get(str(node.target)) or self.given[str(node.target)]
+            if not is_error(node):
+                return gates.get(gate_of(node) or "") or self.given[str(node.target)]
             logits = copies[judged[len(pairs)]]
             pairs.append(self._several("loss", LOSSES[self.loss], logits, self.target, number=2))
             return self._mean(pairs[-1][1])
 
-        bu_names = {node.name: node.meta["name"] for node in self.bu.nodes if "name" in node.meta}
         updated = {node: name for name, node in learner.output_node().args[0][1].items()}  # type: ignore[index, union-attr]
 
         def label(node: fx.Node) -> str:
             if node in updated:
                 return f"update/{updated[node]}"
-            return f"bu/{node.meta['name']}" if "name" in node.meta else f"error/{td_name(node, bu_names)}"
+            return f"bu/{name_of(node)}" if is_named(node) else f"error/{td_name(node)}"
 
         (_, updates), copies = self._copy(learner, given, label)
         total = functools.reduce(lambda a, b: self._call("loss", torch.add, a, b), [loss for loss, _ in pairs])
@@ -249,31 +248,30 @@ class _Step:
         bu = BottomUp(graphs.predicting(self.instructed).graph)
         _, copies = self._copy(
             bu.graph,
-            lambda node, _: gates.get(str(node.target)) or self.given[str(node.target)],
-            lambda node: f"predict/{node.meta.get('name', node.name)}",
+            lambda node, _: gates.get(gate_of(node) or "") or self.given[str(node.target)],
+            lambda node: f"predict/{name_of(node)}",
         )
         return copies[bu.output_leaves()[_judged(bu)[-1]]]
 
     def _gates(self, graphs: Graphs, label: str) -> dict[str, fx.Node]:
-        """Name of a gate's input -> the node that has it: the instruction pass."""
+        """Name of a site -> the node that has its gate: the instruction pass."""
         if not self.instructed:
             return {}
-        bu_names = {node.name: node.meta["name"] for node in graphs.bu.graph.nodes if "name" in node.meta}
         td = fx.Graph()
         td.output(td.graph_copy(graphs.td.graph, {}))
         for node in td.nodes:
-            node.meta["name"] = td_name(node, bu_names)
+            tell(node, name=td_name(node))
         # The instruction head and TD norms are modules there: opened, they work on tensors of the state.
         opened = open_modules(fx.GraphModule(graphs.td, td), owner=net_of(self.butd))
         counters, _ = self._copy(
             opened.graph,
             lambda node, _: self.given["instruction"],
-            lambda node: f"{label}/{node.meta.get('name', node.name)}",
+            lambda node: f"{label}/{name_of(node)}",
         )
         gates = {}
         for site in graphs.sites:
-            name, take = site.meta["name"], functools.partial(gate_of, graphs, site)
-            gates[f"gate_{site.name}"] = self._call(f"{label}/gate/{name}", take, counters[name])
+            name, take = name_of(site), functools.partial(take_gate, graphs, site)
+            gates[name] = self._call(f"{label}/gate/{name}", take, counters[name])
         return gates
 
     # -- nodes --------------------------------------------------------------------------------------------------------
@@ -358,17 +356,15 @@ def _judged(bu: BottomUp) -> list[int]:
     leaves, main = bu.output_leaves(), bu.main_output()
     if main is None:
         raise OptionError("the model returns no floating-point tensor to take a loss of")
-    alike = [i for i, leaf in enumerate(leaves) if leaf.meta["spec"] == main.meta["spec"]]
+    alike = [i for i, leaf in enumerate(leaves) if spec_of(leaf) == spec_of(main)]
     return alike if isinstance(bu.output, list) else [leaves.index(main)]
 
 
 def _target_like(logits: fx.Node, loss: str) -> torch.Tensor:
     """A target without data."""
-    spec = logits.meta["spec"]
+    spec = spec_of(logits)
     if spec.per_sample[:1] != (1,):
-        raise OptionError(
-            f"the output {logits.meta['name']!r} has no row for each sample: a loss cannot be taken of it"
-        )
+        raise OptionError(f"the output {name_of(logits)!r} has no row for each sample: a loss cannot be taken of it")
     if loss == "cross_entropy":
         return torch.empty(1, *spec.shape[2:], dtype=torch.long, device="meta")
     return torch.empty(1, *spec.shape[1:], dtype=spec.dtype, device="meta")

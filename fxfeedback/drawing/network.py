@@ -12,7 +12,7 @@ from fxfeedback.butd import BUTD, graphs_of
 from fxfeedback.errors import OptionError
 from fxfeedback.feedback import FeedbackModel, bottom_up_of
 from fxfeedback.graph.bottom_up import BottomUp
-from fxfeedback.graph.nodes import find_node
+from fxfeedback.graph.nodes import find_node, is_named, name_of, pass_of, specs_of
 from fxfeedback.graph.shapes import annotate_shapes
 from fxfeedback.graph.specs import Spec
 from fxfeedback.instructed.graphs import Graphs
@@ -144,15 +144,15 @@ def _nodes(traced: fx.GraphModule) -> dict[str, Node]:
     nodes: dict[str, Node] = {}
     unread: set[fx.Node] = set()  # parameters
     for node in traced.graph.nodes:
-        name = node.meta.get("name", "")
+        name = name_of(node) if is_named(node) else ""
         if node.op == "get_attr" and str(node.target) in own:
             unread.add(node)
         elif _tensor(node) is not None:
             module = name.rpartition(".")[0]
             for parameter in [source for source in node.all_input_nodes if source in unread]:
                 unread.remove(parameter)
-                nodes[parameter.meta["name"]] = _parameter(parameter, module)
-            sources = [source.meta["name"] for source in node.all_input_nodes if source.meta["name"] in nodes]
+                nodes[name_of(parameter)] = _parameter(parameter, module)
+            sources = [name_of(source) for source in node.all_input_nodes if name_of(source) in nodes]
             if sources or node.op == "placeholder":
                 nodes[name] = _node(node, name, module, traced, sources)
     return nodes
@@ -161,7 +161,7 @@ def _nodes(traced: fx.GraphModule) -> dict[str, Node]:
 def _parameter(node: fx.Node, module: str) -> Node:
     spec = _tensor(node)
     assert spec is not None
-    return Node(node.meta["name"], module, "parameter", "parameter", spec.shape, {str(node.target): spec.shape}, ())
+    return Node(name_of(node), module, "parameter", "parameter", spec.shape, {str(node.target): spec.shape}, ())
 
 
 def _node(node: fx.Node, name: str, module: str, traced: fx.GraphModule, reads: Iterable[str]) -> Node:
@@ -176,7 +176,7 @@ def _node(node: fx.Node, name: str, module: str, traced: fx.GraphModule, reads: 
 
 def _tensor(node: fx.Node) -> Spec | None:
     """The spec of the tensor that a node makes, or of the first of several."""
-    spec = node.meta.get("spec")
+    spec = specs_of(node)
     specs = spec.values() if isinstance(spec, dict) else spec if isinstance(spec, tuple) else [spec]
     return next((one for one in specs if isinstance(one, Spec)), None)
 
@@ -197,15 +197,15 @@ def _add_passes(network: Network, model: FeedbackModel) -> None:
     order = {name: i for i, name in enumerate(network.nodes)}
     for number, connection in enumerate(model.connections, 1):
         given = connection.source, connection.destination
-        source, destination = (home(network, find_node(graph, name).meta["name"]) for name in given)
+        source, destination = (home(network, name_of(find_node(graph, name))) for name in given)
         block = model.modulation(*given)
         size = sum(p.numel() for p in block.parameters())
         feedback = order[source] >= order[destination]
         network.arcs.append(Arc(number, source, destination, given, feedback, size))
     passes: dict[str, set[int]] = {}
     for node in model.unrolled().graph.nodes:
-        if node.op.startswith("call") and "name" in node.meta:
-            passes.setdefault(node.meta["name"], set()).add(node.meta.get("pass", 1))
+        if node.op.startswith("call") and is_named(node):
+            passes.setdefault(name_of(node), set()).add(pass_of(node) or 1)
     for name, node in network.nodes.items():
         # What evaluation mode leaves out, such as dropout, is as new as what it hands on.
         inherited = frozenset({1}).union(*(network.nodes[source].computed for source in node.reads))
@@ -259,7 +259,7 @@ def drawn_as(network: Network, node: fx.Node) -> str:
     What a connection adds has a name of its own: it is a part of the destination, or before that of the source. '' for
     what depends on neither.
     """
-    name = home(network, node.meta.get("name", ""))
+    name = home(network, name_of(node) if is_named(node) else "")
     return name or next(filter(None, (drawn_as(network, source) for source in node.all_input_nodes)), "")
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from fxfeedback.errors import NodeNameError
-from fxfeedback.graph.nodes import find_node
+from fxfeedback.graph.nodes import find_node, is_own_input, name_of, specs_of
 from fxfeedback.graph.shapes import is_structure, leaves_of
 from fxfeedback.graph.specs import Spec
 from fxfeedback.rules import RULES
@@ -68,7 +68,7 @@ class BottomUp:
     @property
     def inputs(self) -> list[fx.Node]:
         """The model's own inputs."""
-        return [node for node in self.nodes if node.op == "placeholder" and "instruction" not in node.meta]
+        return [node for node in self.nodes if is_own_input(node)]
 
     @property
     def parameters(self) -> list[fx.Node]:
@@ -91,7 +91,7 @@ class BottomUp:
             return [node for node in self.nodes if node in reached and rectifies(node)]
         chosen = {find_node(self.graph, name) for name in names}
         for node in chosen - reached:
-            raise NodeNameError(f"sites: TD does not reach {node.meta['name']!r} from {top.meta['name']!r}")
+            raise NodeNameError(f"sites: TD does not reach {name_of(node)!r} from {name_of(top)!r}")
         return [node for node in self.nodes if node in chosen]
 
     def find_head(self, name: str | None) -> fx.Node:
@@ -102,7 +102,7 @@ class BottomUp:
             NodeNameError: there is none, or several outputs have one each; `name` is no linear or convolution.
         """
         weighted = [node for node in self.nodes if self.is_weighted(node)]
-        names = ", ".join(repr(node.meta["name"]) for node in weighted[-5:])
+        names = ", ".join(repr(name_of(node)) for node in weighted[-5:])
         if name is not None:
             head = find_node(self.graph, name)
             if head not in weighted:
@@ -110,7 +110,7 @@ class BottomUp:
             return head
         heads = self._heads_of_outputs(weighted)
         if len(heads) > 1:
-            candidates = ", ".join(repr(node.meta["name"]) for node in heads)
+            candidates = ", ".join(repr(name_of(node)) for node in heads)
             raise NodeNameError(
                 f"the model returns several outputs, each with a prediction head of its own: {candidates}; pass head= "
                 "with the one that instructions start from"
@@ -234,7 +234,7 @@ def _keeps_signs(node: fx.Node, name: str) -> bool:
 
 def _has_sign(source: fx.Node, name: str) -> bool:
     """Whether an operand's sign matters to the op: not that of positions, sizes and masks."""
-    spec = source.meta.get("spec")
+    spec = specs_of(source)
     counts = isinstance(spec, Spec) and spec.dtype != torch.bool and name in ARITHMETIC
     return counts or is_floating(source)
 
@@ -269,7 +269,7 @@ def passes(node: fx.Node) -> bool:
 
 def is_floating(node: fx.Node) -> bool:
     """Whether the node's value is a floating-point tensor, or holds one; complex numbers are such, too."""
-    specs: list[Any] = [node.meta.get("spec")]
+    specs: list[Any] = [specs_of(node)]
     if isinstance(specs[0], tuple):
         specs = list(specs[0])
     return any(isinstance(spec, Spec) and (spec.dtype.is_floating_point or spec.dtype.is_complex) for spec in specs)

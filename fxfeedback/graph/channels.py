@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxfeedback.graph.nodes import spec_of
 from fxfeedback.graph.specs import Spec
 from fxfeedback.rules import RULES
 
@@ -18,7 +19,7 @@ def channels_of(node: fx.Node) -> int:
 
 def positions_of(node: fx.Node) -> list[int]:
     """The dimensions of a node's value that are neither batch nor channels."""
-    spec = node.meta["spec"]
+    spec = spec_of(node)
     channels = channel_dim(node) % len(spec.shape)
     return [d for d in range(1, len(spec.shape)) if d != channels]
 

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from fxfeedback.graph.channels import channel_dim
+from fxfeedback.graph.nodes import spec_of
 
 MOST_CLASS_TOKENS = 4
 """Class, distillation and register tokens, at the most, before a grid of patches."""
@@ -65,7 +66,7 @@ class Layout:
 
 def layout_of(node: fx.Node) -> Layout:
     """The layout of a node's value, from its shape and from where the op that made it has its channels."""
-    shape = node.meta["spec"].shape
+    shape = spec_of(node).shape
     if len(shape) == 2:
         return Layout("vector", shape[1], ())
     if channel_dim(node) % len(shape) == 1:

@@ -50,6 +50,12 @@ def inherit(node: fx.Node, like: fx.Node, **changes: Any) -> None:
     tell(node, **changes)
 
 
+def tell_only(node: fx.Node, **entries: Any) -> None:
+    """As `tell`, and forget whatever else was said of the node."""
+    node.meta = {}
+    tell(node, **entries)
+
+
 def name_of(node: fx.Node) -> str:
     """Its qualified name; the name that it has in the graph's code where it has no other."""
     return node.meta.get("name", node.name)
@@ -60,7 +66,7 @@ def is_named(node: fx.Node) -> bool:
     return "name" in node.meta
 
 
-def module_of(node: fx.Node) -> str | None:
+def module_path_of(node: fx.Node) -> str | None:
     """The path of the torch.nn module that it calls or is the last op of."""
     return node.meta.get("module")
 

@@ -1,4 +1,4 @@
-"""What a traced graph's nodes are: `annotate_shapes` writes a `Spec` per tensor into `node.meta["spec"]`."""
+"""What a traced graph's nodes make: `annotate_shapes` says it of each as a `Spec` (see `nodes.spec_of`)."""
 
 import inspect
 import operator
@@ -13,15 +13,13 @@ from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxfeedback.errors import TraceError
-from fxfeedback.graph.nodes import is_users, user_line
+from fxfeedback.graph.nodes import is_users, name_of, specs_of, tell, user_line
 from fxfeedback.graph.specs import EXAMPLE_BATCH, Spec, at_batch
 from fxfeedback.rules.ops import without_gradient
 
 
 def annotate_shapes(module: fx.GraphModule, example_inputs: Sequence[torch.Tensor]) -> None:
-    """Write `node.meta["spec"]` into every node that makes a tensor (a tuple of specs for a tuple of tensors).
-
-    And `node.meta["drawn"]` into those that draw random numbers.
+    """Say of every node what it makes: a Spec per tensor; and which nodes draw random numbers.
 
     Args:
         module: a traced graph.
@@ -32,7 +30,7 @@ def annotate_shapes(module: fx.GraphModule, example_inputs: Sequence[torch.Tenso
     """
     small, large = _shapes(module, example_inputs, EXAMPLE_BATCH), _shapes(module, example_inputs, EXAMPLE_BATCH + 1)
     for node in module.graph.nodes:
-        node.meta["spec"] = _spec(small.get(node), large.get(node))
+        tell(node, spec=_spec(small.get(node), large.get(node)))
     _unpack_tuples(module)
 
 
@@ -44,17 +42,17 @@ def _unpack_tuples(module: fx.GraphModule) -> None:
     def element(node: fx.Node, i: int) -> fx.Node:
         with graph.inserting_after(node):
             part = graph.call_function(operator.getitem, (node, i))
-        part.meta.update(spec=node.meta["spec"][i], name=f"{node.meta['name']}.{i}")
+        tell(part, spec=specs_of(node)[i], name=f"{name_of(node)}.{i}")
         return part
 
     def unpack(node: fx.Node) -> Any:
         if node not in tuples or is_structure(node):
             return node
         if node not in parts:
-            parts[node] = tuple(element(node, i) for i in range(len(node.meta["spec"])))
+            parts[node] = tuple(element(node, i) for i in range(len(specs_of(node))))
         return parts[node]
 
-    tuples = {node for node in graph.nodes if isinstance(node.meta["spec"], tuple)}
+    tuples = {node for node in graph.nodes if isinstance(specs_of(node), tuple)}
     joined = {node for node in tuples if node.target in (operator.getitem, operator.add)}
     for node in list(graph.nodes):
         if node.target is operator.getitem and node.args[0] in tuples and isinstance(node.args[1], slice):
@@ -118,7 +116,7 @@ def _shapes(module: fx.GraphModule, example_inputs: Sequence[torch.Tensor], batc
     except NotImplementedError as error:
         node = run.current
         raise TraceError(
-            f"the size of what {node.meta.get('name')!r} returns depends on values{user_line(node)}, as with boolean "
+            f"the size of what {name_of(node)!r} returns depends on values{user_line(node)}, as with boolean "
             "masks, nonzero and masked_select; a graph needs sizes beforehand. Use torch.where or a product with the "
             "mask; of a mask that never changes compute the positions in __init__ and index with these."
         ) from error
@@ -126,7 +124,7 @@ def _shapes(module: fx.GraphModule, example_inputs: Sequence[torch.Tensor], batc
         node = run.current
         sizes = ", ".join(str(tuple(x.shape)) for x in example_inputs)
         raise TraceError(
-            f"the model does not run on an input of size {sizes}: {error} (at node {node.meta.get('name')!r}"
+            f"the model does not run on an input of size {sizes}: {error} (at node {name_of(node)!r}"
             f"{user_line(node)}). Give inputs of a size that it takes; where the network is built, as input_size=."
         ) from error
     return run.values
@@ -165,7 +163,7 @@ class _ShapeRun(fx.Interpreter):
         versions = [arg._version for arg in given]
         value = super().call_function(target, args, kwargs)
         if [arg._version for arg in given] != versions:
-            self.current.meta["writes"] = True
+            tell(self.current, writes=True)
         return value
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -173,7 +171,7 @@ class _ShapeRun(fx.Interpreter):
 
 
 class _Drawing(TorchDispatchMode):
-    """Write `node.meta["drawn"]` where a node's op draws random numbers, whatever code it calls."""
+    """Says it of a node whose op draws random numbers, whatever code it calls."""
 
     def __init__(self, node: fx.Node) -> None:
         super().__init__()
@@ -181,7 +179,7 @@ class _Drawing(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags:
-            self.node.meta["drawn"] = True
+            tell(self.node, drawn=True)
         return func(*args, **(kwargs or {}))
 
 

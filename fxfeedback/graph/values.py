@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx, nn
 
 from fxfeedback.errors import RuleError
-from fxfeedback.graph.nodes import identifier
+from fxfeedback.graph.nodes import identifier, name_of, specs_of, tell
 from fxfeedback.graph.specs import EXAMPLE_BATCH, Spec
 
 
@@ -20,20 +20,24 @@ class Emitter(fx.Tracer):
         self.graph = fx.Graph(tracer_cls=fx.Tracer)
         self.batch: Any = None
         self.prefix: str | None = None
+        self.entries: dict[str, Any] = {}
 
     @contextmanager
-    def named(self, prefix: str) -> Iterator[None]:
-        """Name the nodes that are made in the meantime."""
-        self.prefix = prefix
+    def named(self, prefix: str, **entries: Any) -> Iterator[None]:
+        """Name the calls that are made in the meantime, and say `entries` of them (see `nodes.tell`)."""
+        self.prefix, self.entries = prefix, entries
         yield
-        self.prefix = None
+        self.prefix, self.entries = None, {}
 
     def create_proxy(
         self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, *rest: Any
     ) -> "Value":
         if self.prefix and kind in ("call_function", "call_method"):
             name = self.prefix
-        return super().create_proxy(kind, target, args, kwargs, name, *rest)  # type: ignore[return-value]
+        value: Value = super().create_proxy(kind, target, args, kwargs, name, *rest)  # type: ignore[assignment]
+        if kind.startswith("call"):
+            tell(value.node, **self.entries)
+        return value
 
     def proxy(self, node: fx.Node) -> "Value":
         return Value(node, self)
@@ -72,11 +76,11 @@ class Value(fx.Proxy):
 
     @property
     def spec(self) -> Any:
-        return self.node.meta.get("spec")
+        return specs_of(self.node)
 
     @spec.setter
     def spec(self, spec: Any) -> None:
-        self.node.meta["spec"] = spec
+        tell(self.node, spec=spec)
 
     @property
     def shape(self) -> tuple[Any, ...]:
@@ -93,7 +97,7 @@ class Unknown:
     has_value = False
 
     def __init__(self, emitter: Emitter, node: fx.Node) -> None:
-        self.emitter, self.node, self.spec = emitter, node, node.meta["spec"]
+        self.emitter, self.node, self.spec = emitter, node, specs_of(node)
 
     @property
     def shape(self) -> tuple[Any, ...]:
@@ -105,7 +109,7 @@ class Unknown:
 
     def __getattr__(self, name: str) -> Any:
         raise RuleError(
-            f"a rule asked for .{name} of the BU value {self.node.meta.get('name')!r} in the instruction pass, where "
+            f"a rule asked for .{name} of the BU value {name_of(self.node)!r} in the instruction pass, where "
             "no BU value exists yet: give the rule roles(instruct=..., error=...)"
         )
 

@@ -18,7 +18,7 @@ from torch import fx, nn
 from fxfeedback.counter_hebb_pass import INPUT, key_of
 from fxfeedback.errors import GradientError
 from fxfeedback.graph.bottom_up import has_effect
-from fxfeedback.graph.nodes import identifier
+from fxfeedback.graph.nodes import gate_of, identifier, is_error
 from fxfeedback.graph.shapes import is_structure, leaves_of
 from fxfeedback.instructed.replay import Replay, replay, with_masks
 
@@ -81,7 +81,7 @@ def cut(joint: fx.GraphModule, inexact: str = "") -> Halves:
     outputs, updates = nodes[-1].args[0]  # type: ignore[misc]
     leaves = leaves_of(outputs)
 
-    errors = [node for node in nodes if node.op == "placeholder" and "error" in node.meta]
+    errors = [node for node in nodes if node.op == "placeholder" and is_error(node)]
     late = _closure(set(errors), nodes, lambda node: node.all_input_nodes)
     needed = set(leaves) | {node for node in nodes[:-1] if has_effect(node) and node not in late}
     early = _closure(needed, nodes[::-1], lambda node: list(node.users))
@@ -110,7 +110,7 @@ def cut(joint: fx.GraphModule, inexact: str = "") -> Halves:
             frozenset(i for i, reached in enumerate(downstream) if node in reached) if node in late else None
             for node in updates.values()
         ],
-        [node in leaves or (node.op == "placeholder" and "gate" not in node.meta) for node in crossing],
+        [node in leaves or (node.op == "placeholder" and gate_of(node) is None) for node in crossing],
         _structure(outputs, leaves),
         again,
     )

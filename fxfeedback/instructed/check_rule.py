@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from fxfeedback.counter_hebb_pass import Learning, key_of, learner
 from fxfeedback.graph.bottom_up import BottomUp
+from fxfeedback.graph.nodes import spec_of
 from fxfeedback.graph.shapes import annotate_shapes
 from fxfeedback.graph.values import Emitter, Unknown, batch_size
 from fxfeedback.instructed.autograd_bridge import CounterHebb, cut
@@ -124,11 +125,11 @@ def _gradients(outputs: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torc
 def _check_instruction(module: Call, bu: fx.GraphModule) -> None:
     """The rule runs where no BU value exists, and its counter neuron has the input's shape."""
     view, emitter = BottomUp(bu.graph), Emitter()
-    seeds = {leaf: emitter.placeholder(f"t{i}", leaf.meta["spec"]) for i, leaf in enumerate(view.output_leaves())}
+    seeds = {leaf: emitter.placeholder(f"t{i}", spec_of(leaf)) for i, leaf in enumerate(view.output_leaves())}
     emitter.batch = batch_size(seeds.values())
     if emitter.batch is None:
         return  # the example sums over the batch: no instruction of a batch can come from above
-    constants = {node: emitter.attribute(str(node.target), node.meta["spec"]) for node in view.parameters}
+    constants = {node: emitter.attribute(str(node.target), spec_of(node)) for node in view.parameters}
     see = lambda node: constants[node] if node in constants else Unknown(emitter, node)  # noqa: E731
     counters = Walk(view, emitter, "instruct", see, view.below(view.inputs)).run(seeds)
     emitter.graph.output(counters[view.inputs[0]].node)

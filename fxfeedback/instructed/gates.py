@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxfeedback.graph.nodes import name_of, spec_of, tell
+
 
 def gate_sites(
     module: fx.GraphModule, sites: Sequence[fx.Node], lateral: Callable[[Any, Any], Any], by_row: bool = False
@@ -17,9 +19,11 @@ def gate_sites(
     graph = fx.Graph()
     copies = {node: graph.node_copy(node) for node in module.graph.nodes if node.op == "placeholder"}
     rows = graph.placeholder("rows") if by_row else None
+    if rows is not None:
+        tell(rows, rows=True)
     gates = {site: graph.placeholder(f"gate_{site.name}") for site in sites}
     for site, placeholder in gates.items():
-        placeholder.meta["gate"] = site.meta["name"]
+        tell(placeholder, gate=name_of(site))
     for node in module.graph.nodes:
         if node in copies:
             continue
@@ -27,6 +31,6 @@ def gate_sites(
         if node in gates:
             gate = graph.call_function(torch.index_select, (gates[node], 0, rows)) if by_row else gates[node]
             copies[node] = graph.call_function(lateral, (copies[node], gate))
-            copies[node].meta.update(spec=node.meta["spec"], name=node.meta["name"] + ".gated", gates=node.meta["name"])
+            tell(copies[node], spec=spec_of(node), name=name_of(node) + ".gated", gates=name_of(node))
             copies[node]._rename(f"gated_{node.name}")
     return fx.GraphModule(module, graph, "Predict")

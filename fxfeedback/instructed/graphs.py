@@ -12,7 +12,7 @@ from fxfeedback.counter_hebb_pass import Learning, key_of, learner
 from fxfeedback.errors import Error, NodeNameError, OptionError
 from fxfeedback.graph.bottom_up import BottomUp, operand, weight_of
 from fxfeedback.graph.channels import channels_of, positions_of
-from fxfeedback.graph.nodes import find_node, user_line
+from fxfeedback.graph.nodes import find_node, name_of, spec_of, user_line
 from fxfeedback.graph.shapes import annotate_shapes
 from fxfeedback.instructed import td_state
 from fxfeedback.instructed.autograd_bridge import Halves, cut, lift
@@ -61,12 +61,10 @@ class Graphs:
         if not self._candidates:
             return []
         reached = self.td.graph.output_node().args[0]
-        missed = [
-            name for name in self.options.sites or () if find_node(self.bu.graph, name).meta["name"] not in reached
-        ]
+        missed = [name for name in self.options.sites or () if name_of(find_node(self.bu.graph, name)) not in reached]
         if missed:
-            raise NodeNameError(f"sites: no instruction reaches {missed[0]!r} from {self.head.meta['name']!r}")
-        return [site for site in self._candidates if site.meta["name"] in reached]
+            raise NodeNameError(f"sites: no instruction reaches {missed[0]!r} from {name_of(self.head)!r}")
+        return [site for site in self._candidates if name_of(site) in reached]
 
     @property
     def can_instruct(self) -> bool:
@@ -77,14 +75,14 @@ class Graphs:
             raise self.no_head
         if not self._candidates:
             raise OptionError(
-                f"no gating site lies below the prediction head {self.head.meta['name']!r}, so an instruction reaches "
+                f"no gating site lies below the prediction head {name_of(self.head)!r}, so an instruction reaches "
                 "none: pass another head= or sites="
             )
 
     @property
     def instruction_size(self) -> int:
         """Length of an instruction vector."""
-        own_outputs = self.head.meta["spec"].shape[channels_of(self.head)]
+        own_outputs = spec_of(self.head).shape[channels_of(self.head)]
         return self.options.instruction_size or self.options.n_tasks or own_outputs
 
     @functools.cached_property
@@ -104,13 +102,13 @@ class Graphs:
             weight = weight_of(node)
             if weight.op != "get_attr":
                 raise OptionError(
-                    f"{option}: the weight of {node.meta['name']!r}{user_line(node)} is computed by the model's "
+                    f"{option}: the weight of {name_of(node)!r}{user_line(node)} is computed by the model's "
                     "forward, and only a weight that is a parameter can have TD state: use the default"
                 )
             other = self.weights[str(weight.target)]
             if option != 'weights="separate"' and td_state.in_channels(node) != td_state.in_channels(other):
                 raise OptionError(
-                    f"{option}: {node.meta['name']!r} and {other.meta['name']!r} have one weight, and inputs with "
+                    f"{option}: {name_of(node)!r} and {name_of(other)!r} have one weight, and inputs with "
                     "different numbers of channels, which cannot share TD state: use the default"
                 )
 
@@ -121,8 +119,8 @@ class Graphs:
             if isinstance(source, fx.Node) and (others or source.op != "get_attr"):
                 where = others[0] if others else source
                 raise OptionError(
-                    f'heads="per_task": the weights of the head {self.head.meta["name"]!r} are read or computed at '
-                    f"{where.meta['name']!r}{user_line(where)} too, which would not follow the task: pass another head="
+                    f'heads="per_task": the weights of the head {name_of(self.head)!r} are read or computed at '
+                    f"{name_of(where)!r}{user_line(where)} too, which would not follow the task: pass another head="
                 )
 
     def _td_names(self, kind: str, names: Sequence[str]) -> dict[str, str]:
@@ -224,7 +222,7 @@ class Graphs:
             td_biases=self.td_biases,
             noise=self.options.update_noise,
             lateral=None if self.options.exact else self.options.lateral_function,
-            sites=frozenset(site.meta["name"] for site in self.sites),
+            sites=frozenset(name_of(site) for site in self.sites),
             **dict(how),
         )
         return learner(self.predicting(instructed, by_row), self.butd._root, learning)
@@ -242,7 +240,7 @@ class Graphs:
     def _make_gating(self) -> "Gating":
         lifted, attributes = lift(self.td)
         positions = [positions_of(site) if self.options.gating == "channel" else [] for site in self.sites]
-        batch_first = all(site.meta["spec"].per_sample[:1] == (1,) for site in self.sites)
+        batch_first = all(spec_of(site).per_sample[:1] == (1,) for site in self.sites)
         return Gating(self.instruction_size, type(lifted).forward, attributes, positions, batch_first)
 
     # -- the instruction pass at run time -----------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from fxfeedback.graph.bottom_up import has_effect
-from fxfeedback.graph.nodes import user_line
+from fxfeedback.graph.nodes import draws, is_error, name_of, user_line
 from fxfeedback.rules import RULES
 from fxfeedback.rules.core import CONSTANT
 from fxfeedback.rules.ops import synced_batch_norm
@@ -61,7 +61,7 @@ def replay(module: fx.GraphModule, crossing: Iterable[fx.Node], learning: set[fx
             taken.update((mask, None) for mask in _masks(node))
     crossing += [node for node in taken if node not in crossing and node.op != "placeholder"]
 
-    given = [node for node in nodes if node.op == "placeholder" and "error" not in node.meta]
+    given = [node for node in nodes if node.op == "placeholder" and not is_error(node)]
     inputs = [i for i, node in enumerate(given) if node in needed]
     values = [i for i, node in enumerate(crossing) if node in taken and node.op != "placeholder"]
     graph = fx.Graph()
@@ -80,7 +80,7 @@ def _stays(node: fx.Node) -> bool:
     """Whether the node's value is taken as it was: an input, what was drawn at random, a buffer that was changed."""
     if node.target is operator.getitem:
         return node in _masks(node.args[0])
-    return has_effect(node) or ("drawn" in node.meta and node.target is not torch.native_dropout)
+    return has_effect(node) or (draws(node) and node.target is not torch.native_dropout)
 
 
 def _masks(node: Any) -> list[fx.Node]:
@@ -131,10 +131,10 @@ def dropped_again(input: torch.Tensor, p: float, mask: torch.Tensor) -> tuple[to
 
 def _refused(taken: Iterable[fx.Node], depending: set[fx.Node]) -> str:
     for node in taken:
-        drawn = node.op == "call_function" and "drawn" in node.meta and node.target not in CONSTANT
+        drawn = node.op == "call_function" and draws(node) and node.target not in CONSTANT
         if drawn and not has_effect(node) and any(source in depending for source in node.all_input_nodes):
             return (
-                f"the op at node {node.meta.get('name')!r}{user_line(node)} draws random numbers of its own and would "
+                f"the op at node {name_of(node)!r}{user_line(node)} draws random numbers of its own and would "
                 "draw others when it runs again: give it its random numbers as an input"
             )
     return ""

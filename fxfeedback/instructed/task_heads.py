@@ -5,6 +5,7 @@ from torch import fx, nn
 
 from fxfeedback.graph.bottom_up import BottomUp, operand
 from fxfeedback.graph.channels import channels_of
+from fxfeedback.graph.nodes import name_of, spec_of, tell
 
 
 class TaskHeads(nn.Module):
@@ -28,11 +29,11 @@ def put_task_heads(bu: fx.GraphModule, heads: TaskHeads, head_name: str | None) 
     graph, count = bu.graph, heads.n_tasks
     bu.task_heads = heads
     head = BottomUp(graph).find_head(head_name)
-    channels, ndim = channels_of(head), len(head.meta["spec"].shape)
+    channels, ndim = channels_of(head), len(spec_of(head).shape)
     tasks = ndim - 1 if channels == -1 else 1  # where the tasks lie once the channels are (tasks, outputs)
     with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
         instruction = graph.placeholder("instruction")
-        instruction.meta.update(name="instruction", instruction=True)
+        tell(instruction, name="instruction", instruction=True)
         own = {name: operand(head, name) for name in ("weight", "bias")}
         stacked = {node: graph.get_attr(f"task_heads.{name}") for name, node in own.items() if node is not None}
     with graph.inserting_before(head):
@@ -44,8 +45,10 @@ def put_task_heads(bu: fx.GraphModule, heads: TaskHeads, head_name: str | None) 
         weighted = graph.call_function(torch.mul, (by_task, weights))
         chosen = graph.call_function(torch.sum, (weighted, tasks))
     for node in (*stacked.values(), by_task, weights, weighted, chosen):
-        node.meta["name"] = f"{head.meta['name']}.{node.name}"
-    all_heads.meta["name"] = head.meta["name"]
+        tell(node, name=f"{name_of(head)}.{node.name}")
+    tell(all_heads, name=name_of(head), heads="stacked")
+    for node in (by_task, weighted, chosen):
+        tell(node, heads="chosen")
     head.replace_all_uses_with(chosen)
     graph.eliminate_dead_code()
     bu.recompile()

@@ -11,6 +11,7 @@ from torch import fx, nn
 from fxfeedback.errors import OptionError
 from fxfeedback.graph.bottom_up import BottomUp, batch_norm_of, operand
 from fxfeedback.graph.channels import channels_of
+from fxfeedback.graph.nodes import spec_of
 
 BATCH_NORM = {3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
@@ -87,13 +88,13 @@ def td_biases(weights: Mapping[str, fx.Node], fetch: Callable[[str], torch.Tenso
 def td_norms(bu: BottomUp, weights: Mapping[str, fx.Node]) -> ByName:
     """A batch norm behind the transpose of every convolution that a batch norm follows, over its input channels."""
     normed = [weight for weight in dict.fromkeys(map(batch_norm_of, bu.nodes)) if weight is not None]
-    kinds = {name: BATCH_NORM[len(weights[name].meta["spec"].shape)] for name in normed}
+    kinds = {name: BATCH_NORM[len(spec_of(weights[name]).shape)] for name in normed}
     return ByName({module_of(name): kind(in_channels(weights[name])) for name, kind in kinds.items()})
 
 
 def in_channels(node: fx.Node) -> int:
     """How many input channels a linear layer or convolution has."""
-    return operand(node, "input").meta["spec"].shape[channels_of(node)]
+    return spec_of(operand(node, "input")).shape[channels_of(node)]
 
 
 def instruction_head(

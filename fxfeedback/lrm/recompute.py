@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from fxfeedback.graph.bottom_up import operand
+from fxfeedback.graph.nodes import inherit, specs_of
 from fxfeedback.graph.specs import Spec
 from fxfeedback.lrm.modulation import Modulation, modulate
 from fxfeedback.rewrite import drop_unread
@@ -59,7 +60,7 @@ def _modulate(graph: fx.Graph, root: nn.Module) -> None:
             with graph.inserting_before(node):
                 shares = [(graph.get_attr(block.target), *block.args[::2]) for block in blocks]
                 value = graph.call_function(modulate, (y, shares, "relu" if relu else "none"))
-            value.meta = dict(y.meta)
+            inherit(value, y)
             (relu or node).replace_all_uses_with(value)
 
 
@@ -93,7 +94,8 @@ def _sum_in_place(graph: fx.Graph, root: nn.Module) -> None:
             with graph.inserting_before(node):
                 both = graph.call_function(linear_of_passes, arguments)
                 value, handed_on[weight] = (graph.call_function(operator.getitem, (both, i)) for i in range(2))
-            both.meta = value.meta = dict(node.meta)
+            inherit(both, node)
+            inherit(value, node)
             node.replace_all_uses_with(value)
 
 
@@ -138,7 +140,7 @@ def _segments(graph: fx.Graph) -> Iterator[list[fx.Node]]:
 
 def _bytes(node: fx.Node) -> int:
     """Bytes of a value; parameters and the model's inputs stay alive anyway."""
-    specs = node.meta.get("spec") if node.op.startswith("call") else None
+    specs = specs_of(node) if node.op.startswith("call") else None
     specs = specs if isinstance(specs, tuple) else (specs,)
     return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs if isinstance(spec, Spec))
 

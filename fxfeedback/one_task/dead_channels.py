@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fxfeedback.graph.nodes import identifier
+from fxfeedback.graph.nodes import identifier, name_of, spec_of, specs_of, tell_only
 from fxfeedback.graph.specs import EXAMPLE_BATCH, Spec
 from fxfeedback.one_task.step_table import step_of
 from fxfeedback.one_task.steps import Channels, Step, unknown
@@ -97,7 +97,7 @@ class Network:
     def shape(self, node: Any) -> tuple[int, ...]:
         """A tensor's shape, at batch size `EXAMPLE_BATCH`."""
         constant = self.constant(node)
-        return tuple(node.meta["spec"].shape if constant is None else constant.shape)
+        return tuple(spec_of(node).shape if constant is None else constant.shape)
 
     def channels(self, node: fx.Node) -> Channels:
         """What is known of a value's channels."""
@@ -157,7 +157,7 @@ class Emitter:
         """The same call; operands are whole where nothing else is given."""
         given = operands or {}
         made = self.graph.node_copy(node, lambda source: given.get(source) or self.whole(source))
-        made.meta = {"name": node.meta.get("name", node.name)}
+        tell_only(made, name=name_of(node))
         return made
 
     def call(self, node: fx.Node, operands: Mapping[str, Any]) -> fx.Node:
@@ -169,7 +169,7 @@ class Emitter:
     def insert(self, function: Any, args: tuple[Any, ...], like: fx.Node, **kwargs: Any) -> fx.Node:
         """A new call, named after an old node."""
         made = self.graph.create_node("call_function", function, args, kwargs, name=like.name)
-        made.meta = {"name": like.meta.get("name", like.name)}
+        tell_only(made, name=name_of(like))
         return made
 
     def attribute(self, name: str, tensor: torch.Tensor) -> fx.Node:
@@ -220,7 +220,7 @@ class Emitter:
         if have == wanted:
             return self.nodes[node]
         assert channels.dim is not None
-        dim, spec = channels.dim, node.meta["spec"]
+        dim, spec = channels.dim, spec_of(node)
         numbers = channels.number[wanted]
         column = numbers.reshape([len(wanted) if d == dim else 1 for d in range(len(spec.shape))]).to(spec.dtype)
         if not set(have) & set(wanted):
@@ -257,7 +257,7 @@ class Emitter:
     def _number(self, node: fx.Node) -> fx.Node:
         if node not in self._made:
             if node.target is torch.Tensor.size:
-                size = self._size(node.args[0].meta["spec"], node.args[1])  # type: ignore[union-attr, arg-type]
+                size = self._size(specs_of(node.args[0]), node.args[1])  # type: ignore[union-attr, arg-type]
                 self._made[node] = size
             else:
                 self._made[node] = self.graph.node_copy(node, self._number)

@@ -7,11 +7,21 @@ import torch
 from torch import fx
 
 from fxfeedback.errors import InputError
-from fxfeedback.graph.bottom_up import has_effect, is_floating, operand
-from fxfeedback.graph.nodes import identifier
+from fxfeedback.graph.bottom_up import has_effect, operand
+from fxfeedback.graph.nodes import (
+    draws,
+    gate_of,
+    gated_site_of,
+    identifier,
+    inherit,
+    is_instruction,
+    name_of,
+    spec_of,
+    task_heads_of,
+    tell,
+)
 from fxfeedback.graph.shapes import annotate_shapes
 from fxfeedback.one_task.dead_channels import remove_dead_channels
-from fxfeedback.rules import RULES
 from fxfeedback.rules.gating import gate
 from fxfeedback.rules.ops import one_node
 
@@ -28,9 +38,8 @@ def select_task(graphs: "Graphs", instruction: torch.Tensor, examples: Sequence[
         instruction: (1, instruction size).
         examples: tensors without data like the inputs.
     """
-    gates = graphs.gates(instruction)
-    constants = {f"gate_{site.name}": value for site, value in zip(graphs.sites, gates, strict=True)}
-    folded = _Folding(graphs, constants | {"instruction": instruction})
+    gates = {name_of(site): gate for site, gate in zip(graphs.sites, graphs.gates(instruction), strict=True)}
+    folded = _Folding(graphs, gates, instruction)
     module = fx.GraphModule(folded.tensors, folded.run(), "Gated")
     if not graphs.options.exact:
         annotate_shapes(module, examples)  # the lateral may be any function
@@ -59,16 +68,16 @@ def _check_sizes(graph: fx.Graph) -> None:
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     for node in reversed(inputs):
         with graph.inserting_after(inputs[-1]):
-            checked = graph.call_function(sized, (node, tuple(node.meta["spec"].shape[1:])))
-        checked.meta["name"] = node.meta["name"]
+            checked = graph.call_function(sized, (node, tuple(spec_of(node).shape[1:])))
+        tell(checked, name=name_of(node))
         node.replace_all_uses_with(checked, delete_user_cb=lambda user, checked=checked: user is not checked)
 
 
 class _Folding:
     """Copies the gated BU graph; what does not depend on the input is computed, and becomes a get_attr node."""
 
-    def __init__(self, graphs: "Graphs", given: Mapping[str, torch.Tensor]) -> None:
-        self.graphs, self.given = graphs, given
+    def __init__(self, graphs: "Graphs", gates: Mapping[str, torch.Tensor], instruction: torch.Tensor) -> None:
+        self.graphs, self.gates, self.instruction = graphs, gates, instruction
         self.graph = fx.Graph()
         self.tensors: dict[str, torch.Tensor] = {}
         self.constants: dict[fx.Node, Any] = {}
@@ -84,23 +93,28 @@ class _Folding:
 
     def copy(self, node: fx.Node) -> None:
         """The node's copy, or what it computes where that is a constant."""
-        if node.op == "placeholder" and str(node.target) in self.given:
-            self.constants[node] = self.given[str(node.target)]
+        if is_instruction(node):
+            self.constants[node] = self.instruction
+        elif gate_of(node) is not None:
+            self.constants[node] = self.gates[str(gate_of(node))]
         elif node.op == "get_attr":
             self.constants[node] = self.graphs.butd._fetch(str(node.target))
         elif self.is_constant(node):
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.constants.__getitem__)
             self.constants[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        elif "gates" in node.meta:
+        elif gated_site_of(node) is not None:
             self.copies[node] = self.gated(node)
+        elif task_heads_of(node) == "chosen":  # by steps, of which the last has the name and shape of the sum
+            self.copies[node] = self.copies[node.args[0]]  # type: ignore[index]
+            inherit(self.copies[node], node)
         else:
             self.copies[node] = self.graph.node_copy(node, self.use)
-            if _weight_name(node) == "task_heads.weight":
-                self.one_head(node)
+            if task_heads_of(node) == "stacked":
+                self.one_head(self.copies[node])
 
     def is_constant(self, node: fx.Node) -> bool:
         known = all(source in self.constants for source in node.all_input_nodes)
-        return node.op == "call_function" and known and "drawn" not in node.meta and not has_effect(node)
+        return node.op == "call_function" and known and not draws(node) and not has_effect(node)
 
     def use(self, node: fx.Node) -> Any:
         """What stands for an operand: a node, or a number."""
@@ -112,7 +126,7 @@ class _Folding:
             name += "_"
         self.tensors[name] = self.constants[node]
         self.copies[node] = made = self.graph.get_attr(name)
-        made.meta["name"] = node.meta.get("name", node.name)
+        tell(made, name=name_of(node))
         return made
 
     def gated(self, node: fx.Node) -> fx.Node:
@@ -131,25 +145,14 @@ class _Folding:
             self.copy(step)
         made = self.use(result)
         made._rename(node.name)
-        made.meta = {**node.meta}
+        inherit(made, node)
         return made
 
-    def one_head(self, node: fx.Node) -> None:
-        """Of the stacked heads of all tasks, which are weighted and summed behind this node, only the sum."""
-        heads, (weights,) = self.graphs.butd.task_heads, self.given["instruction"]
-        copy = self.copies[node]
+    def one_head(self, copy: fx.Node) -> None:
+        """In the place of the stacked heads of all tasks: their sum, weighted by the instruction."""
+        heads, (weights,) = self.graphs.butd.task_heads, self.instruction
         for name in ("weight", "bias"):
             source = operand(copy, name)
             if source is not None:
                 stacked = getattr(heads, name).unflatten(0, (heads.n_tasks, -1))
                 self.tensors[str(source.target)] = torch.tensordot(weights, stacked, 1)
-        for _ in range(3):  # unflatten, times the instruction, sum
-            node = next(iter(node.users))
-            self.copies[node] = copy
-        copy.meta = {**node.meta}
-
-
-def _weight_name(node: fx.Node) -> str | None:
-    rule = RULES.get(node.target) if node.op == "call_function" else None
-    weight = operand(node, rule.weight) if rule and rule.weight and is_floating(node) else None
-    return str(weight.target) if isinstance(weight, fx.Node) else None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from fxfeedback.graph.nodes import spec_of, specs_of
 from fxfeedback.graph.specs import Spec
 from fxfeedback.one_task.steps import (
     Gathering,
@@ -44,7 +45,7 @@ Choice = Callable[["Network", fx.Node], Step | None]
 
 def elementwise(network: "Network", node: fx.Node, zero_wins: bool = False) -> Step | None:
     """Each value by itself, with broadcasting."""
-    spec = node.meta["spec"]
+    spec = spec_of(node)
     operands = [source for source in node.all_input_nodes if source not in network.numbers]
     places: dict[fx.Node, int] = {}  # of the channels, counted from the last dimension
     for source in operands:
@@ -116,7 +117,7 @@ def over_positions(network: "Network", node: fx.Node) -> Step | None:
     if dim is None or given is None or isinstance(given, bool) or given in ((), []):
         return None
     reduced = {d % ndim for d in (given if isinstance(given, (tuple, list)) else (given,))}
-    if dim in reduced or any(source.meta["spec"].per_sample[d] for d in reduced):
+    if dim in reduced or any(spec_of(source).per_sample[d] for d in reduced):
         return None
     gone = 0 if operands.get("keepdim") else sum(d < dim for d in reduced)
     return PerChannel(network, node, dim - gone, {source: dim}, on_maps=True)
@@ -153,12 +154,12 @@ def layer(network: "Network", node: fx.Node) -> Step | None:
 def joining(network: "Network", node: fx.Node) -> Step | None:
     """Values one behind the other, along the channels or along positions."""
     operands = RULES[node.target].operands(node.args, dict(node.kwargs))
-    parts, ndim = list(operands["tensors"]), len(node.meta["spec"].shape)
+    parts, ndim = list(operands["tensors"]), len(spec_of(node).shape)
     dim = operands.get("dim", 0) % ndim
     tracked = [part for part in parts if part in network.steps and network.channels(part).dim is not None]
     if len(parts) > len([part for part in parts if part in network.steps]) or not tracked:
         return None
-    if any(network.channels(part).dim == dim for part in tracked) and not node.meta["spec"].per_sample[dim]:
+    if any(network.channels(part).dim == dim for part in tracked) and not spec_of(node).per_sample[dim]:
         return Joining(network, node, dim)
     along = network.channels(tracked[0]).dim
     return PerChannel(network, node, along, dict.fromkeys(parts, along)) if along not in (None, dim) else None
@@ -175,7 +176,7 @@ def moving(network: "Network", node: fx.Node) -> Step | None:
         sources, sized = network.values(path[0]), any(s in network.numbers for s in path[0].all_input_nodes)
         if len(sources) != 1 or (sized and not is_reshape(path[0])):
             return None
-        source, spec = sources[0], sources[0].meta["spec"]
+        source, spec = sources[0], spec_of(sources[0])
         if isinstance(spec, Spec) and network.channels(source).dim is not None and network.channels(source).size > 1:
             step = _gathering(network, node, source, path) or _moving(network, node, source, path)
             if step:
@@ -222,7 +223,7 @@ def _gathering(network: "Network", node: fx.Node, source: fx.Node, path: list[fx
     dim = network.channels(source).dim
     assert dim is not None
     out = _run(network, path, source, numbers)
-    if node.meta["spec"].per_sample[dim : dim + 1] != (0,):
+    if spec_of(node).per_sample[dim : dim + 1] != (0,):
         return None
     if out.ndim != numbers.ndim or any(
         a != b for d, (a, b) in enumerate(zip(out.shape, numbers.shape, strict=True)) if d != dim
@@ -239,9 +240,9 @@ def _gathering(network: "Network", node: fx.Node, source: fx.Node, path: list[fx
 
 def _moving(network: "Network", node: fx.Node, source: fx.Node, path: list[fx.Node]) -> Step | None:
     numbers, stride = _numbered(network, source)
-    channels, spec = network.channels(source), node.meta["spec"]
+    channels, spec = network.channels(source), spec_of(node)
     assert channels.dim is not None
-    if len(path) > 1 and (len(path) > 2 or isinstance(path[0].meta["spec"], Spec)):
+    if len(path) > 1 and (len(path) > 2 or isinstance(specs_of(path[0]), Spec)):
         return None
     out, size = _run(network, path, source, numbers), channels.size
     for dim in range(out.ndim):
@@ -337,7 +338,7 @@ STEPS: dict[int, Choice] = _table(
 def step_of(network: "Network", node: fx.Node) -> Step:
     """How the node's op treats channels."""
     choice = STEPS.get(id(RULES.get(node.target))) if node.op == "call_function" else None
-    spec = node.meta.get("spec")
+    spec = specs_of(node)
     if choice and isinstance(spec, Spec) and spec.dtype.is_floating_point and 0 not in spec.shape:
         return choice(network, node) or Step(network, node)
     return Step(network, node)

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from fxfeedback.graph.channels import channel_dim
+from fxfeedback.graph.nodes import spec_of, specs_of
 from fxfeedback.graph.specs import Spec
 from fxfeedback.rules import RULES
 from fxfeedback.rules.convolution import transposed_convolution
@@ -64,7 +65,7 @@ class Step:
 
 def _whole(node: fx.Node) -> tuple[int | None, int]:
     """Where a value of any op has its channels, and how many: only a convenience for the ops behind it."""
-    spec = node.meta.get("spec")
+    spec = specs_of(node)
     if not isinstance(spec, Spec) or len(spec.shape) < 2 or 0 in spec.shape or not spec.dtype.is_floating_point:
         return None, 1
     dim = channel_dim(node) % len(spec.shape)
@@ -90,7 +91,7 @@ class PerChannel(Step):
     ) -> None:
         self.network, self.node, self.dim, self.along = network, node, dim, along
         self.on_maps, self.zero_wins = on_maps, zero_wins
-        self.channels = self._channels(node.meta["spec"].shape[dim])
+        self.channels = self._channels(spec_of(node).shape[dim])
 
     def _channels(self, size: int) -> Channels:
         all_known, zero = torch.ones(size, dtype=torch.bool), torch.zeros(size, dtype=torch.bool)
@@ -363,7 +364,7 @@ def is_reshape(node: fx.Node) -> bool:
 
 def new_shape(node: fx.Node, dim: int | None, size: int) -> list[int] | None:
     """The shape of a reshaped value with `size` channels along `dim`, with -1 for the batch; None for two of these."""
-    spec = node.meta["spec"]
+    spec = spec_of(node)
     sizes = [size if d == dim else -1 if spec.per_sample[d] else n for d, n in enumerate(spec.shape)]
     return sizes if sizes.count(-1) < 2 else None
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import fx, nn
 
+from fxfeedback.graph.nodes import name_of, specs_of
 from fxfeedback.graph.shapes import annotate_shapes
 from fxfeedback.graph.specs import Spec
 from fxfeedback.tracing.arguments import example_form
@@ -42,8 +43,8 @@ def node_names(
     names = {}
     for node in module.graph.nodes:
         if node.op != "output":
-            spec = node.meta["spec"]
-            names[node.meta["name"]] = NodeInfo(op_name(node, module), spec.sizes if isinstance(spec, Spec) else None)
+            spec = specs_of(node)
+            names[name_of(node)] = NodeInfo(op_name(node, module), spec.sizes if isinstance(spec, Spec) else None)
     return names
 
 

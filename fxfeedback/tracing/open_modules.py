@@ -21,7 +21,17 @@ from torch.nn.utils.parametrizations import _Orthogonal
 
 from fxfeedback.errors import RuleError
 from fxfeedback.graph.bottom_up import has_effect
-from fxfeedback.graph.nodes import built_in, identifier, is_operator_in_place, is_users, user_line
+from fxfeedback.graph.nodes import (
+    built_in,
+    identifier,
+    is_as_called,
+    is_operator_in_place,
+    is_users,
+    module_path_of,
+    name_of,
+    tell,
+    user_line,
+)
 from fxfeedback.graph.shapes import plain
 from fxfeedback.graph.writable import refuse_unwritable
 from fxfeedback.rules.core import CONSTANT, RULES
@@ -72,9 +82,8 @@ def open_modules(
     if example_inputs is not None:
         opener.graph.eliminate_dead_code(is_impure_node=has_effect)
     for node in opener.graph.nodes:
-        node.meta.pop("origin", None)
         if node.op == "call_function":
-            node._rename(identifier(node.meta["name"]))
+            node._rename(identifier(name_of(node)))
     opener.graph.lint()
     refuse_unwritable(opener.graph)
     return fx.GraphModule(module, opener.graph, type(module).__name__)
@@ -96,6 +105,7 @@ class _Opener(fx.Tracer):
         self.names = {id(tensor): name for name, tensor in reversed(self.tensors.items())}
         self.values: dict[fx.Node, Any] = {}
         self.present: Any = None  # the node that is being opened
+        self.origin: dict[fx.Node, fx.Node] = {}  # of each node of the opened graph: which one it was made for
         self.shapes = None if examples is None else Shapes(module, examples)
         self.opening = False  # a module
         self.inside = False  # the user's own function
@@ -118,16 +128,14 @@ class _Opener(fx.Tracer):
                 name = node.name if node.op == "placeholder" else None
                 value = self.create_proxy(node.op, node.target, args, kwargs, name)
             if isinstance(value, fx.Proxy) and value.node.op == "get_attr":
-                value.node.meta.setdefault("origin", node)
-            elif (
-                node.op.startswith("call") and isinstance(value, fx.Proxy) and value.node.meta.get("origin") is not node
-            ):
+                self.origin.setdefault(value.node, node)
+            elif node.op.startswith("call") and isinstance(value, fx.Proxy) and self.origin.get(value.node) is not node:
                 value = call(same, value)  # dropout that is off, an identity: they keep their name
         named = value[0] if isinstance(value, tuple) and value else value
-        if isinstance(named, fx.Proxy) and named.node.meta.get("origin") is node:
-            named.node.meta["name"] = node.meta["name"]
-            if "module" in node.meta:
-                named.node.meta["module"] = node.meta["module"]
+        if isinstance(named, fx.Proxy) and self.origin.get(named.node) is node:
+            tell(named.node, name=name_of(node))
+            if module_path_of(node) is not None:
+                tell(named.node, module=module_path_of(node))
         self.values[node] = value
         if _is_in_place(node, self.root) and isinstance(node.args[0], fx.Node) and node.args[0].op != "get_attr":
             self.memory.check_overwriting(node)
@@ -146,14 +154,14 @@ class _Opener(fx.Tracer):
                 return module.forward(*args, **kwargs)
         except Exception as error:
             node = self.present
-            if not self.strict and "as_called" not in node.meta:
+            if not self.strict and not is_as_called(node):
                 if not outermost:
                     raise
                 self.erase_behind(last)
                 return self.create_proxy("call_module", node.target, args, kwargs)
             raise RuleError(
                 f"torch.nn.{type(module).__name__} does not open into ops that have rules: {error} "
-                f"(at node {node.meta['name']!r}{user_line(node)}). Write that part in torch functions, or leave it "
+                f"(at node {name_of(node)!r}{user_line(node)}). Write that part in torch functions, or leave it "
                 "outside of what is converted."
             ) from error
         finally:
@@ -212,8 +220,9 @@ class _Opener(fx.Tracer):
             return proxy  # a size, or another fact
         if self.present is not None:
             origin = self.present
-            inner = f"{origin.meta['name']}.{proxy.node.name}"
-            proxy.node.meta.update(origin=origin, name=inner)
+            inner = f"{name_of(origin)}.{proxy.node.name}"
+            self.origin[proxy.node] = origin
+            tell(proxy.node, name=inner)
             proxy.node.stack_trace = origin.stack_trace
         if self.inside and in_place and isinstance(args[0], Shaped):
             if args[0].view_of is None and _is_view(args[0].node, self.root):
@@ -260,7 +269,7 @@ class _Opener(fx.Tracer):
             if self.present is not None and not self.present.users:
                 raise RuleError(
                     f"{function.__name__} writes into its arguments and does not open into single ops: {error} "
-                    f"(at node {self.present.meta['name']!r}{user_line(self.present)}). Let it return its result."
+                    f"(at node {name_of(self.present)!r}{user_line(self.present)}). Let it return its result."
                 ) from error
             self.erase_behind(last)
             for arg, state in before:
@@ -308,7 +317,7 @@ class _Opener(fx.Tracer):
             if isinstance(made, parametrize.ParametrizationList) and id(made) in self.steps:
                 if made in self.read:
                     raise RuleError(
-                        f"{self.present.meta['name']!r}{user_line(self.present)} reads the weight of "
+                        f"{name_of(self.present)!r}{user_line(self.present)} reads the weight of "
                         f"{self.steps[id(made)]!r} again, and in training mode each reading of a "
                         f"{type(made[0]).__name__.lstrip('_')} is one more step of it, where a graph reads once: read "
                         "it once, or call eval() on that module"
@@ -322,7 +331,7 @@ class _Opener(fx.Tracer):
         if found:
             return self.proxy(found[0])
         proxy = super().create_proxy("get_attr", name, (), {})
-        proxy.node.meta["name"] = name
+        tell(proxy.node, name=name)
         return proxy
 
 
@@ -389,15 +398,15 @@ class _Memory:
         owner = self.owner[node.args[0]]  # type: ignore[index]
         if owner.op == "get_attr":
             raise RuleError(
-                f"the in-place op at node {node.meta['name']!r}{user_line(node)} writes into {owner.target!r} through "
+                f"the in-place op at node {name_of(node)!r}{user_line(node)} writes into {owner.target!r} through "
                 "a view of it: write into the whole, as by copy_, under torch.no_grad()"
             )
         for other in self.sharing[self.owner[node.args[0]]]:  # type: ignore[index]
             came_before = self.order[other] < self.order[node] and other is not node.args[0]
             if came_before and any(self.order[user] > self.order[node] for user in other.users):
                 raise RuleError(
-                    f"the in-place op at node {node.meta['name']!r}{user_line(node)} overwrites memory that is read "
-                    f"again as {other.meta['name']!r}: write it out of place (x = x + y, not x.add_(y))"
+                    f"the in-place op at node {name_of(node)!r}{user_line(node)} overwrites memory that is read "
+                    f"again as {name_of(other)!r}: write it out of place (x = x + y, not x.add_(y))"
                 )
 
 

@@ -1,6 +1,6 @@
 """Any model -> a named graph.
 
-`trace` keeps torch.nn modules closed and gives every node its torchvision name in `node.meta["name"]`;
+`trace` keeps torch.nn modules closed and gives every node its torchvision name in `name_of(node)`;
 `open_modules` (open_modules.py) opens them into functional ops; `annotate_shapes` (graph/shapes.py) adds shapes. The
 user's model is never traced itself, only a copy that shares its tensors (share.py).
 """
@@ -18,7 +18,16 @@ from torch import fx, nn
 from torchvision.models.feature_extraction import NodePathTracer
 
 from fxfeedback.errors import TraceError
-from fxfeedback.graph.nodes import built_in, identifier, is_operator_in_place, is_torchs, is_users, user_line
+from fxfeedback.graph.nodes import (
+    built_in,
+    identifier,
+    is_operator_in_place,
+    is_torchs,
+    is_users,
+    name_of,
+    tell,
+    user_line,
+)
 from fxfeedback.graph.writable import refuse_unwritable
 from fxfeedback.rules.ops import without_gradient
 from fxfeedback.tracing.arguments import PROXIES, Form, form_of
@@ -81,7 +90,7 @@ class PathTracer(NodePathTracer):
                 target = f"{path}.{node.target}" if node.op in ("get_attr", "call_module") else node.target
                 values[node] = value = self.create_proxy(node.op, target, *own)
                 if isinstance(value, fx.Proxy):
-                    self.node_to_qualname[value.node] = f"{path}.{node.meta['name']}"
+                    self.node_to_qualname[value.node] = f"{path}.{name_of(node)}"
         return fx.map_arg(graph.output_node().args[0], values.__getitem__)
 
     # A graph knows no torch.no_grad(): what is computed under it passes no gradient on where it is used outside.
@@ -197,9 +206,9 @@ def _traced(
     if not watching and random_states() != states:  # was it the model, or another thread?
         return _traced(make, Stage(stage.model), form, watching=True)
     for node in graph.nodes:
-        node.meta["name"] = tracer.node_to_qualname.get(node, node.name)
+        tell(node, name=tracer.node_to_qualname.get(node, node.name))
         if node.op == "call_module":
-            node.meta["module"] = str(node.target)
+            tell(node, module=str(node.target))
 
     def has_effect(node: fx.Node) -> bool:
         calls = node.op == "call_module"
@@ -238,7 +247,7 @@ def _put_as_called(module: fx.GraphModule, tracer: PathTracer) -> None:
         copy = tracer.called.get(node)
         if copy is not None:
             node.target = f"{node.target}_called_as_{node.name}"
-            node.meta["as_called"] = True
+            tell(node, as_called=True)
             module.add_submodule(node.target, copy)
     module.recompile()
 

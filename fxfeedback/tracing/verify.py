@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from fxfeedback.errors import TraceError
-from fxfeedback.graph.nodes import user_line
+from fxfeedback.graph.nodes import module_path_of, name_of, user_line
 from fxfeedback.graph.shapes import plain
 from fxfeedback.tracing.arguments import Form
 from fxfeedback.tracing.share import share
@@ -116,8 +116,9 @@ def _of_model(graph: fx.Graph, net: nn.Module, form: Form, inputs: Sequence[torc
     paths = set(_called_modules(net))
     nodes: dict[str, list[fx.Node]] = defaultdict(list)
     for node in graph.nodes:
-        if node.meta.get("module") in paths:
-            nodes[node.meta["module"]].append(node)
+        path = module_path_of(node)
+        if path in paths:
+            nodes[path].append(node)
     called: dict[str, list[Any]] = defaultdict(list)
     hooks = [
         net.get_submodule(path).register_forward_hook(lambda *call, path=path: called[path].append(_first_of(call[2])))
@@ -166,7 +167,7 @@ class _Interpreter(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if "module" in n.meta:
+        if module_path_of(n) is not None:
             self.values[n] = _first_of(value)
         return value
 
@@ -231,6 +232,6 @@ def _shown(differences: Mapping[Any, float]) -> str:
     """Of the nodes the first, and the places in what is returned."""
     nodes = [place for place in differences if isinstance(place, fx.Node)]
     first = sorted(nodes, key=list(nodes[0].graph.nodes).index)[:1] if nodes else []
-    parts = [f"first at node {node.meta['name']!r}{user_line(node)}" for node in first]
+    parts = [f"first at node {name_of(node)!r}{user_line(node)}" for node in first]
     parts += [f"{place} by {size:.1g} of its largest" for place, size in differences.items() if place not in nodes]
     return "; ".join(parts[:4])
