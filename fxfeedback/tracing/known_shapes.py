@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import fx
 
 from fxfeedback.graph.nodes import is_users
-from fxfeedback.graph.shapes import EXAMPLE_BATCH, at_batch, on_meta, plain
+from fxfeedback.graph.shapes import on_meta, plain
+from fxfeedback.graph.specs import EXAMPLE_BATCH, at_batch
 from fxfeedback.tracing.while_tracing import untraced
 
 BATCHES = (EXAMPLE_BATCH, 1009)

@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from fxfeedback.errors import TraceError
-from fxfeedback.graph.shapes import EXAMPLE_BATCH
+from fxfeedback.graph.specs import EXAMPLE_BATCH
 from fxfeedback.tracing.arguments import Form, form_of
 from fxfeedback.tracing.known_shapes import Either, Shapes
 from fxfeedback.tracing.stand_ins import Shaped, StandIn, device_of_inputs, elements

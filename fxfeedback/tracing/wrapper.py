@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from fxfeedback.errors import InputError, OptionError
-from fxfeedback.graph.shapes import at_batch
+from fxfeedback.graph.specs import at_batch
 from fxfeedback.tracing.arguments import Form, arguments_of, bind, example_form
 from fxfeedback.tracing.fingerprint import Cache, Fingerprint, refuse_hooks
 from fxfeedback.tracing.saved import without_prefixes
