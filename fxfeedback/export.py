@@ -167,7 +167,7 @@ def _unrolled(model: FeedbackModel, passes: int, steerable: bool, any_size: bool
     if any_size and looks_at_sizes(model):
         raise OptionError("dynamic_size: the model's code looks at the size of its input, so its graph is for one size")
     sources = {c.source: find_node(bu.graph, c.source) for c in model.connections}
-    steered = {node.meta["name"]: name for name, node in reversed(sources.items())} if steerable else {}
+    steered = {name_of(node): name for name, node in reversed(sources.items())} if steerable else {}
     graph = _Numbered(bu.graph, links_of(model), Unrolling(passes, model.return_all, steered=tuple(steered))).run()
     _return_only(graph, graph.output_node().args[0][0])  # type: ignore[index]
     inputs = own_inputs(model, graph)
