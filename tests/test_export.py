@@ -15,6 +15,7 @@ import fxfeedback
 from fxfeedback.deploy import onnx_file
 from fxfeedback.errors import CheckpointError, Error, ExportError, InputError, OptionError
 from fxfeedback.export import export
+from marks import long
 from networks import TRANSFORMERS, build, convnet
 
 onnx = pytest.importorskip("onnx")
@@ -116,7 +117,10 @@ def test_steered_passes_are_torchs(convnet_lrm, steerable, batch, given):
 
 @pytest.mark.parametrize(
     "name, connections",
-    [("resnet18", [("layer4", "layer1.0.relu"), ("fc", "layer2")]), ("vit", [("encoder.layers.encoder_layer_1",) * 2])],
+    [
+        ("vit", [("encoder.layers.encoder_layer_1",) * 2]),
+        long("resnet18", [("layer4", "layer1.0.relu"), ("fc", "layer2")]),
+    ],
 )
 def test_a_model_with_connections(name, connections, tmp_path):
     model, size = lrm(name, connections)
@@ -152,8 +156,8 @@ def test_instructed_logits_are_torchs(convnet_butd, batch, given):
         ("convnet", {"norm": "separate", "td_bias": True, "weights": "separate", "lateral": "add"}),
         ("convnet", {"heads": "per_task"}),
         ("passes", {}),
-        ("resnet18", {"gating": "channel"}),
-        ("swin", {}),
+        long("resnet18", {"gating": "channel"}),
+        long("swin", {}),
         ("vit", {}),
     ],
     ids=lambda given: given if isinstance(given, str) else " ".join(given),

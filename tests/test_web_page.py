@@ -93,6 +93,7 @@ def test_the_shipped_learner_learns(networks):
         networks.weights = before
 
 
+@pytest.mark.long  # its parts: test_steer_composites.py, test_train_multi_mnist.py, test_learn_on_device.py
 def test_everything_is_made_by_one_script(tmp_path, monkeypatch):
     tiny = ["--train-size=64", "--test-size=20", "--batch-size=32"]
     monkeypatch.setattr(make_models, "STEERED", ["--device=cpu", "--steps=2", "--batch-size=16"])
