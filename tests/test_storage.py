@@ -22,6 +22,7 @@ import fxfeedback
 from fxfeedback import files
 from fxfeedback.errors import CheckpointError, OptionError
 from fxfeedback.storage import save_load as storage
+from marks import long
 
 
 class Small(nn.Module):
@@ -90,7 +91,9 @@ def test_a_saved_model_comes_back_as_it_was(case, plain, tmp_path):
     assert again.third.weight is again.second.weight
 
 
-@pytest.mark.parametrize("name", ["squeezenet1_1", "mobilenet_v3_small", "shufflenet_v2_x0_5", "vit_b_32"])
+@pytest.mark.parametrize(
+    "name", ["squeezenet1_1", long("mobilenet_v3_small"), long("shufflenet_v2_x0_5"), long("vit_b_32")]
+)
 def test_torchvision_models_need_nothing_but_the_file(name, tmp_path):
     torch.manual_seed(0)
     plain = torchvision.models.get_model(name, weights=None).double()

@@ -26,7 +26,7 @@ import train_lrm
 import train_multi_mnist
 import train_uninstructed
 from jobs import UserError
-from marks import long
+from marks import long, long_but
 from small_data import write_celeba, write_cifar10, write_mnist, write_pictures
 from training import checkpoints
 from training.data import Steps
@@ -126,7 +126,7 @@ def test_only_a_terminal_shows_a_bar(
         assert "epoch 3/3" in sys.stderr.getvalue()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", long_but(["multi_mnist", "mnist", "cifar10"], CASES))
 def test_200_steps_lower_the_loss(case: str, data: Path, tmp_path: Path) -> None:
     flags = ["--batch-size", "4", "--epochs", "200", "--stop-after", "200", "--lr", "2e-3", "--schedule", "constant"]
     assert job(case, data, tmp_path, *flags) == 130
@@ -146,7 +146,7 @@ def test_one_task_alone(data: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 # -- going on
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", long_but(["multi_mnist separate", "mnist", "lrm"], CASES))
 def test_an_interrupted_run_goes_on_bit_for_bit(
     case: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -160,7 +160,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
     assert log(tmp_path / "whole") == log(tmp_path / "parts") and len(log(tmp_path / "whole")) == 3
 
 
-@pytest.mark.parametrize("case", ["celeba", "lrm"])
+@pytest.mark.parametrize("case", ["celeba", long("lrm")])
 def test_the_workers_change_nothing(case: str, data: Path, tmp_path: Path) -> None:
     assert job(case, data, tmp_path / "none") == job(case, data, tmp_path / "two", "--workers", "2") == 0
     assert_same(checkpoint(tmp_path / "none"), checkpoint(tmp_path / "two"))
@@ -277,7 +277,7 @@ def test_every_tensor_of_a_checkpoint_is_checked(
 # -- many processes
 
 
-@pytest.mark.parametrize("flags", [["--batch-size", "8"], ["--batch-size", "7", "--accumulate", "2"]])
+@pytest.mark.parametrize("flags", [long(["--batch-size", "8"]), ["--batch-size", "7", "--accumulate", "2"]])
 def test_two_processes_are_one(tmp_path: Path, flags: list[str]) -> None:
     """Also with a last batch that cannot be divided: 40 = 5 x 7 + 5 samples, and 5 in four parts."""
     write_mnist(tmp_path, sizes=(40, 13))

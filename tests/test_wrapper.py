@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations
 from torchvision.models.feature_extraction import get_graph_node_names
 
 import fxfeedback
+from marks import long
 from networks import build
 
 
@@ -310,7 +311,7 @@ def test_copies_are_independent():
         assert torch.equal(butd(x, task), expected)
 
 
-@pytest.mark.parametrize("name", ["alexnet", "resnet18", "densenet121", "googlenet"])
+@pytest.mark.parametrize("name", ["resnet18", long("alexnet"), long("densenet121"), long("googlenet")])
 def test_names_are_torchvisions(name):
     model = torchvision.models.get_model(name, weights=None).eval()
     names = fxfeedback.node_names(model)
