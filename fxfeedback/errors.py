@@ -39,3 +39,8 @@ class CheckpointError(Error, ValueError):
 
 class ActivationWarning(UserWarning):
     """A connection's default activation rectifies a value in some passes that is not rectified in the others."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line."""
+    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -1,7 +1,7 @@
 """Write what `add_feedback` or `to_butd` returned as an ONNX file, for ONNX Runtime.
 
 The passes lie in the file as one flat graph in the standard ONNX domain, with every weight stored once. The steps:
-a `Program` here (a torch.fx graph with labels for its nodes, and what its inputs are); onnx_file.py does the rest.
+a `Program` here (a torch.fx graph with labels for its nodes, and what its inputs are); deploy/ does the rest.
 """
 
 import functools
@@ -15,15 +15,14 @@ from torch import fx, nn
 
 from fxfeedback.butd import BUTD, graphs_of, instruction_of
 from fxfeedback.checks import check_passes
-from fxfeedback.checksums import checksum
 from fxfeedback.deploy.check_file import Network, Trial, check_file, require_runtime
-from fxfeedback.deploy.onnx_file import SPATIAL, Input, Program, check_target, write
+from fxfeedback.deploy.parts import about, about_butd, own_inputs, take_gate, td_name
+from fxfeedback.deploy.program import SPATIAL, Input, Program
+from fxfeedback.deploy.writing import check_target, write
 from fxfeedback.errors import InputError, OptionError
 from fxfeedback.feedback import FeedbackModel, bottom_up_of, links_of, looks_at_sizes
 from fxfeedback.graph.bottom_up import has_effect
-from fxfeedback.graph.channels import channel_mean
 from fxfeedback.graph.nodes import (
-    counterpart_of,
     find_node,
     gate_of,
     is_instruction,
@@ -36,8 +35,7 @@ from fxfeedback.graph.nodes import (
 from fxfeedback.instructed.graphs import Graphs
 from fxfeedback.rewrite import Unroller, Unrolling
 from fxfeedback.tracing.modes import eval_mode
-from fxfeedback.tracing.wrapper import Wrapper, call_as_example, fetch_of, like_of, root_of, stand_ins_of
-from fxfeedback.version import __version__
+from fxfeedback.tracing.wrapper import Wrapper, call_as_example, fetch_of, like_of, root_of
 
 
 def export(
@@ -261,12 +259,6 @@ def _graphs(butd: BUTD) -> Graphs:
     return graphs
 
 
-def take_gate(graphs: Graphs, site: fx.Node, counter: torch.Tensor) -> torch.Tensor:
-    """What the lateral connection takes, as `Graphs.gates` makes it."""
-    value = channel_mean(counter, site) if graphs.options.gating == "channel" else counter
-    return value > 0 if graphs.options.exact else value
-
-
 def _predict(
     predicting: fx.Graph,
     graph: fx.Graph,
@@ -287,21 +279,6 @@ def _predict(
             labels[copies[node]] = f"bu/{name_of(node)}"
 
 
-def own_inputs(wrapper: Wrapper, graph: fx.Graph) -> list[Input]:
-    """What the model's own inputs are in the file; they are the first placeholders of `graph`."""
-    nodes = [node for node in graph.nodes if node.op == "placeholder"]
-    examples = stand_ins_of(wrapper)
-    return [
-        Input(str(node.target), example, "batch" if example.ndim else None)
-        for node, example in zip(nodes, examples, strict=False)
-    ]
-
-
-def td_name(node: fx.Node) -> str:
-    """The name of the BU node that a node of the TD graph is the counterpart of; else its own."""
-    return str(node.target) if node.op == "call_module" else counterpart_of(node) or node.name
-
-
 def _return_only(graph: fx.Graph, value: Any) -> None:
     graph.output_node().args = (value,)
     graph.eliminate_dead_code(is_impure_node=_is_kept)
@@ -309,19 +286,3 @@ def _return_only(graph: fx.Graph, value: Any) -> None:
 
 def _is_kept(node: fx.Node) -> bool:
     return node.op in ("placeholder", "output") or has_effect(node)
-
-
-def about(model: nn.Module, product: str) -> dict[str, Any]:
-    """What every file says of itself."""
-    return {"fxfeedback": __version__, "product": product, "weights_sha256": checksum(model.state_dict())}
-
-
-def about_butd(butd: BUTD, graphs: Graphs, product: str) -> dict[str, Any]:
-    """What the file of an instructed network says of itself."""
-    return about(butd, product) | {
-        "tasks": graphs.options.n_tasks,
-        "instruction_size": graphs.instruction_size,
-        "takes_ids": graphs.options.instruction_size is None,
-        "gating": graphs.options.gating,
-        "sites": [name_of(site) for site in graphs.sites],
-    }

@@ -434,7 +434,7 @@ def test_info_refuses_foreign_and_damaged_files(files, tmp_path, capsys):
 
 
 def test_info_knows_of_weights_in_a_second_file(files, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("fxfeedback.deploy.onnx_file.LARGEST", 100)
+    monkeypatch.setattr("fxfeedback.deploy.writing.LARGEST", 100)
     result = run(capsys, "export", files / "butd", tmp_path / "large.onnx", "--task", "0")
     data = tmp_path / result["data"]
     assert result["data_bytes"] == data.stat().st_size > 0

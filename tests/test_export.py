@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import fxfeedback
-from fxfeedback.deploy import onnx_file
+from fxfeedback.deploy import exporting, finishing, writing
 from fxfeedback.errors import CheckpointError, Error, ExportError, InputError, OptionError
 from fxfeedback.export import export
 from marks import long
@@ -328,7 +328,7 @@ def test_every_weight_is_stored_once_under_torchs_name(convnet_lrm, steerable, c
     for model, path in ((convnet_lrm, steerable), convnet_butd):
         stored = {i.name: onnx.numpy_helper.to_array(i) for i in onnx.load(path).graph.initializer}
         for name, parameter in model.named_parameters():
-            if parameter.numel() > onnx_file.FOLDED:
+            if parameter.numel() > finishing.FOLDED:
                 assert np.array_equal(stored[name], parameter.detach().numpy())
         large = [np.sort(array, axis=None).tobytes() for array in stored.values() if array.size > 40]
         assert len(set(large)) == len(large)  # nor is there a transpose of one
@@ -428,7 +428,7 @@ def test_free_sizes_are_free_for_pooling_and_connections(dims, tmp_path):
 
 
 def test_a_file_that_is_right_at_the_examples_size_only_is_not_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_file, "FREE_SIZES", {})
+    monkeypatch.setattr(exporting, "FREE_SIZES", {})
     net = Pools(2).eval()
     net.pools = nn.ModuleList([nn.AdaptiveAvgPool2d(3)])
     model = fxfeedback.add_feedback(net, [("last", "first")], input_size=(2, 16, 12)).eval()
@@ -448,7 +448,7 @@ def test_a_model_that_runs_at_one_size_has_no_file_with_others(tmp_path):
 
 def planted(kind):
     """What torch's exporter does, and then one number of its file is another."""
-    made = onnx_file._finish
+    made = finishing.finish
 
     def finish(model, *rest):
         made(model, *rest)
@@ -480,7 +480,7 @@ def test_a_wrong_file_is_not_written(what, tensor, message, tmp_path, monkeypatc
     model = lrm("convnet", [("8", "4")])[0] if passes else instructed("convnet")[0]
     if passes:
         nn.init.ones_(model.modulations["8_to_4"].pos_scale)
-    monkeypatch.setattr(onnx_file, "_finish", planted(tensor))
+    monkeypatch.setattr(writing, "finish", planted(tensor))
     with pytest.raises(ExportError, match=f"batch 3, inputs of .*{message}.*check=False"):
         export(model, path, **options)
     assert path.read_bytes() == b"old" and [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
@@ -567,7 +567,7 @@ def test_a_float64_model_is_exported_as_it_is(tmp_path):
 
 def test_large_weights_lie_beside_the_file(tmp_path, monkeypatch):
     model, path, x = tiny(), tmp_path / "model.onnx", torch.randn(2, 8)
-    monkeypatch.setattr(onnx_file, "LARGEST", 1000)
+    monkeypatch.setattr(writing, "LARGEST", 1000)
     for _ in range(2):  # the second replaces the first, and its weights
         export(model, path)
         assert_close(Session(path, "cpu")(x), model(x))
@@ -586,8 +586,8 @@ def test_a_failed_export_leaves_the_old_file(tmp_path, monkeypatch, largest):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(onnx_file, "LARGEST", largest)
-    monkeypatch.setattr(onnx_file, "sync", full)
+    monkeypatch.setattr(writing, "LARGEST", largest)
+    monkeypatch.setattr(writing, "sync", full)
     with pytest.raises(OSError, match="No space"):
         export(tiny(), path)
     assert path.read_bytes() == b"old" and [file.name for file in tmp_path.iterdir()] == ["model.onnx"]

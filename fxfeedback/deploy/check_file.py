@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from fxfeedback.deploy.onnx_file import Input, leaves
-from fxfeedback.errors import CheckpointError, ExportError, InputError, OptionError
+from fxfeedback.deploy.program import Input, leaves
+from fxfeedback.errors import CheckpointError, ExportError, InputError, OptionError, first_line
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-2}
 """How far an output may be from torch's, relative to its largest value: some thousand roundings, 30 of a half."""
@@ -300,8 +300,3 @@ def relative(found: np.ndarray, wanted: np.ndarray) -> float:
         return 0.0
     difference, largest = np.abs(found.astype(np.float64) - wanted).max(), np.abs(wanted).max()
     return float(difference / largest) if largest else float(difference)
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, in one line."""
-    return str(error).strip().split("\n")[0] or type(error).__name__

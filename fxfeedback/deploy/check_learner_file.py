@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves
 
 from fxfeedback.butd import BUTD
-from fxfeedback.deploy.check_file import DRAWS, ROUNDING, Trial, first_line, numpy_of, open_file, relative
-from fxfeedback.deploy.onnx_file import Input
-from fxfeedback.errors import ExportError
+from fxfeedback.deploy.check_file import DRAWS, ROUNDING, Trial, numpy_of, open_file, relative
+from fxfeedback.deploy.program import Input
+from fxfeedback.errors import ExportError, first_line
 from fxfeedback.tracing.modes import eval_mode
 from fxfeedback.tracing.wrapper import call_as_example
 

@@ -21,10 +21,11 @@ from fxfeedback.butd import BUTD, graphs_of
 from fxfeedback.deploy.check_file import require_runtime
 from fxfeedback.deploy.check_learner_file import Lesson, check_learner_file, copy_to_learn
 from fxfeedback.deploy.losses import LOSSES
-from fxfeedback.deploy.onnx_file import Input, Program, check_target, write
 from fxfeedback.deploy.optimizers import OPTIMIZERS
+from fxfeedback.deploy.parts import about, about_butd, own_inputs, take_gate, td_name
+from fxfeedback.deploy.program import Input, Program
+from fxfeedback.deploy.writing import check_target, write
 from fxfeedback.errors import ExportError, OptionError
-from fxfeedback.export import about, about_butd, eval_mode, own_inputs, take_gate, td_name
 from fxfeedback.graph.bottom_up import BottomUp, has_effect, is_floating, operand
 from fxfeedback.graph.nodes import gate_of, identifier, is_error, is_named, is_own_input, name_of, spec_of, tell
 from fxfeedback.graph.shapes import leaves_of
@@ -32,6 +33,7 @@ from fxfeedback.instructed.graphs import Graphs
 from fxfeedback.rules.core import channelwise, spatial
 from fxfeedback.rules.normalization import standardized
 from fxfeedback.rules.ops import ADVANCES, cumulative_momentum
+from fxfeedback.tracing.modes import eval_mode
 from fxfeedback.tracing.open_modules import open_modules
 from fxfeedback.tracing.wrapper import fetch_of, like_of, modes_of, net_of, root_of
 

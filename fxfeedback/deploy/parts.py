@@ -1,0 +1,52 @@
+"""What the exported products have in common: their own inputs, gates, names of TD nodes, what a file says of itself."""
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxfeedback.butd import BUTD
+from fxfeedback.checksums import checksum
+from fxfeedback.deploy.program import Input
+from fxfeedback.graph.channels import channel_mean
+from fxfeedback.graph.nodes import counterpart_of, name_of
+from fxfeedback.instructed.graphs import Graphs
+from fxfeedback.tracing.wrapper import Wrapper, stand_ins_of
+from fxfeedback.version import __version__
+
+
+def own_inputs(wrapper: Wrapper, graph: fx.Graph) -> list[Input]:
+    """What the model's own inputs are in the file; they are the first placeholders of `graph`."""
+    nodes = [node for node in graph.nodes if node.op == "placeholder"]
+    examples = stand_ins_of(wrapper)
+    return [
+        Input(str(node.target), example, "batch" if example.ndim else None)
+        for node, example in zip(nodes, examples, strict=False)
+    ]
+
+
+def td_name(node: fx.Node) -> str:
+    """The name of the BU node that a node of the TD graph is the counterpart of; else its own."""
+    return str(node.target) if node.op == "call_module" else counterpart_of(node) or node.name
+
+
+def take_gate(graphs: Graphs, site: fx.Node, counter: torch.Tensor) -> torch.Tensor:
+    """What the lateral connection takes, as `Graphs.gates` makes it."""
+    value = channel_mean(counter, site) if graphs.options.gating == "channel" else counter
+    return value > 0 if graphs.options.exact else value
+
+
+def about(model: nn.Module, product: str) -> dict[str, Any]:
+    """What every file says of itself."""
+    return {"fxfeedback": __version__, "product": product, "weights_sha256": checksum(model.state_dict())}
+
+
+def about_butd(butd: BUTD, graphs: Graphs, product: str) -> dict[str, Any]:
+    """What the file of an instructed network says of itself."""
+    return about(butd, product) | {
+        "tasks": graphs.options.n_tasks,
+        "instruction_size": graphs.instruction_size,
+        "takes_ids": graphs.options.instruction_size is None,
+        "gating": graphs.options.gating,
+        "sites": [name_of(site) for site in graphs.sites],
+    }
