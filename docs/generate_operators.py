@@ -47,7 +47,7 @@ HERE = Path(__file__).parent
 PAGE, MEASURED = HERE / "operators.md", HERE / "operators.json"
 COMMAND = "python docs/generate_operators.py"
 
-ALL_RULES: list[Rule] = list({id(rule): rule for rule in RULES.values()}.values())
+ALL_RULES: list[Rule] = list(dict.fromkeys(RULES.values()))
 
 
 # -- names -------------------------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ class Absent:
 
 
 class Calls(fx.Interpreter):
-    """Runs an opened example and notes every call of one rule: y, operands by name, those of them that are no weights.
+    """Runs an opened example and notes every call of one rule: y, operands by name, those of them that are not weights.
 
     Of a list of operands the weights among them keep their values.
     """
@@ -475,7 +475,7 @@ autograd's gradients in float64, to 1e-9; [CONTRIBUTING.md](../CONTRIBUTING.md#a
 - *roles*: the error takes the exact derivative, and the instruction, for which no BU value exists yet, passes in
   another way: *as it is* (summed where the operand was broadcast), *averaged* over what the operand was broadcast
   over, *evenly* to all the values that the output was made from, *scaled* by a weight or number, or *in its own way*.
-  *Of two BU values* says what holds where the other operand is no weight.
+  *Of two BU values* says what holds where the other operand is not a weight.
 - *update*: a parameter; the error is summed into what it learns, and an instruction does not pass.
 - *error only*: an instruction does not pass.
 
@@ -529,7 +529,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def cell(text: str) -> str:
-    """Text for a cell: one line per paragraph, and no column of its own behind a vertical bar."""
+    """Text for a cell: one line per paragraph, with its vertical bars escaped."""
     paragraphs = [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]
     return "<br>".join(paragraphs).replace("|", "\\|").replace("*", "\\*").replace("_", "\\_")
 
@@ -654,7 +654,7 @@ def constants() -> str:
     """The section on ops that no counter neuron passes."""
     names = sorted({spelled(target) for target in CONSTANT}, key=lambda name: name.rpartition(".")[::-1])
     return (
-        "## Constant\nNo counter neuron passes through these, nor through any op whose output is no floating-point "
+        "## Constant\nNo counter neuron passes through these, nor through any op whose output is not a floating-point "
         f"tensor (comparisons, sizes,\npositions):\n{listed(names)}.\n"
     )
 
@@ -708,7 +708,7 @@ def measure(names: list[str]) -> None:
 
 
 def write(measured: dict[str, Any]) -> None:
-    """docs/operators.json, without rules that are no more."""
+    """docs/operators.json, without rules that no longer exist."""
     found = measured["export"]
     measured["export"] = {rule.name: found[rule.name] for rule in ALL_RULES if rule.name in found}
     MEASURED.write_text(json.dumps(measured, indent=1, ensure_ascii=False) + "\n")

@@ -19,7 +19,7 @@ from fxfeedback.graph.bottom_up import rectifies
 from fxfeedback.rules import RULES, Rule, T, call, transpose
 from networks import LARGE, SMALL, TRANSFORMERS, build
 
-ALL_RULES = {id(rule): rule for rule in RULES.values()}.values()
+ALL_RULES = list(dict.fromkeys(RULES.values()))
 
 
 @pytest.mark.parametrize("rule", ALL_RULES, ids=lambda rule: rule.name)

@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 import fxfeedback
 from fxfeedback.errors import InputError, NodeNameError, OptionError
+from fxfeedback.one_task.step_table import MIXES, STEPS
+from fxfeedback.rules import RULES
 from marks import long_but
 from networks import SMALL, build
 from random_graphs import cases
@@ -370,6 +372,12 @@ def test_what_is_left_by_hand():
     assert torch.equal(selected.two.bias, model.two.bias[[1, 3]])
     assert torch.equal(selected.head.weight, model.head.weight[:, [1, 3]])
     assert isinstance(selected.stem.weight, nn.Parameter)
+
+
+def test_every_rule_says_what_its_op_does_with_channels():
+    ours = {rule for rule in RULES.values() if rule.table.__module__.startswith("fxfeedback.")}
+    assert not ours - STEPS.keys() - set(MIXES), "put the rule in STEPS of one_task/step_table.py, or in MIXES"
+    assert not STEPS.keys() & set(MIXES)
 
 
 def test_what_nobody_reads_is_not_computed():

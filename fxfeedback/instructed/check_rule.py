@@ -28,11 +28,11 @@ def check_rule(rule: Rule) -> None:
 
     Raises:
         AssertionError: an update differs from autograd's gradient by more than the example's tolerance, with the plain
-            rule or with its fused kernels, or the instruction's counter neuron has not the operand's shape.
+            rule or with its fused kernels, or the instruction's counter neuron does not have the operand's shape.
         ValueError: the rule has no examples.
     """
     if not rule.examples:
-        raise ValueError(f"the rule {rule.name!r} has no examples: set {rule.name}.examples = [call(...)]")
+        raise ValueError(f"the rule {rule.name!r} has no examples: write @rule(..., examples=[call(...)])")
     for example in rule.examples:
         module = Call(example)
         bu = open_modules(trace(module), example_inputs=(module.x,))

@@ -22,6 +22,7 @@ from fxfeedback.graph.nodes import (
 )
 from fxfeedback.graph.shapes import annotate_shapes
 from fxfeedback.one_task.dead_channels import remove_dead_channels
+from fxfeedback.one_task.step_table import step_of
 from fxfeedback.rules.gating import gate
 from fxfeedback.rules.ops import one_node
 
@@ -43,7 +44,7 @@ def select_task(graphs: "Graphs", instruction: torch.Tensor, examples: Sequence[
     module = fx.GraphModule(folded.tensors, folded.run(), "Gated")
     if not graphs.options.exact:
         annotate_shapes(module, examples)  # the lateral may be any function
-    selected = remove_dead_channels(module.graph, folded.tensors)
+    selected = remove_dead_channels(module.graph, folded.tensors, step_of)
     _check_sizes(selected.graph)
     for node in selected.graph.nodes:
         name = getattr(node.target, "__name__", "")

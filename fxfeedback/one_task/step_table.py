@@ -1,4 +1,4 @@
-"""Which op does what with channels: a table from rules to the steps of steps.py.
+"""Which op does what with channels: a table from rules to the steps of steps.py and moving.py.
 
 An op that is not in the table, or is called in a way that is not covered, mixes all channels of its operands into all
 of its own: nothing is removed through it, and the values that it reads are made whole.
@@ -6,44 +6,32 @@ of its own: nothing is removed through it, and the values that it reads are made
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import fx
 
 from fxfeedback.graph.nodes import spec_of, specs_of
 from fxfeedback.graph.specs import Spec
-from fxfeedback.one_task.steps import (
-    Gathering,
-    Joining,
-    Mixing,
-    Moving,
-    PerChannel,
-    Step,
-    is_reshape,
-    new_shape,
-    pick,
-    unknown,
-)
-from fxfeedback.rules import RULES, Rule, indexing, pooling, reduction, resizing
+from fxfeedback.one_task.moving import MOVES, Joining, moving
+from fxfeedback.one_task.network import Network, Step, unknown
+from fxfeedback.one_task.steps import Mixing, PerChannel, Whole
+from fxfeedback.rules import RULES, Rule, indexing, matmul, pooling, reduction, repeating, resizing, sampling, writing
 from fxfeedback.rules import activation as act
 from fxfeedback.rules import arithmetic as sums
 from fxfeedback.rules import elementwise as each
 from fxfeedback.rules import normalization as norms
 from fxfeedback.rules import reshaping as moves
+from fxfeedback.rules.attention import attention
 from fxfeedback.rules.convolution import convolution, transposed_convolution
 from fxfeedback.rules.core import as_tuple
-from fxfeedback.rules.dropout import identity
+from fxfeedback.rules.dropout import dropout, identity
+from fxfeedback.rules.gating import galu
 from fxfeedback.rules.linear import linear
 
-if TYPE_CHECKING:
-    from fxfeedback.one_task.dead_channels import Network
-
-Choice = Callable[["Network", fx.Node], Step | None]
+Choice = Callable[[Network, fx.Node], Step | None]
 """The step of a call, or None where the op mixes channels when it is called like this."""
 
 
-def elementwise(network: "Network", node: fx.Node, zero_wins: bool = False) -> Step | None:
+def elementwise(network: Network, node: fx.Node, zero_wins: bool = False) -> Step | None:
     """Each value by itself, with broadcasting."""
     spec = spec_of(node)
     operands = [source for source in node.all_input_nodes if source not in network.numbers]
@@ -67,12 +55,12 @@ def elementwise(network: "Network", node: fx.Node, zero_wins: bool = False) -> S
     )
 
 
-def product(network: "Network", node: fx.Node) -> Step | None:
+def product(network: Network, node: fx.Node) -> Step | None:
     """A product, of finite values."""
     return elementwise(network, node, zero_wins=True)
 
 
-def of_one(network: "Network", node: fx.Node) -> Step | None:
+def of_one(network: Network, node: fx.Node) -> Step | None:
     """Each value by itself; a second tensor would only lend its dtype."""
     return elementwise(network, node) if len(node.all_input_nodes) == 1 else None
 
@@ -80,7 +68,7 @@ def of_one(network: "Network", node: fx.Node) -> Step | None:
 def with_vectors(*names: str) -> Choice:
     """Maps (N, C, ...), channel by channel, with vectors over channels as further operands."""
 
-    def choose(network: "Network", node: fx.Node) -> Step | None:
+    def choose(network: Network, node: fx.Node) -> Step | None:
         operands = RULES[node.target].operands(node.args, dict(node.kwargs))
         source, shape = operands["input"], network.shape(operands["input"])
         vectors = {operands[name]: 0 for name in names if isinstance(operands.get(name), fx.Node)}
@@ -94,7 +82,7 @@ def with_vectors(*names: str) -> Choice:
     return choose
 
 
-def one_slope_or_many(network: "Network", node: fx.Node) -> Step | None:
+def one_slope_or_many(network: Network, node: fx.Node) -> Step | None:
     """PReLU: one number for all channels, or one each."""
     weight = network.constant(RULES[node.target].operands(node.args, dict(node.kwargs))["weight"])
     if weight is None:
@@ -108,7 +96,7 @@ def _has_batch(node: fx.Node, shape: Sequence[int]) -> bool:
     return not digits or len(shape) == int(digits[-1]) + 2
 
 
-def over_positions(network: "Network", node: fx.Node) -> Step | None:
+def over_positions(network: Network, node: fx.Node) -> Step | None:
     """A reduction over dimensions without channels."""
     operands = RULES[node.target].operands(node.args, dict(node.kwargs))
     source = operands["input"]
@@ -123,7 +111,7 @@ def over_positions(network: "Network", node: fx.Node) -> Step | None:
     return PerChannel(network, node, dim - gone, {source: dim}, on_maps=True)
 
 
-def padding(network: "Network", node: fx.Node) -> Step | None:
+def padding(network: Network, node: fx.Node) -> Step | None:
     """Around positions; or zeros around the channels."""
     operands = RULES[node.target].operands(node.args, dict(node.kwargs))
     source, widths = operands["input"], list(operands["pad"])
@@ -136,7 +124,7 @@ def padding(network: "Network", node: fx.Node) -> Step | None:
     return moving(network, node) if not operands.get("value") else None
 
 
-def layer(network: "Network", node: fx.Node) -> Step | None:
+def layer(network: Network, node: fx.Node) -> Step | None:
     """Convolutions and linear layers, of weights that do not depend on the input."""
     operands = RULES[node.target].operands(node.args, dict(node.kwargs))
     bias = operands.get("bias")
@@ -151,8 +139,8 @@ def layer(network: "Network", node: fx.Node) -> Step | None:
     return Mixing(network, node, 1, operands.get("groups", 1), padded)
 
 
-def joining(network: "Network", node: fx.Node) -> Step | None:
-    """Values one behind the other, along the channels or along positions."""
+def joining(network: Network, node: fx.Node) -> Step | None:
+    """Values one after the other, along the channels or along positions."""
     operands = RULES[node.target].operands(node.args, dict(node.kwargs))
     parts, ndim = list(operands["tensors"]), len(spec_of(node).shape)
     dim = operands.get("dim", 0) % ndim
@@ -165,142 +153,19 @@ def joining(network: "Network", node: fx.Node) -> Step | None:
     return PerChannel(network, node, along, dict.fromkeys(parts, along)) if along not in (None, dim) else None
 
 
-def moving(network: "Network", node: fx.Node) -> Step | None:
-    """What only moves values. What it does to channels is read off by running it on numbered ones.
-
-    Where one op splits the channels over two dimensions and a later one joins them again, as in a shuffle, they count
-    as one op.
-    """
-    path = [node]
-    while True:
-        sources, sized = network.values(path[0]), any(s in network.numbers for s in path[0].all_input_nodes)
-        if len(sources) != 1 or (sized and not is_reshape(path[0])):
-            return None
-        source, spec = sources[0], spec_of(sources[0])
-        if isinstance(spec, Spec) and network.channels(source).dim is not None and network.channels(source).size > 1:
-            step = _gathering(network, node, source, path) or _moving(network, node, source, path)
-            if step:
-                return step
-        if not _only_moves(source):
-            return None
-        path.insert(0, source)
+def _table(*rows: tuple[Choice, Iterable[Rule]]) -> dict[Rule, Choice]:
+    return {rule: choice for choice, rules in rows for rule in rules}
 
 
-def _only_moves(node: fx.Node) -> bool:
-    rule = RULES.get(node.target) if node.op == "call_function" else None
-    return STEPS.get(id(rule)) in (moving, padding) or rule in (moves.copy, identity)
-
-
-def _run(network: "Network", path: Iterable[fx.Node], source: fx.Node, x: Any, shape: Any = None) -> Any:
-    """The nodes of the path on x in the source's place; a reshape takes `shape`, if that is given."""
-    values = {source: x}
-
-    def see(operand: fx.Node) -> Any:
-        if operand in values:
-            return values[operand]
-        constant = network.constant(operand)
-        return network.numbers[operand] if constant is None else constant.cpu()
-
-    for step in path:
-        if shape is not None and is_reshape(step):
-            values[step] = values[step.all_input_nodes[0]].reshape(shape)
-        else:
-            args, kwargs = fx.node.map_arg((step.args, step.kwargs), see)
-            values[step] = step.target(*args, **kwargs)  # type: ignore[operator]
-        last = values[step]
-    return last
-
-
-def _numbered(network: "Network", source: fx.Node) -> tuple[torch.Tensor, int]:
-    """A tensor of the source's shape, each value another number from 1 on, and how far apart those of channels are."""
-    shape, dim = network.shape(source), network.channels(source).dim
-    assert dim is not None
-    return torch.arange(1, math.prod(shape) + 1).reshape(shape), math.prod(shape[dim + 1 :])
-
-
-def _gathering(network: "Network", node: fx.Node, source: fx.Node, path: list[fx.Node]) -> Step | None:
-    numbers, stride = _numbered(network, source)
-    dim = network.channels(source).dim
-    assert dim is not None
-    out = _run(network, path, source, numbers)
-    if spec_of(node).per_sample[dim : dim + 1] != (0,):
-        return None
-    if out.ndim != numbers.ndim or any(
-        a != b for d, (a, b) in enumerate(zip(out.shape, numbers.shape, strict=True)) if d != dim
-    ):
-        return None
-    first = out.movedim(dim, 0).reshape(out.shape[dim], -1)[:, 0]
-    origin = torch.where(first == 0, -1, (first - 1) // stride)
-    if (origin >= numbers.shape[dim]).any():
-        return None
-    expected = numbers.index_select(dim, origin.clamp(0))
-    expected = torch.where((origin < 0).reshape([-1 if d == dim else 1 for d in range(out.ndim)]), 0, expected)
-    return Gathering(network, node, source, origin) if torch.equal(out, expected) else None
-
-
-def _moving(network: "Network", node: fx.Node, source: fx.Node, path: list[fx.Node]) -> Step | None:
-    numbers, stride = _numbered(network, source)
-    channels, spec = network.channels(source), spec_of(node)
-    assert channels.dim is not None
-    if len(path) > 1 and (len(path) > 2 or isinstance(specs_of(path[0]), Spec)):
-        return None
-    out, size = _run(network, path, source, numbers), channels.size
-    for dim in range(out.ndim):
-        if spec.per_sample[dim] or out.shape[dim] % size:
-            continue
-        block = out.shape[dim] // size
-        offsets = torch.arange(size).reshape([-1 if d == dim else 1 for d in range(out.ndim + 1)]) * stride
-        one = out.unflatten(dim, (size, block)) - offsets
-        if not (one == one.narrow(dim, 0, 1)).all():
-            continue
-        for reshapes in (False, True):
-            if _does_the_same(network, node, source, path, out, dim, block, reshapes):
-                return Moving(network, node, source, path, dim, block, reshapes)
-        return None
-    return None
-
-
-def _does_the_same(
-    network: "Network",
-    node: fx.Node,
-    source: fx.Node,
-    path: list[fx.Node],
-    out: torch.Tensor,
-    dim: int,
-    block: int,
-    reshapes: bool,
-) -> bool:
-    """Whether the path gives the same values for some of the channels, in another order."""
-    (numbers, _), channels = _numbered(network, source), network.channels(source)
-    if channels.dim is None or (reshapes and (not is_reshape(node) or new_shape(node, dim, block) is None)):
-        return False
-    for some in ([channels.size - 1], list(range(channels.size - 1, 0, -1))):
-        shape = new_shape(node, dim, len(some) * block) if reshapes else None
-        expected = pick(out, dim, [channel * block + i for channel in some for i in range(block)])
-        try:
-            result = _run(network, path, source, pick(numbers, channels.dim, some), shape)
-        except (RuntimeError, IndexError, TypeError):
-            return False
-        if not isinstance(result, torch.Tensor) or not torch.equal(result, expected):
-            return False
-    return True
-
-
-def _table(*rows: tuple[Choice, Iterable[Rule]]) -> dict[int, Choice]:
-    return {id(rule): choice for choice, rules in rows for rule in rules}
-
-
-STEPS: dict[int, Choice] = _table(
+STEPS: dict[Rule, Choice] = _table(
     (
         elementwise,
         [
             *(act.relu, act.leaky_relu, act.relu6, act.hardtanh, act.sigmoid, act.tanh, act.gelu, act.silu, act.mish),
             *(act.elu, act.hardswish, act.hardsigmoid, act.softplus, act.celu, act.selu, act.logsigmoid, act.softsign),
             *(act.tanhshrink, act.hardshrink, act.softshrink, act.threshold),
-            *(each.exp, each.expm1, each.log, each.log2, each.log10, each.log1p, each.sqrt, each.rsqrt, each.square),
-            *(each.reciprocal, each.abs, each.sin, each.cos, each.tan, each.asin, each.acos, each.atan, each.sinh),
-            *(each.cosh, each.asinh, each.acosh, each.atanh, each.exp2, each.erf, each.erfc, each.frac),
-            *(each.pow, each.nan_to_num, each.clamp, each.clamp_min, each.clamp_max, each.maximum, each.minimum),
+            *each.FUNCTIONS,
+            *(each.power, each.nan_to_num, each.clamp, each.clamp_min, each.clamp_max, each.maximum, each.minimum),
             *(sums.add, sums.sub, sums.div, sums.neg, sums.rsub, sums.addcmul, sums.addcdiv, sums.lerp),
             *(indexing.where, indexing.tensor_where, indexing.masked_fill, moves.copy, identity),
         ],
@@ -319,26 +184,36 @@ STEPS: dict[int, Choice] = _table(
             resizing.interpolate,
         ],
     ),
-    (over_positions, [reduction.mean, reduction.sum, reduction.amax, reduction.var, reduction.std]),
+    (over_positions, [reduction.mean, reduction.total, reduction.amax, reduction.var, reduction.std]),
     (padding, [moves.pad]),
     (layer, [convolution, transposed_convolution, linear]),
     (joining, [moves.cat]),
-    (
-        moving,
-        [
-            *(moves.reshape, moves.permute, moves.swap, moves.t, moves.movedim, moves.roll, moves.flip, moves.rot90),
-            *(moves.channel_shuffle, moves.split, moves.tensor_split, moves.unbind),
-            *(indexing.getitem, indexing.narrow, indexing.index_select, indexing.attribute),
-        ],
-    ),
+    (moving, MOVES),
 )
-"""id of a rule -> how its op treats channels."""
+"""A rule -> how its op treats channels."""
+
+MIXES: list[Rule] = [
+    *(act.glu, act.softmax, act.softmin, act.log_softmax, sums.cosine_similarity),
+    *(matmul.matmul, matmul.mm, matmul.mv, matmul.addmm, matmul.baddbmm, matmul.einsum, matmul.tensordot),
+    *(matmul.bilinear, matmul.outer, attention, dropout, each.cut_off, galu),
+    *(indexing.gather, indexing.take_along_dim, indexing.embedding, indexing.tril, indexing.triu, indexing.diagonal),
+    *(indexing.windows, indexing.slice_scatter, indexing.select_scatter, indexing.sort, indexing.topk),
+    *(reduction.greatest, reduction.smallest, reduction.median, reduction.var_mean, reduction.std_mean),
+    *(reduction.vector_norm, reduction.linalg_norm, reduction.norm, reduction.cdist, reduction.logsumexp),
+    *(reduction.cumsum, reduction.cumprod, reduction.prod),
+    *(norms.synced, norms.layer_norm, norms.group_norm, norms.rms_norm, norms.normalize, norms.local_response_norm),
+    *(repeating.expand, repeating.expand_as, repeating.repeat, repeating.repeat_interleave),
+    *(moves.pixel_shuffle, moves.pixel_unshuffle, moves.unfold, moves.fold, moves.stack),
+    *(sampling.grid_sample, sampling.affine_grid),
+    *(writing.put, writing.scatter, writing.scatter_add, writing.index_copy, writing.index_add, writing.index_fill),
+]
+"""The other rules: their ops mix channels, or are too rare to have a step. Nothing is removed."""
 
 
-def step_of(network: "Network", node: fx.Node) -> Step:
+def step_of(network: Network, node: fx.Node) -> Step:
     """How the node's op treats channels."""
-    choice = STEPS.get(id(RULES.get(node.target))) if node.op == "call_function" else None
+    rule = RULES.get(node.target) if node.op == "call_function" else None
     spec = specs_of(node)
-    if choice and isinstance(spec, Spec) and spec.dtype.is_floating_point and 0 not in spec.shape:
-        return choice(network, node) or Step(network, node)
-    return Step(network, node)
+    if rule in STEPS and isinstance(spec, Spec) and spec.dtype.is_floating_point and 0 not in spec.shape:
+        return STEPS[rule](network, node) or Whole(network, node)
+    return Whole(network, node)

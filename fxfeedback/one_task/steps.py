@@ -1,13 +1,8 @@
-"""The kinds of ops, by what they do with channels: which they make constant, which they read, and the op on a few.
-
-A channel is *known* when it holds one number, whatever the network's input is: zero behind a closed gate, β behind the
-batch norm of such a channel. It is *live* when it is not known and somebody reads it.
-"""
+"""The kinds of ops, by what they do with channels: which they make constant, which they read, and the op on a few."""
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
@@ -15,56 +10,30 @@ from torch import fx
 from fxfeedback.graph.channels import channel_dim
 from fxfeedback.graph.nodes import spec_of, specs_of
 from fxfeedback.graph.specs import Spec
+from fxfeedback.one_task.emitter import Emitter
+from fxfeedback.one_task.network import Channels, Network, Step, unknown
 from fxfeedback.rules import RULES
 from fxfeedback.rules.convolution import transposed_convolution
 from fxfeedback.rules.dropout import identity
-from fxfeedback.rules.reshaping import reshape
-
-if TYPE_CHECKING:
-    from fxfeedback.one_task.dead_channels import Emitter, Network
 
 
-@dataclass(frozen=True)
-class Channels:
-    """The channels of a value.
+class Whole(Step):
+    """An op of any kind: every channel of the output reads all channels of the operands."""
 
-    dim: the dimension that they lie along; None: the value is taken as one channel.
-    known: (size,), whether a channel is known; number: (size,) float64, what it holds then, 0 elsewhere.
-    """
-
-    dim: int | None
-    known: torch.Tensor
-    number: torch.Tensor
-
-    @property
-    def size(self) -> int:
-        return len(self.known)
-
-
-def unknown(dim: int | None, size: int = 1) -> Channels:
-    """Channels of which nothing is known."""
-    return Channels(dim, torch.zeros(size, dtype=torch.bool), torch.zeros(size, dtype=torch.double))
-
-
-class Step:
-    """One op of the network. Here: every channel of the output reads all channels of the operands."""
-
-    def __init__(self, network: "Network", node: fx.Node, channels: Channels | None = None) -> None:
+    def __init__(self, network: Network, node: fx.Node, channels: Channels | None = None) -> None:
         self.network, self.node = network, node
         self.channels = channels or unknown(*_whole(node))
 
     def reads(self, live: torch.Tensor) -> Iterator[tuple[fx.Node, torch.Tensor]]:
-        """The channels of the operands that the channels `live` of the output are computed from."""
         for source in self.network.values(self.node):
             yield source, torch.ones_like(self.network.channels(source).known)
 
-    def emit(self, out: "Emitter", live: list[int]) -> tuple[fx.Node, list[int]]:
-        """A node with at least the channels `live`, and which channels it has, in order."""
+    def emit(self, out: Emitter, live: list[int]) -> tuple[fx.Node, list[int]]:
         return out.copy(self.node), list(range(self.channels.size))
 
 
 def _whole(node: fx.Node) -> tuple[int | None, int]:
-    """Where a value of any op has its channels, and how many: only a convenience for the ops behind it."""
+    """Where a value of any op has its channels, and how many: only a convenience for the ops after it."""
     spec = specs_of(node)
     if not isinstance(spec, Spec) or len(spec.shape) < 2 or 0 in spec.shape or not spec.dtype.is_floating_point:
         return None, 1
@@ -82,7 +51,7 @@ class PerChannel(Step):
 
     def __init__(
         self,
-        network: "Network",
+        network: Network,
         node: fx.Node,
         dim: int,
         along: dict[fx.Node, int | None],
@@ -96,7 +65,7 @@ class PerChannel(Step):
     def _channels(self, size: int) -> Channels:
         all_known, zero = torch.ones(size, dtype=torch.bool), torch.zeros(size, dtype=torch.bool)
         if any(source in self.network.numbers for source in self.node.all_input_nodes):
-            all_known[:] = False  # what is computed from the batch size is no constant
+            all_known[:] = False  # what is computed from the batch size is not constant
         for source, along in self.along.items():
             operand = self.network.along(source, along)
             constant = self.network.constant(source) is not None
@@ -140,7 +109,7 @@ class PerChannel(Step):
             along, channels = self.along.get(source), self.network.channels(source)
             yield source, live if along is not None and along == channels.dim else torch.ones_like(channels.known)
 
-    def emit(self, out: "Emitter", live: list[int]) -> tuple[fx.Node, list[int]]:
+    def emit(self, out: Emitter, live: list[int]) -> tuple[fx.Node, list[int]]:
         live = self._in_order(out, live)
         operands: dict[fx.Node, fx.Node] = {}
         for source, along in self.along.items():
@@ -154,7 +123,7 @@ class PerChannel(Step):
         same = self._same(out, operands)
         return (out.copy(self.node, operands) if same is None else operands[same]), live
 
-    def _in_order(self, out: "Emitter", live: list[int]) -> list[int]:
+    def _in_order(self, out: Emitter, live: list[int]) -> list[int]:
         """`live` in the order that an operand has already, if possible one that has no others."""
         wanted = set(live)
         sources = [s for s, d in self.along.items() if d is not None and s in out.lists]
@@ -163,7 +132,7 @@ class PerChannel(Step):
         first = [channel for channel in out.lists[sources[-1]] if channel in wanted] if sources else []
         return first + sorted(wanted - set(first))
 
-    def _same(self, out: "Emitter", operands: dict[fx.Node, fx.Node]) -> fx.Node | None:
+    def _same(self, out: Emitter, operands: dict[fx.Node, fx.Node]) -> fx.Node | None:
         """The operand that the op leaves as it is: the identity, and a product with open gates."""
         if RULES.get(self.node.target) is identity:
             return self.node.all_input_nodes[0]
@@ -183,7 +152,7 @@ class Mixing(Step):
     is not zero makes outputs that differ at the border, so that it must be there.
     """
 
-    def __init__(self, network: "Network", node: fx.Node, dim: int, groups: int, padded: bool) -> None:
+    def __init__(self, network: Network, node: fx.Node, dim: int, groups: int, padded: bool) -> None:
         self.network, self.node, self.dim, self.groups = network, node, dim, groups
         rule = RULES[node.target]
         self.operands = rule.operands(node.args, dict(node.kwargs))
@@ -220,7 +189,7 @@ class Mixing(Step):
         mask = (self.read & used).flatten()
         yield self.input, mask if channels.dim == self.dim else torch.ones_like(channels.known)
 
-    def emit(self, out: "Emitter", live: list[int]) -> tuple[fx.Node, list[int]]:
+    def emit(self, out: Emitter, live: list[int]) -> tuple[fx.Node, list[int]]:
         outputs, inputs = self.weight.shape[1:3]
         tracked = self.network.channels(self.input).dim == self.dim
         there = {channel: i for i, channel in enumerate(out.lists.get(self.input, []) if tracked else [])}
@@ -248,7 +217,7 @@ class Mixing(Step):
         weight = (weight.transpose(1, 2) if self.transposed else weight).flatten(0, 1)
         return self._call(out, weight, made, taken, len(used)), made
 
-    def _call(self, out: "Emitter", weight: torch.Tensor, made: list[int], taken: list[int], groups: int) -> fx.Node:
+    def _call(self, out: Emitter, weight: torch.Tensor, made: list[int], taken: list[int], groups: int) -> fx.Node:
         operands = dict(self.operands)
         name, bias = str(operands["weight"].target), self.network.constant(operands.get("bias"))
         bias_name = name.removesuffix("weight") + "bias" if bias is None else str(operands["bias"].target)
@@ -262,111 +231,6 @@ class Mixing(Step):
         if "groups" in operands:
             operands["groups"] = groups
         return out.call(self.node, operands)
-
-
-class Gathering(Step):
-    """Channels of one value in another order: slices, shuffles, flips.
-
-    origin: for each channel which of the source's it is; -1: zero.
-    """
-
-    def __init__(self, network: "Network", node: fx.Node, source: fx.Node, origin: torch.Tensor) -> None:
-        self.network, self.node, self.source, self.origin = network, node, source, origin
-        channels = network.channels(source)
-        zero = origin < 0
-        known, number = channels.known[origin.clamp(0)] | zero, torch.where(zero, 0.0, channels.number[origin.clamp(0)])
-        self.channels = Channels(channels.dim, known, number)
-
-    def reads(self, live: torch.Tensor) -> Iterator[tuple[fx.Node, torch.Tensor]]:
-        mask = torch.zeros_like(self.network.channels(self.source).known)
-        mask[self.origin[live]] = True
-        yield self.source, mask
-
-    def emit(self, out: "Emitter", live: list[int]) -> tuple[fx.Node, list[int]]:
-        place = {channel: i for i, channel in enumerate(out.lists[self.source])}
-        origin = self.origin.tolist()
-        live = sorted(live, key=lambda channel: place[origin[channel]])
-        assert self.channels.dim is not None
-        return out.aligned(self.source, self.channels.dim, [origin[channel] for channel in live]), live
-
-
-class Moving(Step):
-    """Positions and dimensions of one value moved, each channel alike: permute, flatten.
-
-    path: the nodes from the source, which is not among them, to this one. dim: where the channels are now; each became
-    `block` neighbours. reshapes: whether the call names sizes, so that fewer channels need a reshape in its place.
-    """
-
-    def __init__(
-        self,
-        network: "Network",
-        node: fx.Node,
-        source: fx.Node,
-        path: list[fx.Node],
-        dim: int,
-        block: int,
-        reshapes: bool,
-    ) -> None:
-        self.network, self.node, self.source, self.path = network, node, source, path
-        self.block, self.reshapes = block, reshapes
-        channels = network.channels(source)
-        self.channels = Channels(dim, channels.known.repeat_interleave(block), channels.number.repeat_interleave(block))
-
-    def reads(self, live: torch.Tensor) -> Iterator[tuple[fx.Node, torch.Tensor]]:
-        yield self.source, live.reshape(-1, self.block).any(1)
-
-    def emit(self, out: "Emitter", live: list[int]) -> tuple[fx.Node, list[int]]:
-        kept = out.lists[self.source]
-        node = out.nodes[self.source]
-        for step in self.path:
-            if self.reshapes and len(kept) < self.network.channels(self.source).size:
-                shape = new_shape(step, self.channels.dim, len(kept) * self.block)
-                node = out.insert(torch.reshape, (node, shape), step)
-            else:
-                node = out.copy(step, {step.all_input_nodes[0]: node})
-        return node, [channel * self.block + i for channel in kept for i in range(self.block)]
-
-
-class Joining(Step):
-    """Channels of several values, one behind the other."""
-
-    def __init__(self, network: "Network", node: fx.Node, dim: int) -> None:
-        self.network, self.node, self.dim = network, node, dim
-        self.parts = list(RULES[node.target].operands(node.args, dict(node.kwargs))["tensors"])
-        channels = [network.along(part, dim) for part in self.parts]
-        self.sizes = [part.size for part in channels]
-        self.channels = Channels(
-            dim, torch.cat([part.known for part in channels]), torch.cat([part.number for part in channels])
-        )
-
-    def reads(self, live: torch.Tensor) -> Iterator[tuple[fx.Node, torch.Tensor]]:
-        for part, mask in zip(self.parts, live.split(self.sizes), strict=True):
-            channels = self.network.channels(part)
-            if mask.any():
-                yield part, mask if channels.dim == self.dim else torch.ones_like(channels.known)
-
-    def emit(self, out: "Emitter", live: list[int]) -> tuple[fx.Node, list[int]]:
-        nodes, made, start, wanted = [], [], 0, set(live)
-        for part, size in zip(self.parts, self.sizes, strict=True):
-            if wanted & set(range(start, start + size)):
-                tracked = self.network.channels(part).dim == self.dim
-                kept = out.lists[part] if tracked else list(range(size))
-                nodes.append(out.aligned(part, self.dim, kept))
-                made += [start + channel for channel in kept]
-            start += size
-        return (nodes[0] if len(nodes) == 1 else out.insert(torch.cat, (nodes, self.dim), self.node)), made
-
-
-def is_reshape(node: fx.Node) -> bool:
-    """Whether the op gives values another shape, which names sizes."""
-    return RULES.get(node.target) is reshape
-
-
-def new_shape(node: fx.Node, dim: int | None, size: int) -> list[int] | None:
-    """The shape of a reshaped value with `size` channels along `dim`, with -1 for the batch; None for two of these."""
-    spec = spec_of(node)
-    sizes = [size if d == dim else -1 if spec.per_sample[d] else n for d, n in enumerate(spec.shape)]
-    return sizes if sizes.count(-1) < 2 else None
 
 
 def pick(tensor: torch.Tensor, dim: int, channels: Sequence[int]) -> torch.Tensor:

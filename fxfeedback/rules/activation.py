@@ -16,7 +16,7 @@ def pointwise(error):
     return {"input": roles(instruct=as_is, error=error)}
 
 
-@rule(F.relu, torch.relu, rectifies=True, step=True)
+@rule(F.relu, torch.relu, rectifies=True, step=True, examples=[call(F.relu, T(4, 5)), call(torch.relu, T(4, 5, 2))])
 def relu(y, input, inplace=False):
     """max(x, 0); its derivative is the gate [y > 0]"""
     return pointwise(lambda e: e * (y > 0))
@@ -27,7 +27,7 @@ def relu_backward(e, y, saved, wanted, input, inplace=False):
     return {"input": aten.threshold_backward(e, y, 0)}
 
 
-@rule(F.leaky_relu, rectifies=True)
+@rule(F.leaky_relu, rectifies=True, examples=[call(F.leaky_relu, T(4, 5)), call(F.leaky_relu, T(4, 5), 0.3)])
 def leaky_relu(y, input, negative_slope=0.01, inplace=False):
     """x where x > 0, slope x elsewhere"""
     return pointwise(lambda e: torch.where(input > 0, e, e * negative_slope))
@@ -38,7 +38,7 @@ def leaky_relu_backward(e, y, saved, wanted, input, negative_slope=0.01, inplace
     return {"input": aten.leaky_relu_backward(e, input, negative_slope, False)}
 
 
-@rule(F.relu6, rectifies=True, step=True)
+@rule(F.relu6, rectifies=True, step=True, examples=[call(F.relu6, T(200, 5))])
 def relu6(y, input, inplace=False):
     """min(max(x, 0), 6); its derivative is the gate [0 < y < 6]"""
     return pointwise(lambda e: e * ((y > 0) & (y < 6)))
@@ -49,13 +49,13 @@ def relu6_backward(e, y, saved, wanted, input, inplace=False):
     return {"input": aten.hardtanh_backward(e, y, 0, 6)}
 
 
-@rule(F.hardtanh)
+@rule(F.hardtanh, examples=[call(F.hardtanh, T(40, 5)), call(F.hardtanh, T(40, 5), -0.5, 1.5)])
 def hardtanh(y, input, min_val=-1.0, max_val=1.0, inplace=False):
     """min(max(x, low), high)"""
     return pointwise(lambda e: e * ((input > min_val) & (input < max_val)))
 
 
-@rule(F.sigmoid, torch.sigmoid, torch.special.expit)
+@rule(F.sigmoid, torch.sigmoid, torch.special.expit, examples=[call(torch.sigmoid, T(4, 5))])
 def sigmoid(y, input):
     """1 / (1 + exp(-x))"""
     return pointwise(lambda e: e * y * (1 - y))
@@ -66,7 +66,7 @@ def sigmoid_backward(e, y, saved, wanted, input):
     return {"input": aten.sigmoid_backward(e, y)}
 
 
-@rule(F.tanh, torch.tanh)
+@rule(F.tanh, torch.tanh, examples=[call(torch.tanh, T(4, 5))])
 def tanh(y, input):
     """tanh x"""
     return pointwise(lambda e: e * (1 - y * y))
@@ -77,7 +77,7 @@ def tanh_backward(e, y, saved, wanted, input):
     return {"input": aten.tanh_backward(e, y)}
 
 
-@rule(F.gelu, rectifies=True)
+@rule(F.gelu, rectifies=True, examples=[call(F.gelu, T(4, 5)), call(F.gelu, T(4, 5), approximate="tanh")])
 def gelu(y, input, approximate="none"):
     """x Φ(x), or Φ by tanh(√(2/π) (x + 0.044715 x³))"""
 
@@ -98,7 +98,7 @@ def gelu_backward(e, y, saved, wanted, input, approximate="none"):
     return {"input": aten.gelu_backward(e, input, approximate=approximate)}
 
 
-@rule(F.silu, rectifies=True)
+@rule(F.silu, rectifies=True, examples=[call(F.silu, T(4, 5))])
 def silu(y, input, inplace=False):
     """x σ(x)"""
 
@@ -117,7 +117,7 @@ def silu_backward(e, y, saved, wanted, input, inplace=False):
 _silu_error = without_derivative(aten.silu_backward, lambda e, x: silu.table(None, x)["input"].error(e))
 
 
-@rule(F.mish, rectifies=True)
+@rule(F.mish, rectifies=True, examples=[call(F.mish, T(4, 5))])
 def mish(y, input, inplace=False):
     """x tanh(log(1 + exp x))"""
 
@@ -128,13 +128,13 @@ def mish(y, input, inplace=False):
     return pointwise(error)
 
 
-@rule(F.elu, rectifies=True)
+@rule(F.elu, rectifies=True, examples=[call(F.elu, T(4, 5)), call(F.elu, T(4, 5), alpha=0.5)])
 def elu(y, input, alpha=1.0, inplace=False):
     """x where x > 0, α (exp x - 1) elsewhere"""
     return pointwise(lambda e: torch.where(input > 0, e, e * (y + alpha)))
 
 
-@rule(F.hardswish, rectifies=True)
+@rule(F.hardswish, rectifies=True, examples=[call(F.hardswish, T(200, 5))])
 def hardswish(y, input, inplace=False):
     """x min(max(x + 3, 0), 6) / 6"""
     return pointwise(lambda e: torch.where(input < -3, 0.0, torch.where(input <= 3, e * (input / 3 + 0.5), e)))
@@ -145,7 +145,12 @@ def hardswish_backward(e, y, saved, wanted, input, inplace=False):
     return {"input": aten.hardswish_backward(e, input)}
 
 
-@rule(F.hardsigmoid)
+@rule(
+    F.hardsigmoid,
+    examples=[
+        Example(F.hardsigmoid, (T(200, 5),), {}, tolerance=1e-7)  # PyTorch's own kernel multiplies by 1/6 in float32
+    ],
+)
 def hardsigmoid(y, input, inplace=False):
     """min(max(x + 3, 0), 6) / 6"""
     return pointwise(lambda e: e * ((input > -3) & (input < 3)) / 6)
@@ -161,13 +166,15 @@ _hardsigmoid_error = without_derivative(
 )
 
 
-@rule(F.softplus, rectifies=True)
+@rule(
+    F.softplus, rectifies=True, examples=[call(F.softplus, T(4, 5)), call(F.softplus, T(4, 5), beta=2.0, threshold=1.0)]
+)
 def softplus(y, input, beta=1.0, threshold=20.0):
     """log(1 + exp(β x)) / β; x itself where β x exceeds the threshold"""
     return pointwise(lambda e: torch.where(input * beta > threshold, e, e * torch.sigmoid(input * beta)))
 
 
-@rule(F.prelu, torch.prelu, rectifies=True)
+@rule(F.prelu, torch.prelu, rectifies=True, examples=[call(F.prelu, T(4, 5, 3), T(5)), call(F.prelu, T(4, 5), T(1))])
 def prelu(y, input, weight):
     """x where x > 0, w x elsewhere; one w for all channels or one each"""
     slope = channelwise(weight, input.ndim) if input.ndim > 1 else weight if input.ndim else weight.reshape(())
@@ -177,56 +184,56 @@ def prelu(y, input, weight):
     }
 
 
-@rule(F.celu, torch.celu)
+@rule(F.celu, torch.celu, examples=[call(F.celu, T(4, 5)), call(F.celu, T(4, 5), 0.5)])
 def celu(y, input, alpha=1.0, inplace=False):
     """x where x > 0, α (exp(x / α) - 1) elsewhere"""
     return pointwise(lambda e: torch.where(input > 0, e, e * (y / alpha + 1)))
 
 
-@rule(F.selu, torch.selu)
+@rule(F.selu, torch.selu, examples=[call(F.selu, T(4, 5))])
 def selu(y, input, inplace=False):
     """s x where x > 0, s α (exp x - 1) elsewhere"""
     alpha, scale = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
     return pointwise(lambda e: torch.where(input > 0, e * scale, e * (y + scale * alpha)))
 
 
-@rule(F.logsigmoid)
+@rule(F.logsigmoid, examples=[call(F.logsigmoid, T(4, 5))])
 def logsigmoid(y, input):
     """-log(1 + exp(-x))"""
     return pointwise(lambda e: e * torch.sigmoid(-input))
 
 
-@rule(F.softsign)
+@rule(F.softsign, examples=[call(F.softsign, T(4, 5))])
 def softsign(y, input):
     """x / (1 + |x|)"""
     return pointwise(lambda e: e / (1 + input.abs()) ** 2)
 
 
-@rule(F.tanhshrink)
+@rule(F.tanhshrink, examples=[call(F.tanhshrink, T(4, 5))])
 def tanhshrink(y, input):
     """x - tanh x"""
     return pointwise(lambda e: e * (input - y) ** 2)
 
 
-@rule(F.hardshrink, torch.hardshrink)
+@rule(F.hardshrink, torch.hardshrink, examples=[call(F.hardshrink, T(40, 5)), call(F.hardshrink, T(40, 5), 0.9)])
 def hardshrink(y, input, lambd=0.5):
     """x where |x| > λ, 0 elsewhere"""
     return pointwise(lambda e: e * (input.abs() > lambd))
 
 
-@rule(F.softshrink)
+@rule(F.softshrink, examples=[call(F.softshrink, T(40, 5), lambd=0.3)])
 def softshrink(y, input, lambd=0.5):
     """x - λ sign x where |x| > λ, 0 elsewhere"""
     return pointwise(lambda e: e * (input.abs() > lambd))
 
 
-@rule(F.threshold, torch.threshold)
+@rule(F.threshold, torch.threshold, examples=[call(F.threshold, T(40, 5), 0.3, -1.0)])
 def threshold(y, input, threshold, value, inplace=False):
     """x above the threshold, a number elsewhere"""
     return pointwise(lambda e: e * (input > threshold))
 
 
-@rule(F.glu)
+@rule(F.glu, examples=[call(F.glu, T(4, 6)), call(F.glu, T(4, 6, 3), 1)])
 def glu(y, input, dim=-1):
     """a σ(b), the halves of x along dim; instructed, to both as it is"""
 
@@ -238,49 +245,19 @@ def glu(y, input, dim=-1):
     return {"input": roles(instruct=lambda t: torch.cat([t, t], dim), error=error)}
 
 
-@rule(F.softmax, torch.softmax)
+@rule(F.softmax, torch.softmax, examples=[call(F.softmax, T(4, 5), 1), call(lambda x: x.softmax(-1), T(4, 5, 3))])
 def softmax(y, input, dim, **options):
     """exp x / Σ exp x over dim"""
     return pointwise(lambda e: y * (e - (e * y).sum(dim, keepdim=True)))
 
 
-@rule(F.softmin)
+@rule(F.softmin, examples=[call(F.softmin, T(4, 5), 1)])
 def softmin(y, input, dim, **options):
     """exp(-x) / Σ exp(-x) over dim"""
     return pointwise(lambda e: -y * (e - (e * y).sum(dim, keepdim=True)))
 
 
-@rule(F.log_softmax, torch.log_softmax)
+@rule(F.log_softmax, torch.log_softmax, examples=[call(F.log_softmax, T(4, 5, 3), dim=1)])
 def log_softmax(y, input, dim, **options):
     """x - log Σ exp x over dim"""
     return pointwise(lambda e: e - torch.exp(y) * e.sum(dim, keepdim=True))
-
-
-relu.examples = [call(F.relu, T(4, 5)), call(torch.relu, T(4, 5, 2))]
-leaky_relu.examples = [call(F.leaky_relu, T(4, 5)), call(F.leaky_relu, T(4, 5), 0.3)]
-relu6.examples = [call(F.relu6, T(200, 5))]
-hardtanh.examples = [call(F.hardtanh, T(40, 5)), call(F.hardtanh, T(40, 5), -0.5, 1.5)]
-sigmoid.examples = [call(torch.sigmoid, T(4, 5))]
-tanh.examples = [call(torch.tanh, T(4, 5))]
-gelu.examples = [call(F.gelu, T(4, 5)), call(F.gelu, T(4, 5), approximate="tanh")]
-silu.examples = [call(F.silu, T(4, 5))]
-mish.examples = [call(F.mish, T(4, 5))]
-elu.examples = [call(F.elu, T(4, 5)), call(F.elu, T(4, 5), alpha=0.5)]
-hardswish.examples = [call(F.hardswish, T(200, 5))]
-hardsigmoid.examples = [
-    Example(F.hardsigmoid, (T(200, 5),), {}, tolerance=1e-7)  # PyTorch's own kernel multiplies by 1/6 in float32
-]
-softplus.examples = [call(F.softplus, T(4, 5)), call(F.softplus, T(4, 5), beta=2.0, threshold=1.0)]
-prelu.examples = [call(F.prelu, T(4, 5, 3), T(5)), call(F.prelu, T(4, 5), T(1))]
-celu.examples = [call(F.celu, T(4, 5)), call(F.celu, T(4, 5), 0.5)]
-selu.examples = [call(F.selu, T(4, 5))]
-logsigmoid.examples = [call(F.logsigmoid, T(4, 5))]
-softsign.examples = [call(F.softsign, T(4, 5))]
-tanhshrink.examples = [call(F.tanhshrink, T(4, 5))]
-hardshrink.examples = [call(F.hardshrink, T(40, 5)), call(F.hardshrink, T(40, 5), 0.9)]
-softshrink.examples = [call(F.softshrink, T(40, 5), lambd=0.3)]
-threshold.examples = [call(F.threshold, T(40, 5), 0.3, -1.0)]
-glu.examples = [call(F.glu, T(4, 6)), call(F.glu, T(4, 6, 3), 1)]
-softmax.examples = [call(F.softmax, T(4, 5), 1), call(lambda x: x.softmax(-1), T(4, 5, 3))]
-softmin.examples = [call(F.softmin, T(4, 5), 1)]
-log_softmax.examples = [call(F.log_softmax, T(4, 5, 3), dim=1)]

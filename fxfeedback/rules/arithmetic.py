@@ -9,7 +9,15 @@ from fxfeedback.rules.core import after, is_one, known, mean_to, nothing, roles,
 from fxfeedback.rules.examples import T, call
 
 
-@rule(torch.add, operator.add)
+@rule(
+    torch.add,
+    operator.add,
+    examples=[
+        call(torch.add, T(4, 5, 3), T(5, 1), alpha=2),
+        call(operator.add, T(4, 5), T(1, 5)),
+        call(operator.add, 1.5, T(4, 5)),
+    ],
+)
 def add(y, input, other, alpha=1):
     """x + α z"""
     return {
@@ -18,7 +26,15 @@ def add(y, input, other, alpha=1):
     }
 
 
-@rule(torch.sub, operator.sub)
+@rule(
+    torch.sub,
+    operator.sub,
+    examples=[
+        call(torch.sub, T(4, 5, 3), T(3), alpha=2),
+        call(operator.sub, T(4, 1), T(1, 5)),
+        call(operator.sub, 1.5, T(4, 5)),
+    ],
+)
 def sub(y, input, other, alpha=1):
     """x - α z"""
     return {
@@ -27,7 +43,15 @@ def sub(y, input, other, alpha=1):
     }
 
 
-@rule(torch.mul, operator.mul)
+@rule(
+    torch.mul,
+    operator.mul,
+    examples=[
+        call(torch.mul, T(4, 5, 3), T(5, 1)),
+        call(operator.mul, T(4, 1), T(1, 5)),
+        call(operator.mul, 2, T(4, 5)),
+    ],
+)
 def mul(y, input, other):
     """x z: linear in each where the other is a weight.
 
@@ -46,7 +70,16 @@ def mul(y, input, other):
     }
 
 
-@rule(torch.div, torch.true_divide, operator.truediv)
+@rule(
+    torch.div,
+    torch.true_divide,
+    operator.truediv,
+    examples=[
+        call(torch.div, T(4, 5, 3), T(5, 1)),
+        call(operator.truediv, T(4, 5), 3.0),
+        call(operator.truediv, 2, T(4, 5)),
+    ],
+)
 def div(y, input, other, *, rounding_mode=None):
     """x / z; nothing passes where it is rounded"""
     if rounding_mode is not None:
@@ -66,26 +99,26 @@ def div(y, input, other, *, rounding_mode=None):
     }
 
 
-@rule(torch.neg, torch.negative, operator.neg)
+@rule(torch.neg, torch.negative, operator.neg, examples=[call(operator.neg, T(4, 5))])
 def neg(y, input):
     """-x"""
     return {"input": transpose(lambda t: -t)}
 
 
-@rule(torch.rsub)
+@rule(torch.rsub, examples=[call(lambda x, w: torch.rsub(x, w, alpha=2), T(4, 5), T(5)), call(torch.rsub, T(4, 5), 1)])
 def rsub(y, input, other, *, alpha=1):
     """z - α x"""
     table = sub.table(y, other, input, alpha)
     return {"input": table["other"], "other": table["input"]}
 
 
-@rule(torch.addcmul)
+@rule(torch.addcmul, examples=[call(lambda x, w: torch.addcmul(w, x, x[:, :1], value=0.5), T(4, 5), T(5))])
 def addcmul(y, input, tensor1, tensor2, *, value=1):
     """x + α z w"""
     return plus(y, input, mul.table(y, tensor1, tensor2), value)
 
 
-@rule(torch.addcdiv)
+@rule(torch.addcdiv, examples=[call(lambda x, w: torch.addcdiv(x, x, w, value=2), T(4, 5), T(1, 5))])
 def addcdiv(y, input, tensor1, tensor2, *, value=1):
     """x + α z / w"""
     return plus(y, input, div.table(y, tensor1, tensor2), value)
@@ -100,7 +133,13 @@ def plus(y, input, table, value):
     }
 
 
-@rule(torch.lerp)
+@rule(
+    torch.lerp,
+    examples=[
+        call(torch.lerp, T(4, 5), T(5), 0.3),
+        call(lambda x, w: torch.lerp(x, x * x, w), T(4, 5, 3), T(5, 1)),
+    ],
+)
 def lerp(y, input, end, weight):
     """x + w (z - x)"""
     return {
@@ -116,7 +155,14 @@ def lerp(y, input, end, weight):
     }
 
 
-@rule(F.cosine_similarity)
+@rule(
+    F.cosine_similarity,
+    examples=[
+        call(F.cosine_similarity, T(4, 5, 3), T(1, 5, 3)),
+        call(lambda x, w: F.cosine_similarity(x.unsqueeze(1), w, dim=-1), T(4, 5), T(3, 5)),
+        call(F.cosine_similarity, T(4, 5, 3), T(1, 3), dim=2),
+    ],
+)
 def cosine_similarity(y, x1, x2, dim=1, eps=1e-8):
     """x · z / (|x| |z|) over dim; instructed, to each evenly over dim"""
     dim = dim - y.ndim - 1 if dim >= 0 else dim  # counted from the end, x1 and x2 may have different dimensions
@@ -134,38 +180,3 @@ def cosine_similarity(y, x1, x2, dim=1, eps=1e-8):
         return roles(instruct=lambda t: sum_to(t.unsqueeze(dim).expand(wide) / length, x, wide), error=error)
 
     return {"x1": to(x1, x2), "x2": to(x2, x1)}
-
-
-add.examples = [
-    call(torch.add, T(4, 5, 3), T(5, 1), alpha=2),
-    call(operator.add, T(4, 5), T(1, 5)),
-    call(operator.add, 1.5, T(4, 5)),
-]
-sub.examples = [
-    call(torch.sub, T(4, 5, 3), T(3), alpha=2),
-    call(operator.sub, T(4, 1), T(1, 5)),
-    call(operator.sub, 1.5, T(4, 5)),
-]
-mul.examples = [
-    call(torch.mul, T(4, 5, 3), T(5, 1)),
-    call(operator.mul, T(4, 1), T(1, 5)),
-    call(operator.mul, 2, T(4, 5)),
-]
-div.examples = [
-    call(torch.div, T(4, 5, 3), T(5, 1)),
-    call(operator.truediv, T(4, 5), 3.0),
-    call(operator.truediv, 2, T(4, 5)),
-]
-neg.examples = [call(operator.neg, T(4, 5))]
-rsub.examples = [call(lambda x, w: torch.rsub(x, w, alpha=2), T(4, 5), T(5)), call(torch.rsub, T(4, 5), 1)]
-addcmul.examples = [call(lambda x, w: torch.addcmul(w, x, x[:, :1], value=0.5), T(4, 5), T(5))]
-addcdiv.examples = [call(lambda x, w: torch.addcdiv(x, x, w, value=2), T(4, 5), T(1, 5))]
-lerp.examples = [
-    call(torch.lerp, T(4, 5), T(5), 0.3),
-    call(lambda x, w: torch.lerp(x, x * x, w), T(4, 5, 3), T(5, 1)),
-]
-cosine_similarity.examples = [
-    call(F.cosine_similarity, T(4, 5, 3), T(1, 5, 3)),
-    call(lambda x, w: F.cosine_similarity(x.unsqueeze(1), w, dim=-1), T(4, 5), T(3, 5)),
-    call(F.cosine_similarity, T(4, 5, 3), T(1, 3), dim=2),
-]

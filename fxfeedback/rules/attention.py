@@ -15,7 +15,25 @@ from fxfeedback.rules.ops import is_recorded
 aten = torch.ops.aten
 
 
-@rule(F.scaled_dot_product_attention)
+def _self_attention(x, mask=None, heads=None, **options):
+    """Attention among tokens, with queries, keys and values of their own; the last tokens are queries only."""
+    keys = x[..., :heads, 1:, :]
+    return F.scaled_dot_product_attention(x, 2 * keys, keys.sin(), mask, **options)
+
+
+@rule(
+    F.scaled_dot_product_attention,
+    examples=[
+        call(lambda x, k, v: x + F.scaled_dot_product_attention(x, k, v), T(4, 2, 5, 3), T(1, 2, 6, 3), T(1, 2, 6, 3)),
+        call(lambda x: _self_attention(x.unsqueeze(1), is_causal=True, scale=0.7), T(4, 5, 3)),
+        call(lambda x: _self_attention(x.transpose(1, 2)[None]).sum(0), T(4, 5, 3)),
+        call(_self_attention, T(4, 2, 5, 3), T(2, 5, 4)),
+        call(_self_attention, T(4, 2, 5, 3), T(1, 1, 1, 4)),
+        call(lambda x, mask: _self_attention(x, mask > 0.8), T(4, 2, 5, 3), C(5, 4)),
+        call(lambda x, mask: _self_attention(x, mask > 1.2), T(4, 2, 5, 3), C(5, 4)),  # some see nothing
+        call(_self_attention, T(4, 6, 5, 3), heads=2, enable_gqa=True),
+    ],
+)
 def attention(y, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     """y = p v with p = softmax(scale q kᵀ + mask); instructed, through v, as if p were uniform over the tokens"""
     if dropout_p > 0:
@@ -62,9 +80,9 @@ def attention(y, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=Fal
 
 
 def attend(query, key, value, is_causal, scale):
-    """y and, from PyTorch's kernel for CPUs, what its backward needs; nothing on other devices.
+    """y and, from PyTorch's kernel for CPUs, what its backward needs; an empty tensor on other devices.
 
-    Nothing either where autograd looks on: the kernel's backward has no derivative.
+    It is also empty where autograd records the call, as the kernel's backward has no derivative.
     """
     fast = query.is_cpu and not is_recorded()
     if fast and all(x.stride(-1) == 1 for x in (query, key, value)) and not torch.is_autocast_enabled("cpu"):
@@ -95,37 +113,8 @@ def _is_plain(y, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=Fal
 
 @fused(attention, forward=_attend, applies=_is_plain)
 def flash_attention_backward(
-    e,
-    y,
-    saved,
-    wanted,
-    query,
-    key,
-    value,
-    attn_mask=None,
-    dropout_p=0.0,
-    is_causal=False,
-    scale=None,
-    enable_gqa=False,
+    e, y, saved, wanted, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ):
     operands = (e, y, *saved, query, key, value, is_causal, scale)
     results = e.tracer.create_proxy("call_function", attend_backward, operands, {})
     return {name: results[i] for i, name in enumerate(("query", "key", "value")) if name in wanted}
-
-
-def _self_attention(x, mask=None, heads=None, **options):
-    """Attention among tokens, with queries, keys and values of their own; the last tokens are queries only."""
-    keys = x[..., :heads, 1:, :]
-    return F.scaled_dot_product_attention(x, 2 * keys, keys.sin(), mask, **options)
-
-
-attention.examples = [
-    call(lambda x, k, v: x + F.scaled_dot_product_attention(x, k, v), T(4, 2, 5, 3), T(1, 2, 6, 3), T(1, 2, 6, 3)),
-    call(lambda x: _self_attention(x.unsqueeze(1), is_causal=True, scale=0.7), T(4, 5, 3)),
-    call(lambda x: _self_attention(x.transpose(1, 2)[None]).sum(0), T(4, 5, 3)),
-    call(_self_attention, T(4, 2, 5, 3), T(2, 5, 4)),
-    call(_self_attention, T(4, 2, 5, 3), T(1, 1, 1, 4)),
-    call(lambda x, mask: _self_attention(x, mask > 0.8), T(4, 2, 5, 3), C(5, 4)),
-    call(lambda x, mask: _self_attention(x, mask > 1.2), T(4, 2, 5, 3), C(5, 4)),  # some see nothing
-    call(_self_attention, T(4, 6, 5, 3), heads=2, enable_gqa=True),
-]

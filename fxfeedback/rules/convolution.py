@@ -13,7 +13,27 @@ CONV = {3: torch.conv1d, 4: torch.conv2d, 5: torch.conv3d}
 CONV_TRANSPOSE = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
 
 
-@rule(torch.conv1d, torch.conv2d, torch.conv3d, weight="weight", channels=1)
+@rule(
+    torch.conv1d,
+    torch.conv2d,
+    torch.conv3d,
+    weight="weight",
+    channels=1,
+    examples=[
+        call(torch.conv1d, T(3, 4, 9), T(6, 2, 3), T(6), stride=2, padding=1, groups=2),
+        call(torch.conv2d, T(2, 4, 8, 7), T(6, 4, 3, 2), T(6)),
+        call(torch.conv2d, T(2, 4, 9, 8), T(6, 2, 3, 3), None, (2, 3), (1, 2), (2, 1), 2),
+        call(torch.conv2d, T(2, 4, 5, 5), T(4, 1, 5, 5), None, 3, 4, 1, 4),
+        call(torch.conv2d, T(2, 3, 6, 6), T(5, 3, 1, 1), T(5)),
+        call(torch.conv2d, T(2, 3, 7, 6), T(5, 3, 3, 2), T(5), padding="same", dilation=2),
+        call(torch.conv2d, T(2, 3, 7, 6), T(5, 3, 4, 3), T(5), padding="same"),
+        call(torch.conv2d, T(2, 3, 7, 6), T(5, 3, 3, 2), padding="valid"),
+        call(lambda x: x + torch.conv2d(x, x[:1, :, :3], padding=1), T(4, 3, 5, 3)),
+        call(torch.conv2d, T(2, 16, 9, 8), T(6, 8, 3, 2), None, (2, 3), (1, 2), (2, 1), 2),
+        call(torch.conv3d, T(2, 8, 5, 6, 4), T(3, 8, 2, 3, 3), T(3), stride=(1, 2, 2), padding=1),
+        call(torch.conv3d, T(2, 2, 5, 6, 4), T(3, 2, 2, 3, 3), T(3), stride=(1, 2, 2), padding=1),
+    ],
+)
 def convolution(y, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     """y[p] = Σ_k W[k] x[stride p + dilation k - padding] + b"""
     n = input.ndim - 2
@@ -34,7 +54,20 @@ def convolution(y, input, weight, bias=None, stride=1, padding=0, dilation=1, gr
     }
 
 
-@rule(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, weight="weight", channels=1)
+@rule(
+    F.conv_transpose1d,
+    F.conv_transpose2d,
+    F.conv_transpose3d,
+    weight="weight",
+    channels=1,
+    examples=[
+        call(F.conv_transpose1d, T(3, 4, 5), T(4, 3, 3), T(6), stride=2, padding=1, output_padding=1, groups=2),
+        call(F.conv_transpose2d, T(2, 4, 5, 4), T(4, 3, 3, 2), T(3)),
+        call(F.conv_transpose2d, T(2, 4, 5, 4), T(4, 3, 3, 3), None, (2, 1), 1, (1, 2), 1, (2, 3)),
+        call(F.conv_transpose2d, T(2, 4, 5, 4), T(4, 8, 3, 3), None, (2, 1), 1, (1, 2), 1, (2, 3)),
+        call(F.conv_transpose3d, T(2, 2, 3, 3, 2), T(2, 3, 2, 2, 3), T(3), stride=2),
+    ],
+)
 def transposed_convolution(y, input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
     """y[stride p + dilation k - padding] = Σ W[k] x[p] + b: the convolution that runs from y to x, run backwards."""
     n = input.ndim - 2
@@ -108,26 +141,3 @@ def _convolution_backward(e, wanted, input, weight, stride, padding, dilation, t
     options = ([channels], stride, padding, dilation, transposed, as_tuple(output_padding, n), groups, mask)
     results = torch.ops.aten.convolution_backward(e, input, weight, *options)
     return {name: results[i] for i, name in enumerate(operands) if name in wanted}
-
-
-convolution.examples = [
-    call(torch.conv1d, T(3, 4, 9), T(6, 2, 3), T(6), stride=2, padding=1, groups=2),
-    call(torch.conv2d, T(2, 4, 8, 7), T(6, 4, 3, 2), T(6)),
-    call(torch.conv2d, T(2, 4, 9, 8), T(6, 2, 3, 3), None, (2, 3), (1, 2), (2, 1), 2),
-    call(torch.conv2d, T(2, 4, 5, 5), T(4, 1, 5, 5), None, 3, 4, 1, 4),
-    call(torch.conv2d, T(2, 3, 6, 6), T(5, 3, 1, 1), T(5)),
-    call(torch.conv2d, T(2, 3, 7, 6), T(5, 3, 3, 2), T(5), padding="same", dilation=2),
-    call(torch.conv2d, T(2, 3, 7, 6), T(5, 3, 4, 3), T(5), padding="same"),
-    call(torch.conv2d, T(2, 3, 7, 6), T(5, 3, 3, 2), padding="valid"),
-    call(lambda x: x + torch.conv2d(x, x[:1, :, :3], padding=1), T(4, 3, 5, 3)),
-    call(torch.conv2d, T(2, 16, 9, 8), T(6, 8, 3, 2), None, (2, 3), (1, 2), (2, 1), 2),
-    call(torch.conv3d, T(2, 8, 5, 6, 4), T(3, 8, 2, 3, 3), T(3), stride=(1, 2, 2), padding=1),
-    call(torch.conv3d, T(2, 2, 5, 6, 4), T(3, 2, 2, 3, 3), T(3), stride=(1, 2, 2), padding=1),
-]
-transposed_convolution.examples = [
-    call(F.conv_transpose1d, T(3, 4, 5), T(4, 3, 3), T(6), stride=2, padding=1, output_padding=1, groups=2),
-    call(F.conv_transpose2d, T(2, 4, 5, 4), T(4, 3, 3, 2), T(3)),
-    call(F.conv_transpose2d, T(2, 4, 5, 4), T(4, 3, 3, 3), None, (2, 1), 1, (1, 2), 1, (2, 3)),
-    call(F.conv_transpose2d, T(2, 4, 5, 4), T(4, 8, 3, 3), None, (2, 1), 1, (1, 2), 1, (2, 3)),
-    call(F.conv_transpose3d, T(2, 2, 3, 3, 2), T(2, 3, 2, 2, 3), T(3), stride=2),
-]

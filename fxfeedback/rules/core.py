@@ -1,9 +1,9 @@
-"""What a rule is, and the table of all rules. This file knows no op; the other files of this folder know nothing else.
+"""What a rule is, and the table of all rules. This file knows no op: those are in the other files of this folder.
 
 For a BU op  y = f(x, w, ...)  a rule is a function of the op's output and operands. It returns a table: operand name ->
 what the TD graph does to bring the counter neuron of y to that operand.
 
-    @rule(F.linear, weight="weight")
+    @rule(F.linear, weight="weight", examples=[call(F.linear, T(4, 3), T(2, 3), T(2))])
     def linear(y, input, weight, bias=None):
         "y = x Wᵀ + b"
         return {
@@ -13,7 +13,7 @@ what the TD graph does to bring the counter neuron of y to that operand.
         }
 
 The lambdas are plain tensor code. They run on `torch.fx` proxies (the framework turns them into graph nodes) or on
-tensors. Each operand has `shape`, `ndim` and `dtype`; sizes are ints, but for batch dimensions, which are only known
+tensors. Each operand has `shape`, `ndim` and `dtype`; sizes are ints except for batch dimensions, which are known only
 when the graph runs. In the instruction pass no BU value exists yet: operands that depend on the model's input then have
 a shape and nothing else (see `known`).
 """
@@ -79,14 +79,14 @@ class Fused:
     applies: Callable[..., bool] = lambda *operands, **options: True
 
 
-@dataclass
+@dataclass(eq=False)
 class Rule:
-    """The TD counterpart of one BU op.
+    """The TD counterpart of one BU op. Every rule is equal to itself only, so that it may be the key of a table.
 
     table: (y, *operands) -> {operand: Roles}; its signature after y is the op's own signature.
     weight: the operand that gets a TD twin when weights are separate, and that TD biases and norms follow; or None.
     rectifies: whether the op's output is a gating site.
-    step: whether its rule passes the error where y lies in some range without 0 and stops it elsewhere, as ReLU's does.
+    step: whether f' is 1 where y lies in some range without 0, and 0 elsewhere, as ReLU's is.
     channels: the dimension of the channels in its input and output, where the op fixes it.
     examples: calls that the law is tried on (rules/examples.py).
     """
@@ -105,7 +105,7 @@ class Rule:
         """The arguments of a call by operand name.
 
         Raises:
-            TypeError: the rule does not know an argument of the call.
+            TypeError: the call has an argument that the rule's signature does not have.
         """
         bound = inspect.signature(self.table).bind(None, *args, **kwargs).arguments
         return {name: operand for name, operand in bound.items() if name != "y"}
@@ -116,16 +116,23 @@ RULES: dict[Any, Rule] = {}
 
 
 def rule(
-    *targets: Any, weight: str | None = None, rectifies: bool = False, step: bool = False, channels: int | None = None
+    *targets: Any,
+    weight: str | None = None,
+    rectifies: bool = False,
+    step: bool = False,
+    channels: int | None = None,
+    examples: Sequence[Example] = (),
+    name: str | None = None,
 ) -> Callable[[Callable], Rule]:
     """Register the decorated table as the rule of the functions `targets`, which are spellings of one op (see `Rule`).
 
     A torch.autograd.Function is given as its class.
     A tensor method of the same name goes with a function of torch: torch.mul brings torch.Tensor.mul.
+    The rule has the table's name, unless `name` is given.
     """
 
     def register(table: Callable[..., dict[str, Roles]]) -> Rule:
-        made = Rule(table.__name__, table, weight, rectifies, step, channels)
+        made = Rule(name or table.__name__, table, weight, rectifies, step, channels, examples=list(examples))
         made.targets = [*map(applying, targets), *filter(None, map(_tensor_method, targets))]
         RULES.update(dict.fromkeys(made.targets, made))
         return made
@@ -150,7 +157,7 @@ def fused(of: Rule, *, forward: Callable | None = None, applies: Callable[..., b
 
 
 def without_derivative(kernel: Callable[..., Any], formula: Callable[..., Any]) -> Callable[..., Any]:
-    """`kernel` as one node, for one that torch cannot differentiate: where autograd records it, `formula` runs."""
+    """`kernel`, which torch cannot differentiate, as one node; where autograd records the call, `formula` runs."""
 
     @one_node
     def run(*args: Any) -> Any:
@@ -177,7 +184,7 @@ def known(operand: Any) -> bool:
 
 
 def shape_of(x: Any) -> tuple[Any, ...]:
-    """A tensor's shape; a shape's own."""
+    """The shape of a tensor; a shape is returned as it is."""
     return getattr(x, "shape", x)
 
 
@@ -190,7 +197,7 @@ def stretched(like: Any, y: Any) -> list[int]:
 
 
 def sum_to(t: Counter, like: Any, y: Any) -> Counter:
-    """Broadcasting's transpose: `t`, which has y's shape, summed over the dimensions that `like` was stretched to."""
+    """The transpose of broadcasting: `t`, of y's shape, summed over the dimensions that `like` was stretched along."""
     dims = stretched(like, y)
     if dims == list(range(len(shape_of(y)) - len(shape_of(like)))):
         return t.sum(dims) if dims else t
@@ -198,7 +205,7 @@ def sum_to(t: Counter, like: Any, y: Any) -> Counter:
 
 
 def mean_to(t: Counter, like: Any, y: Any) -> Counter:
-    """`t`, which has y's shape, averaged over the dimensions along which `like` was broadcast."""
+    """`t`, of y's shape, averaged over the dimensions that `like` was stretched along."""
     dims = stretched(like, y)
     return t.mean(dims, keepdim=True).reshape(like.shape) if dims else t
 
@@ -209,7 +216,7 @@ def after(way: Roles, change: Callable[[Counter], Counter]) -> Roles:
 
 
 def dtype_of(x: Any) -> Any:
-    """A tensor's dtype, as far as tracing knows it; None for what is no tensor."""
+    """A tensor's dtype, as far as tracing knows it; None for what is not a tensor."""
     return getattr(getattr(x, "spec", x), "dtype", None)
 
 

@@ -1,4 +1,4 @@
-"""Functions of each value by itself that are no activations. The instruction passes them as it is."""
+"""Functions of each value by itself that are not activations. The instruction passes them as it is."""
 
 import math
 import operator
@@ -14,170 +14,91 @@ from fxfeedback.rules.ops import BOUNDS_PASS, drawn_like, without_gradient
 Tensor = torch.Tensor
 
 
-@rule(torch.exp)
-def exp(y, input):
-    """exp x"""
-    return pointwise(lambda e: e * y)
+def function(y, error, *spellings, of=None, kink=False):
+    """The rule of y = f(x), a function of each value by itself.
+
+    Args:
+        y: the formula.
+        error: (e, x, y) -> e f'(x).
+        spellings: f, as torch names it.
+        of: maps any number into f's domain: the example is f(of(x)) then, and f(x) otherwise.
+        kink: whether f has a kink at 0, where a second example tries it.
+    """
+    f = spellings[0]
+
+    def table(y, input):
+        return pointwise(lambda e: error(e, input, y))
+
+    table.__doc__ = y
+    examples = [call(f if of is None else lambda x: f(of(x)), T(4, 5))]
+    examples += [call(lambda x: f(F.relu(x)), T(4, 5))] if kink else []
+    return rule(*spellings, name=f.__name__, examples=examples)(table)
 
 
-@rule(torch.expm1, torch.special.expm1)
-def expm1(y, input):
-    """exp x - 1"""
-    return pointwise(lambda e: e * (y + 1))
+def positive(x):
+    """At least 0.5."""
+    return 0.5 + x * x
 
 
-@rule(torch.log)
-def log(y, input):
-    """log x"""
-    return pointwise(lambda e: e / input)
+def over_one(x):
+    """At least 1.1."""
+    return 1.1 + x * x
 
 
-@rule(torch.log2)
-def log2(y, input):
-    """log x / log 2"""
-    return pointwise(lambda e: e / (input * math.log(2)))
+PEAK = 2 / math.sqrt(math.pi)  # the slope of erf at 0
+
+FUNCTIONS = [
+    function("exp x", lambda e, x, y: e * y, torch.exp),
+    function("exp x - 1", lambda e, x, y: e * (y + 1), torch.expm1, torch.special.expm1),
+    function("log x", lambda e, x, y: e / x, torch.log, of=positive),
+    function("log x / log 2", lambda e, x, y: e / (x * math.log(2)), torch.log2, of=positive),
+    function("log x / log 10", lambda e, x, y: e / (x * math.log(10)), torch.log10, of=positive),
+    function("log(1 + x)", lambda e, x, y: e / (1 + x), torch.log1p, torch.special.log1p, of=positive),
+    function("√x", lambda e, x, y: e / (2 * y), torch.sqrt, of=positive),
+    function("1 / √x", lambda e, x, y: -0.5 * e * y * y * y, torch.rsqrt, of=positive),
+    function("x²", lambda e, x, y: 2 * e * x, torch.square),
+    function("1 / x", lambda e, x, y: -e * y * y, torch.reciprocal),
+    function("|x|", lambda e, x, y: e * torch.sign(x), torch.abs, torch.absolute, operator.abs, kink=True),
+    function("sin x", lambda e, x, y: e * torch.cos(x), torch.sin),
+    function("cos x", lambda e, x, y: -e * torch.sin(x), torch.cos),
+    function("tan x", lambda e, x, y: e * (1 + y * y), torch.tan),
+    function("arcsin x", lambda e, x, y: e * torch.rsqrt(1 - x * x), torch.asin, torch.arcsin, of=torch.tanh),
+    function("arccos x", lambda e, x, y: -e * torch.rsqrt(1 - x * x), torch.acos, torch.arccos, of=torch.tanh),
+    function("arctan x", lambda e, x, y: e / (1 + x * x), torch.atan, torch.arctan),
+    function("(exp x - exp(-x)) / 2", lambda e, x, y: e * torch.cosh(x), torch.sinh),
+    function("(exp x + exp(-x)) / 2", lambda e, x, y: e * torch.sinh(x), torch.cosh),
+    function("log(x + √(x² + 1))", lambda e, x, y: e * torch.rsqrt(x * x + 1), torch.asinh, torch.arcsinh),
+    function("log(x + √(x² - 1))", lambda e, x, y: e * torch.rsqrt(x * x - 1), torch.acosh, torch.arccosh, of=over_one),
+    function("log((1 + x) / (1 - x)) / 2", lambda e, x, y: e / (1 - x * x), torch.atanh, torch.arctanh, of=torch.tanh),
+    function("2ˣ", lambda e, x, y: e * y * math.log(2), torch.exp2, torch.special.exp2),
+    function("2 / √π ∫₀ˣ exp(-u²)", lambda e, x, y: e * torch.exp(-x * x) * PEAK, torch.erf, torch.special.erf),
+    function("1 - erf x", lambda e, x, y: -e * torch.exp(-x * x) * PEAK, torch.erfc, torch.special.erfc),
+    function("x without its whole part", lambda e, x, y: e, torch.frac),
+]
+"""Functions of which nothing but the derivative need be said."""
 
 
-@rule(torch.log10)
-def log10(y, input):
-    """log x / log 10"""
-    return pointwise(lambda e: e / (input * math.log(10)))
-
-
-@rule(torch.log1p, torch.special.log1p)
-def log1p(y, input):
-    """log(1 + x)"""
-    return pointwise(lambda e: e / (1 + input))
-
-
-@rule(torch.sqrt)
-def sqrt(y, input):
-    """√x"""
-    return pointwise(lambda e: e / (2 * y))
-
-
-@rule(torch.rsqrt)
-def rsqrt(y, input):
-    """1 / √x"""
-    return pointwise(lambda e: -0.5 * e * y * y * y)
-
-
-@rule(torch.square)
-def square(y, input):
-    """x²"""
-    return pointwise(lambda e: 2 * e * input)
-
-
-@rule(torch.reciprocal)
-def reciprocal(y, input):
-    """1 / x"""
-    return pointwise(lambda e: -e * y * y)
-
-
-@rule(torch.abs, torch.absolute, operator.abs)
-def abs(y, input):
-    """|x|"""
-    return pointwise(lambda e: e * torch.sign(input))
-
-
-@rule(torch.sin)
-def sin(y, input):
-    """sin x"""
-    return pointwise(lambda e: e * torch.cos(input))
-
-
-@rule(torch.cos)
-def cos(y, input):
-    """cos x"""
-    return pointwise(lambda e: -e * torch.sin(input))
-
-
-@rule(torch.tan)
-def tan(y, input):
-    """tan x"""
-    return pointwise(lambda e: e * (1 + y * y))
-
-
-@rule(torch.asin, torch.arcsin)
-def asin(y, input):
-    """arcsin x"""
-    return pointwise(lambda e: e * torch.rsqrt(1 - input * input))
-
-
-@rule(torch.acos, torch.arccos)
-def acos(y, input):
-    """arccos x"""
-    return pointwise(lambda e: -e * torch.rsqrt(1 - input * input))
-
-
-@rule(torch.atan, torch.arctan)
-def atan(y, input):
-    """arctan x"""
-    return pointwise(lambda e: e / (1 + input * input))
-
-
-@rule(torch.sinh)
-def sinh(y, input):
-    """(exp x - exp(-x)) / 2"""
-    return pointwise(lambda e: e * torch.cosh(input))
-
-
-@rule(torch.cosh)
-def cosh(y, input):
-    """(exp x + exp(-x)) / 2"""
-    return pointwise(lambda e: e * torch.sinh(input))
-
-
-@rule(torch.asinh, torch.arcsinh)
-def asinh(y, input):
-    """log(x + √(x² + 1))"""
-    return pointwise(lambda e: e * torch.rsqrt(input * input + 1))
-
-
-@rule(torch.acosh, torch.arccosh)
-def acosh(y, input):
-    """log(x + √(x² - 1))"""
-    return pointwise(lambda e: e * torch.rsqrt(input * input - 1))
-
-
-@rule(torch.atanh, torch.arctanh)
-def atanh(y, input):
-    """log((1 + x) / (1 - x)) / 2"""
-    return pointwise(lambda e: e / (1 - input * input))
-
-
-@rule(torch.exp2, torch.special.exp2)
-def exp2(y, input):
-    """2ˣ"""
-    return pointwise(lambda e: e * y * math.log(2))
-
-
-@rule(torch.erf, torch.special.erf)
-def erf(y, input):
-    """2 / √π ∫ exp(-u²) from 0 to x"""
-    return pointwise(lambda e: e * torch.exp(-input * input) * (2 / math.sqrt(math.pi)))
-
-
-@rule(torch.erfc, torch.special.erfc)
-def erfc(y, input):
-    """1 - erf x"""
-    return pointwise(lambda e: -e * torch.exp(-input * input) * (2 / math.sqrt(math.pi)))
-
-
-@rule(torch.frac)
-def frac(y, input):
-    """x without its whole part"""
-    return pointwise(as_is)
-
-
-@rule(torch.nan_to_num)
+@rule(torch.nan_to_num, examples=[call(lambda x: torch.nan_to_num(x.where(x > 0, math.inf), posinf=2.0), T(4, 5))])
 def nan_to_num(y, input, nan=0.0, posinf=None, neginf=None):
-    """x, and a number where x is none"""
+    """x, and a number where x is not finite"""
     return pointwise(lambda e: torch.where(torch.isfinite(input), e, 0.0))
 
 
-@rule(torch.pow, operator.pow)
-def pow(y, input, exponent):
+@rule(
+    torch.pow,
+    operator.pow,
+    name="pow",
+    examples=[
+        call(operator.pow, T(4, 5), 3),
+        call(torch.pow, T(4, 5), 0),
+        call(lambda x: F.relu(x) ** 2.0, T(4, 5)),
+        call(lambda x: (x * x) ** -0.5, T(4, 5)),
+        call(operator.pow, 2, T(4, 5)),
+        call(lambda x, w: (x * x).pow(w), T(4, 5, 3), T(3)),
+        call(lambda x, c: (0 * x + 1) * F.relu(x).pow(c.round() - 1), T(4, 5), C(5)),
+    ],
+)
+def power(y, input, exponent):
     """xᵖ"""
 
     def to_input(e):
@@ -200,7 +121,23 @@ def pow(y, input, exponent):
     }
 
 
-@rule(torch.clamp, torch.clip)
+def _made(x, z):
+    """x with the values of z."""
+    return x - x.detach() + z
+
+
+@rule(
+    torch.clamp,
+    torch.clip,
+    examples=[
+        call(torch.clamp, T(4, 5), -0.5, 0.5),
+        call(lambda x: F.relu(x).clamp(max=1, min=0), T(4, 5)),
+        call(lambda x, low, high: x.clip(low, high), T(40, 5, 3), T(3), T(5, 1)),
+        call(lambda x: _made(x, 1.0).clamp(0, 1) + x, T(4, 5)),
+        call(lambda x, w: _made(x, w).clip(w, w.exp() + w), T(4, 5), T(5)),
+        call(lambda x, w: torch.stack([x, _made(x, w)]).clip(w, w), T(4, 5), T(5)),
+    ],
+)
 def clamp(y, input, min=None, max=None):
     """min(max(x, low), high); where x equals a bound the error goes where this version of torch sends it"""
     passed, to_min, to_max = (passing if BOUNDS_PASS else sharing)(y, input, min, max)
@@ -255,25 +192,40 @@ def sharing(y, input, min, max):
     return passed, to_min, to_max
 
 
-@rule(torch.clamp_min)
+@rule(
+    torch.clamp_min,
+    examples=[call(lambda x: F.relu(x).clamp_min(0.0), T(4, 5)), call(torch.clamp_min, T(4, 5), T(1, 5))],
+)
 def clamp_min(y, input, min):
     """max(x, low)"""
     return clamp.table(y, input, min)
 
 
-@rule(torch.clamp_max)
+@rule(
+    torch.clamp_max,
+    examples=[
+        call(lambda x: x.clamp_max(0.1), T(4, 5)),
+        call(lambda x, w: _made(x, w).clamp_max(w), T(4, 5), T(5)),
+    ],
+)
 def clamp_max(y, input, max):
     """min(x, high)"""
     return clamp.table(y, input, None, max)
 
 
-@rule(torch.maximum)
+@rule(
+    torch.maximum,
+    examples=[call(torch.maximum, T(4, 5, 3), T(5, 1)), call(lambda x: torch.maximum(F.relu(x), 0 * x), T(4, 5))],
+)
 def maximum(y, input, other):
     """The greater of two; equals share the error"""
     return chosen(y, input, other, lambda a, b: a > b)
 
 
-@rule(torch.minimum)
+@rule(
+    torch.minimum,
+    examples=[call(torch.minimum, T(4, 5, 3), T(3)), call(lambda x: torch.minimum(F.relu(x), 0 * x), T(4, 5))],
+)
 def minimum(y, input, other):
     """The smaller of two; equals share the error"""
     return chosen(y, input, other, lambda a, b: a < b)
@@ -291,7 +243,7 @@ def chosen(y, input, other, before):
     return {"input": to(input, other), "other": to(other, input)}
 
 
-@rule(without_gradient)
+@rule(without_gradient, examples=[call(lambda x: x + without_gradient(x), T(4, 5))])
 def cut_off(y, input):
     """x, made under torch.no_grad(): instructions pass, errors do not"""
     return {"input": roles(instruct=as_is, error=nothing)}
@@ -332,68 +284,4 @@ constant(
     torch.randn,
     torch.randint,
     torch.randperm,
-)  # steps, and tensors that only take another's shape
-
-
-def _positive(function):
-    """The function of 0.5 + x²."""
-    return lambda x: function(0.5 + x * x)
-
-
-def _made(x, z):
-    """x with the values of z."""
-    return x - x.detach() + z
-
-
-cut_off.examples = [call(lambda x: x + without_gradient(x), T(4, 5))]
-exp.examples = [call(torch.exp, T(4, 5))]
-expm1.examples = [call(torch.expm1, T(4, 5))]
-log.examples = [call(_positive(torch.log), T(4, 5))]
-log2.examples = [call(_positive(torch.log2), T(4, 5))]
-log10.examples = [call(_positive(torch.log10), T(4, 5))]
-log1p.examples = [call(_positive(torch.log1p), T(4, 5))]
-sqrt.examples = [call(_positive(torch.sqrt), T(4, 5))]
-rsqrt.examples = [call(_positive(torch.rsqrt), T(4, 5))]
-square.examples = [call(torch.square, T(4, 5))]
-reciprocal.examples = [call(torch.reciprocal, T(4, 5))]
-abs.examples = [call(torch.abs, T(4, 5)), call(lambda x: F.relu(x).abs(), T(4, 5))]
-sin.examples = [call(torch.sin, T(4, 5))]
-cos.examples = [call(torch.cos, T(4, 5))]
-tan.examples = [call(torch.tan, T(4, 5))]
-asin.examples = [call(lambda x: torch.asin(x.tanh()), T(4, 5))]
-acos.examples = [call(lambda x: torch.acos(x.tanh()), T(4, 5))]
-atan.examples = [call(torch.atan, T(4, 5))]
-sinh.examples = [call(torch.sinh, T(4, 5))]
-cosh.examples = [call(torch.cosh, T(4, 5))]
-asinh.examples = [call(torch.asinh, T(4, 5))]
-acosh.examples = [call(lambda x: torch.acosh(1.1 + x * x), T(4, 5))]
-atanh.examples = [call(lambda x: torch.atanh(x.tanh()), T(4, 5))]
-exp2.examples = [call(torch.exp2, T(4, 5))]
-erf.examples = [call(torch.erf, T(4, 5))]
-erfc.examples = [call(torch.erfc, T(4, 5))]
-frac.examples = [call(torch.frac, T(4, 5))]
-nan_to_num.examples = [call(lambda x: torch.nan_to_num(x.where(x > 0, math.inf), posinf=2.0), T(4, 5))]
-pow.examples = [
-    call(operator.pow, T(4, 5), 3),
-    call(torch.pow, T(4, 5), 0),
-    call(lambda x: F.relu(x) ** 2.0, T(4, 5)),
-    call(lambda x: (x * x) ** -0.5, T(4, 5)),
-    call(operator.pow, 2, T(4, 5)),
-    call(lambda x, w: (x * x).pow(w), T(4, 5, 3), T(3)),
-    call(lambda x, c: (0 * x + 1) * F.relu(x).pow(c.round() - 1), T(4, 5), C(5)),
-]
-clamp.examples = [
-    call(torch.clamp, T(4, 5), -0.5, 0.5),
-    call(lambda x: F.relu(x).clamp(max=1, min=0), T(4, 5)),
-    call(lambda x, low, high: x.clip(low, high), T(40, 5, 3), T(3), T(5, 1)),
-    call(lambda x: _made(x, 1.0).clamp(0, 1) + x, T(4, 5)),
-    call(lambda x, w: _made(x, w).clip(w, w.exp() + w), T(4, 5), T(5)),
-    call(lambda x, w: torch.stack([x, _made(x, w)]).clip(w, w), T(4, 5), T(5)),
-]
-clamp_min.examples = [call(lambda x: F.relu(x).clamp_min(0.0), T(4, 5)), call(torch.clamp_min, T(4, 5), T(1, 5))]
-clamp_max.examples = [
-    call(lambda x: x.clamp_max(0.1), T(4, 5)),
-    call(lambda x, w: _made(x, w).clamp_max(w), T(4, 5), T(5)),
-]
-maximum.examples = [call(torch.maximum, T(4, 5, 3), T(5, 1)), call(lambda x: torch.maximum(F.relu(x), 0 * x), T(4, 5))]
-minimum.examples = [call(torch.minimum, T(4, 5, 3), T(3)), call(lambda x: torch.minimum(F.relu(x), 0 * x), T(4, 5))]
+)  # step functions, and tensors that only take the shape of another

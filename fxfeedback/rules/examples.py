@@ -1,6 +1,6 @@
-"""Example calls beside the rules: what the law is tried on.
+"""The example calls of a rule, which the law is tried on.
 
-    linear.examples = [call(F.linear, T(4, 3), T(2, 3), T(2))]
+    @rule(F.linear, examples=[call(F.linear, T(4, 3), T(2, 3), T(2))])
 
 says: x of shape (4, 3), a weight (2, 3) and a bias (2). The first tensor is a BU value with its batch first, the others
 are parameters; a `C` is a positive constant that learns nothing.

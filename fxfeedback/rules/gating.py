@@ -14,10 +14,7 @@ def gate(value, open):
     return value * open.to(value.dtype)
 
 
-@rule(gate)
+@rule(gate, examples=[call(gate, T(4, 5), C(5))])
 def galu(y, value, open):
     """v [t > 0]: a constant mask while the error passes"""
     return {"value": transpose(lambda t: t * open)}
-
-
-galu.examples = [call(gate, T(4, 5), C(5))]

@@ -16,11 +16,30 @@ from fxfeedback.rules.examples import C, T, call
 Tensor = torch.Tensor
 
 
-@rule(operator.getitem)
+@rule(
+    operator.getitem,
+    examples=[
+        call(lambda x: x[:, 1], T(4, 5, 3)),
+        call(lambda x: x[:, -2, None, 1:, ...], T(4, 5, 3)),
+        call(lambda x: x[..., 1::2, 0:7:3, :], T(4, 5, 8, 2)),
+        call(lambda x: x[:, -100:-1, :-1], T(4, 5, 3)),
+        call(lambda x: x[:, 5:, None], T(4, 5, 3)),
+        call(lambda x: x[1:], T(4, 5)),
+        call(lambda x: x[0] + x, T(4, 5)),
+        call(lambda x: x[:, : x.shape[1] - 1, x.shape[2] // 2 :], T(4, 5, 3)),
+        call(lambda x, table: x + table[torch.tensor([1, -1, 2, 1, 0])], T(4, 5), T(3)),
+        call(lambda x, table: x + table[torch.tensor([[1, 0, -2]])], T(4, 3, 2), T(2, 2)),
+        call(lambda x: x[:, torch.tensor([[1, 0], [1, -1]]), :], T(4, 5, 3)),
+        call(lambda x: x[..., [0, -1, 0]], T(4, 5, 3)),
+        call(lambda x: x[:, torch.tensor([0, 2]), None, torch.tensor([-1, 1])], T(4, 5, 3)),
+        call(lambda x: x[:, 0, :, [1, 2]], T(4, 5, 2, 3)),
+        call(lambda x: x + x[:, x.shape[1] - 1 : x.shape[1]], T(4, 5)),
+    ],
+)
 def getitem(y, input, index):
     """x[index], with numbers, slices, None, ..., and with tensors or lists of positions
 
-    Nothing is instructed where an entry is a BU value, or a size of one from which the start cannot be told.
+    No instruction passes where an entry is a BU value, or a size from which the start cannot be told.
     """
     entries = written_out(index, input.ndim)
     chosen = [d for d, entry in enumerate(entries) if not is_basic(entry)]
@@ -114,7 +133,16 @@ def evenly(t, input, dim):
     return t.sum(dim, keepdim=True).expand(input.shape) / input.shape[dim]
 
 
-@rule(torch.select, torch.narrow)
+@rule(
+    torch.select,
+    torch.narrow,
+    examples=[
+        call(torch.select, T(4, 5, 3), -2, -1),
+        call(torch.narrow, T(4, 5, 3), 1, 2, 3),
+        call(lambda x: x.narrow(-1, start=-2, length=2), T(4, 5, 3)),
+        call(lambda x: x.narrow(1, 1, x.shape[1] - 2) + x.narrow(1, x.shape[1] - 3, 3), T(4, 5, 3)),
+    ],
+)
 def narrow(y, input, dim, start, length=None):
     """x at one position along dim, or at `length` of them"""
     entries = [slice(None)] * input.ndim
@@ -127,7 +155,7 @@ def narrow(y, input, dim, start, length=None):
     return getitem.table(y, input, tuple(entries))
 
 
-@rule(torch.index_select)
+@rule(torch.index_select, examples=[call(lambda x: x.index_select(-1, torch.tensor([2, 0, 2])), T(4, 5, 3))])
 def index_select(y, input, dim, index):
     """x at the positions `index` along dim"""
     dim = dim % (input.ndim or 1)
@@ -139,7 +167,13 @@ def index_select(y, input, dim, index):
     }
 
 
-@rule(torch.gather)
+@rule(
+    torch.gather,
+    examples=[
+        call(lambda x: x.gather(1, x.argsort(1)), T(4, 5)),
+        call(lambda x: x[:2].gather(-1, torch.tensor([[0, 0], [1, 4]])), T(4, 5)),
+    ],
+)
 def gather(y, input, dim, index, **options):
     """x at the positions `index` along dim, others for each place"""
     return {
@@ -150,7 +184,14 @@ def gather(y, input, dim, index, **options):
     }
 
 
-@rule(torch.take_along_dim)
+@rule(
+    torch.take_along_dim,
+    examples=[
+        call(lambda x: torch.take_along_dim(x, x.argmax(1, keepdim=True), 1), T(4, 5)),
+        call(lambda x, w: torch.take_along_dim(x * w, torch.tensor([[[2, 0]]]), dim=-1), T(4, 5, 3), T(1, 5, 3)),
+        call(lambda x, w: torch.take_along_dim(w, (x > 0).long(), 1) + x, T(4, 5), T(1, 2)),
+    ],
+)
 def take_along_dim(y, input, indices, dim=None):
     """The same, where x and the positions broadcast but for that dimension; without one, of the flat x"""
     if dim is None:
@@ -174,7 +215,13 @@ def to_positions(t, input, dim, positions):
     return t.new_zeros(shape_of(input)).scatter_add(dim, positions, t)
 
 
-@rule(F.embedding)
+@rule(
+    F.embedding,
+    examples=[
+        call(lambda x, table: x + F.embedding((x[..., 0] > 0).long(), table), T(4, 5, 3), T(2, 3)),
+        call(lambda x, table: x + F.embedding((x[..., 0] > 0).long(), table, padding_idx=0), T(4, 5, 3), T(2, 3)),
+    ],
+)
 def embedding(y, input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False):
     """Rows of a table; that of padding_idx learns nothing"""
     if scale_grad_by_freq:
@@ -187,7 +234,13 @@ def embedding(y, input, weight, padding_idx=None, max_norm=None, norm_type=2.0, 
     return {"weight": update(rows)}
 
 
-@rule(torch.where)
+@rule(
+    torch.where,
+    examples=[
+        call(lambda x, w: torch.where(w > 0, x, w), T(4, 5, 3), T(5, 1)),
+        call(lambda x: torch.where(x > 0, x * x, 0.5), T(4, 5)),
+    ],
+)
 def where(y, condition, input, other):
     """x where the condition holds, z elsewhere; instructed, both as they are where it is not known"""
     return {
@@ -202,44 +255,59 @@ def where(y, condition, input, other):
     }
 
 
-@rule(Tensor.where)
+@rule(Tensor.where, examples=[call(lambda x: x.where(x > 0, 2 * x), T(4, 5))])
 def tensor_where(y, input, condition, other):
     """torch.where(condition, x, z)"""
     return where.table(y, condition, input, other)
 
 
-@rule(torch.masked_fill)
+@rule(
+    torch.masked_fill,
+    examples=[
+        call(lambda x, c: x.masked_fill(c > 1, -1.0), T(4, 5, 3), C(5, 3)),
+        call(lambda x, w: x.masked_fill(x > 1, w), T(4, 5), T()),
+    ],
+)
 def masked_fill(y, input, mask, value):
     """A number where the mask is set, x elsewhere"""
     table = where.table(y, mask, value, input)
     return {"input": table["other"], "value": table["input"]}
 
 
-@rule(torch.tril)
+@rule(torch.tril, examples=[call(torch.tril, T(4, 3, 5), 1)])
 def tril(y, input, diagonal=0):
     """Zeros above a diagonal"""
     return {"input": transpose(lambda t: t.tril(diagonal))}
 
 
-@rule(torch.triu)
+@rule(torch.triu, examples=[call(torch.triu, T(4, 3, 5))])
 def triu(y, input, diagonal=0):
     """Zeros below a diagonal"""
     return {"input": transpose(lambda t: t.triu(diagonal))}
 
 
-@rule(torch.diagonal)
+@rule(
+    torch.diagonal,
+    examples=[call(torch.diagonal, T(4, 3, 5), 1, -1, 1), call(lambda x: (x @ x.t()).diagonal(), T(4, 3))],
+)
 def diagonal(y, input, offset=0, dim1=0, dim2=1):
     """x[i, i + offset] along dim1, dim2, as the last dimension"""
     return {"input": transpose(lambda t: from_places(t, input, lambda p: p.diagonal(offset, dim1, dim2)))}
 
 
-@rule(Tensor.unfold)
+@rule(Tensor.unfold, examples=[call(lambda x: x.unfold(1, 3, 2), T(4, 8, 2))])
 def windows(y, input, dimension, size, step):
     """Sliding windows along a dimension, each a new last dimension"""
     return {"input": transpose(lambda t: from_places(t, input, lambda p: p.unfold(dimension, size, step)))}
 
 
-@rule(torch.slice_scatter)
+@rule(
+    torch.slice_scatter,
+    examples=[
+        call(lambda x: x.slice_scatter(2 * x[:, 1:3], 1, 0, 4, 2), T(4, 5, 3)),
+        call(torch.slice_scatter, T(4, 5, 3), T(1, 5, 3), start=-1),
+    ],
+)
 def slice_scatter(y, input, src, dim=0, start=None, end=None, step=1):
     """x with z in the place of x[start:end:step]"""
     index = [slice(None)] * input.ndim
@@ -250,7 +318,7 @@ def slice_scatter(y, input, src, dim=0, start=None, end=None, step=1):
     }
 
 
-@rule(torch.select_scatter)
+@rule(torch.select_scatter, examples=[call(lambda x: x.select_scatter(x[:, 0] * x[:, 1], 1, -1), T(4, 5, 3))])
 def select_scatter(y, input, src, dim, index):
     """x with z in the place of its position `index` along dim"""
     return {
@@ -259,13 +327,16 @@ def select_scatter(y, input, src, dim, index):
     }
 
 
-@rule(torch.sort)
+@rule(
+    torch.sort,
+    examples=[call(lambda x: torch.sort(x, 1)[0], T(4, 5, 3)), call(lambda x: x.sort(descending=True), T(4, 5))],
+)
 def sort(y, input, dim=-1, descending=False, *, stable=False):
     """x along dim in order, and the positions that the values had"""
     return picked(y, input, dim)
 
 
-@rule(torch.topk)
+@rule(torch.topk, examples=[call(torch.topk, T(4, 5, 3), 2, 1), call(lambda x: x.topk(2).values, T(4, 5))])
 def topk(y, input, k, dim=-1, largest=True, sorted=True):
     """The k greatest of x along dim, and their positions"""
     return picked(y, input, dim)
@@ -285,7 +356,7 @@ def picked(y, input, dim, keepdim=True):
     }
 
 
-@rule(getattr)
+@rule(getattr, examples=[call(lambda x: x.T, T(4, 3)), call(lambda x: x.mT, T(4, 3, 2))])
 def attribute(y, input, name):
     """x.T, x.mT; of a named tuple, as torch.max returns it, the values"""
     ways = {
@@ -296,63 +367,3 @@ def attribute(y, input, name):
     if name not in ways:
         raise RuleError(f"no rule for the attribute .{name} of a tensor: use a function of torch")
     return {"input": transpose(ways[name])}
-
-
-getitem.examples = [
-    call(lambda x: x[:, 1], T(4, 5, 3)),
-    call(lambda x: x[:, -2, None, 1:, ...], T(4, 5, 3)),
-    call(lambda x: x[..., 1::2, 0:7:3, :], T(4, 5, 8, 2)),
-    call(lambda x: x[:, -100:-1, :-1], T(4, 5, 3)),
-    call(lambda x: x[:, 5:, None], T(4, 5, 3)),
-    call(lambda x: x[1:], T(4, 5)),
-    call(lambda x: x[0] + x, T(4, 5)),
-    call(lambda x: x[:, : x.shape[1] - 1, x.shape[2] // 2 :], T(4, 5, 3)),
-    call(lambda x, table: x + table[torch.tensor([1, -1, 2, 1, 0])], T(4, 5), T(3)),
-    call(lambda x, table: x + table[torch.tensor([[1, 0, -2]])], T(4, 3, 2), T(2, 2)),
-    call(lambda x: x[:, torch.tensor([[1, 0], [1, -1]]), :], T(4, 5, 3)),
-    call(lambda x: x[..., [0, -1, 0]], T(4, 5, 3)),
-    call(lambda x: x[:, torch.tensor([0, 2]), None, torch.tensor([-1, 1])], T(4, 5, 3)),
-    call(lambda x: x[:, 0, :, [1, 2]], T(4, 5, 2, 3)),
-    call(lambda x: x + x[:, x.shape[1] - 1 : x.shape[1]], T(4, 5)),
-]
-narrow.examples = [
-    call(torch.select, T(4, 5, 3), -2, -1),
-    call(torch.narrow, T(4, 5, 3), 1, 2, 3),
-    call(lambda x: x.narrow(-1, start=-2, length=2), T(4, 5, 3)),
-    call(lambda x: x.narrow(1, 1, x.shape[1] - 2) + x.narrow(1, x.shape[1] - 3, 3), T(4, 5, 3)),
-]
-index_select.examples = [call(lambda x: x.index_select(-1, torch.tensor([2, 0, 2])), T(4, 5, 3))]
-gather.examples = [
-    call(lambda x: x.gather(1, x.argsort(1)), T(4, 5)),
-    call(lambda x: x[:2].gather(-1, torch.tensor([[0, 0], [1, 4]])), T(4, 5)),
-]
-take_along_dim.examples = [
-    call(lambda x: torch.take_along_dim(x, x.argmax(1, keepdim=True), 1), T(4, 5)),
-    call(lambda x, w: torch.take_along_dim(x * w, torch.tensor([[[2, 0]]]), dim=-1), T(4, 5, 3), T(1, 5, 3)),
-    call(lambda x, w: torch.take_along_dim(w, (x > 0).long(), 1) + x, T(4, 5), T(1, 2)),
-]
-embedding.examples = [
-    call(lambda x, table: x + F.embedding((x[..., 0] > 0).long(), table), T(4, 5, 3), T(2, 3)),
-    call(lambda x, table: x + F.embedding((x[..., 0] > 0).long(), table, padding_idx=0), T(4, 5, 3), T(2, 3)),
-]
-where.examples = [
-    call(lambda x, w: torch.where(w > 0, x, w), T(4, 5, 3), T(5, 1)),
-    call(lambda x: torch.where(x > 0, x * x, 0.5), T(4, 5)),
-]
-tensor_where.examples = [call(lambda x: x.where(x > 0, 2 * x), T(4, 5))]
-masked_fill.examples = [
-    call(lambda x, c: x.masked_fill(c > 1, -1.0), T(4, 5, 3), C(5, 3)),
-    call(lambda x, w: x.masked_fill(x > 1, w), T(4, 5), T()),
-]
-tril.examples = [call(torch.tril, T(4, 3, 5), 1)]
-triu.examples = [call(torch.triu, T(4, 3, 5))]
-diagonal.examples = [call(torch.diagonal, T(4, 3, 5), 1, -1, 1), call(lambda x: (x @ x.t()).diagonal(), T(4, 3))]
-windows.examples = [call(lambda x: x.unfold(1, 3, 2), T(4, 8, 2))]
-slice_scatter.examples = [
-    call(lambda x: x.slice_scatter(2 * x[:, 1:3], 1, 0, 4, 2), T(4, 5, 3)),
-    call(torch.slice_scatter, T(4, 5, 3), T(1, 5, 3), start=-1),
-]
-select_scatter.examples = [call(lambda x: x.select_scatter(x[:, 0] * x[:, 1], 1, -1), T(4, 5, 3))]
-sort.examples = [call(lambda x: torch.sort(x, 1)[0], T(4, 5, 3)), call(lambda x: x.sort(descending=True), T(4, 5))]
-topk.examples = [call(torch.topk, T(4, 5, 3), 2, 1), call(lambda x: x.topk(2).values, T(4, 5))]
-attribute.examples = [call(lambda x: x.T, T(4, 3)), call(lambda x: x.mT, T(4, 3, 2))]

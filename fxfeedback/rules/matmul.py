@@ -1,7 +1,7 @@
 """Matrix products and Einstein sums.
 
-Linear in each operand where the others are weights. Of two BU values the instruction takes the first for an attention
-that is uniform (1 / K over the K that are summed): it goes to the second by that attention's transpose.
+Linear in each operand where the others are weights. Of two BU values an instruction treats the first as a uniform
+attention (1 / K for each of the K that are summed), and goes to the second by the transpose of that attention.
 """
 
 import math
@@ -16,7 +16,21 @@ from fxfeedback.rules.core import after, is_one, known, nothing, roles, rule, st
 from fxfeedback.rules.examples import C, T, call
 
 
-@rule(torch.matmul, operator.matmul, torch.dot)
+@rule(
+    torch.matmul,
+    operator.matmul,
+    torch.dot,
+    examples=[
+        call(torch.matmul, T(4, 5, 3), T(3, 2)),
+        call(operator.matmul, T(4, 1, 5, 3), T(2, 3, 1)),
+        call(torch.matmul, T(4, 5, 3), T(3)),
+        call(lambda x, w: w @ x, T(4, 3, 2), T(5, 3)),
+        call(lambda x, w: w @ x, T(4, 3, 2), T(3)),
+        call(lambda x: x @ x.transpose(-1, -2), T(4, 2, 5, 3)),
+        call(lambda x: torch.dot(x, 2 * x), T(4)),
+        call(lambda x: (x.softmax(-1) @ x[:, :1]) * 2, T(4, 3, 1)),
+    ],
+)
 def matmul(y, input, other):
     """x z = Σ_k x[..., n, k] z[..., k, m]; a vector x is one row, a vector z one column"""
     row, column = input.ndim == 1, other.ndim == 1
@@ -53,21 +67,25 @@ def sum_batch_to(t, x, batch):
     return t.reshape(x.shape) if dims or x.ndim < 2 else t
 
 
-@rule(torch.bmm, torch.mm)
+@rule(
+    torch.bmm,
+    torch.mm,
+    examples=[call(lambda x: torch.bmm(x.transpose(1, 2), mat2=x), T(4, 5, 3)), call(torch.mm, T(4, 3), T(3, 2))],
+)
 def mm(y, input, mat2):
     """x z"""
     product = matmul.table(y, input, mat2)
     return {"input": product["input"], "mat2": product["other"]}
 
 
-@rule(torch.mv)
+@rule(torch.mv, examples=[call(torch.mv, T(4, 3), T(3))])
 def mv(y, input, vec):
     """x z"""
     product = matmul.table(y, input, vec)
     return {"input": product["input"], "vec": product["other"]}
 
 
-@rule(torch.addmm)
+@rule(torch.addmm, examples=[call(lambda x, b, w: torch.addmm(b, x, w, beta=0.5, alpha=3), T(4, 3), T(1, 1), T(3, 5))])
 def addmm(y, input, mat1, mat2, *, beta=1, alpha=1):
     """β x + α z w"""
     product = matmul.table(y, mat1, mat2)
@@ -78,14 +96,30 @@ def addmm(y, input, mat1, mat2, *, beta=1, alpha=1):
     }
 
 
-@rule(torch.baddbmm)
+@rule(
+    torch.baddbmm,
+    examples=[
+        call(lambda x, b, w: torch.baddbmm(b, x, batch2=w * x[:, :1, :1], beta=-1), T(4, 2, 3), T(1, 5), T(1, 3, 5)),
+    ],
+)
 def baddbmm(y, input, batch1, batch2, *, beta=1, alpha=1):
     """β x + α z w"""
     table = addmm.table(y, input, batch1, batch2, beta=beta, alpha=alpha)
     return {"input": table["input"], "batch1": table["mat1"], "batch2": table["mat2"]}
 
 
-@rule(torch.einsum)
+@rule(
+    torch.einsum,
+    examples=[
+        call(lambda x, w: torch.einsum("bnc,dc->bnd", x, w), T(4, 5, 3), T(2, 3)),
+        call(lambda x: torch.einsum("bhnk, bhmk -> bhnm", x, 2 * x), T(4, 2, 5, 3)),
+        call(lambda x, w: torch.einsum("...hc,...hc", x, w), T(4, 5, 2, 3), T(1, 2, 3)),
+        call(lambda x, w, z: torch.einsum("bij,jk,bl->bk", x, w, z), T(4, 5, 3), T(3, 2), T(1, 6)),
+        call(lambda x, w: torch.einsum("bi,ji", x, w), T(4, 3), T(5, 3)),
+        call(lambda x: torch.einsum("bij->bji", x), T(4, 5, 3)),
+        call(lambda x, w: torch.einsum("bij,wj->biw", x, w), T(4, 5, 3), C(2, 1)),
+    ],
+)
 def einsum(y, equation, *operands):
     """Σ x[letters] z[letters] ... over the letters that the output lacks"""
     terms, out = letters(equation, operands)
@@ -130,7 +164,14 @@ def letters(equation, operands):
     return terms, out.replace("...", dots)
 
 
-@rule(torch.tensordot)
+@rule(
+    torch.tensordot,
+    examples=[
+        call(torch.tensordot, T(4, 5, 3), T(5, 3, 2)),
+        call(torch.tensordot, T(4, 5, 3), T(2, 5), dims=([1], [-1])),
+        call(lambda x, w: torch.tensordot(w, x, ([0, 1], [2, 1])), T(4, 5, 3), T(3, 5)),
+    ],
+)
 def tensordot(y, a, b, dims=2, out=None):
     """Σ x[..., k] z[k, ...] over the dimensions k that are named, or as many: an Einstein sum"""
     summed, others = (range(a.ndim - dims, a.ndim), range(dims)) if isinstance(dims, int) else dims
@@ -142,7 +183,13 @@ def tensordot(y, a, b, dims=2, out=None):
     return {"a": element(table["operands"], 0), "b": element(table["operands"], 1)}
 
 
-@rule(F.bilinear)
+@rule(
+    F.bilinear,
+    examples=[
+        call(lambda x, w, b: F.bilinear(x, x[..., :2].sin(), w, b), T(4, 5, 3), T(6, 3, 2), T(6)),
+        call(lambda x, w: F.bilinear(x, x.sin(), w), T(4, 3), T(2, 3, 3)),
+    ],
+)
 def bilinear(y, input1, input2, weight, bias=None):
     """y[o] = Σ x[i] W[o, i, j] z[j] + b: an Einstein sum"""
     table = einsum.table(y, "...i,oij,...j->...o", input1, weight, input2)
@@ -157,7 +204,7 @@ def element(way, number):
     return roles(instruct=lambda t: way.instruct(t)[number], error=lambda e: way.error(e)[number])
 
 
-@rule(torch.outer, torch.ger)
+@rule(torch.outer, torch.ger, examples=[call(torch.outer, T(4), T(3)), call(lambda x: torch.outer(x, x.sin()), T(4))])
 def outer(y, input, vec2):
     """x[i] z[j]"""
     return {
@@ -169,40 +216,3 @@ def outer(y, input, vec2):
             error=lambda e: (e.t() * input).sum(1),
         ),
     }
-
-
-matmul.examples = [
-    call(torch.matmul, T(4, 5, 3), T(3, 2)),
-    call(operator.matmul, T(4, 1, 5, 3), T(2, 3, 1)),
-    call(torch.matmul, T(4, 5, 3), T(3)),
-    call(lambda x, w: w @ x, T(4, 3, 2), T(5, 3)),
-    call(lambda x, w: w @ x, T(4, 3, 2), T(3)),
-    call(lambda x: x @ x.transpose(-1, -2), T(4, 2, 5, 3)),
-    call(lambda x: torch.dot(x, 2 * x), T(4)),
-    call(lambda x: (x.softmax(-1) @ x[:, :1]) * 2, T(4, 3, 1)),
-]
-mm.examples = [call(lambda x: torch.bmm(x.transpose(1, 2), mat2=x), T(4, 5, 3)), call(torch.mm, T(4, 3), T(3, 2))]
-mv.examples = [call(torch.mv, T(4, 3), T(3))]
-addmm.examples = [call(lambda x, b, w: torch.addmm(b, x, w, beta=0.5, alpha=3), T(4, 3), T(1, 1), T(3, 5))]
-baddbmm.examples = [
-    call(lambda x, b, w: torch.baddbmm(b, x, batch2=w * x[:, :1, :1], beta=-1), T(4, 2, 3), T(1, 5), T(1, 3, 5)),
-]
-einsum.examples = [
-    call(lambda x, w: torch.einsum("bnc,dc->bnd", x, w), T(4, 5, 3), T(2, 3)),
-    call(lambda x: torch.einsum("bhnk, bhmk -> bhnm", x, 2 * x), T(4, 2, 5, 3)),
-    call(lambda x, w: torch.einsum("...hc,...hc", x, w), T(4, 5, 2, 3), T(1, 2, 3)),
-    call(lambda x, w, z: torch.einsum("bij,jk,bl->bk", x, w, z), T(4, 5, 3), T(3, 2), T(1, 6)),
-    call(lambda x, w: torch.einsum("bi,ji", x, w), T(4, 3), T(5, 3)),
-    call(lambda x: torch.einsum("bij->bji", x), T(4, 5, 3)),
-    call(lambda x, w: torch.einsum("bij,wj->biw", x, w), T(4, 5, 3), C(2, 1)),
-]
-tensordot.examples = [
-    call(torch.tensordot, T(4, 5, 3), T(5, 3, 2)),
-    call(torch.tensordot, T(4, 5, 3), T(2, 5), dims=([1], [-1])),
-    call(lambda x, w: torch.tensordot(w, x, ([0, 1], [2, 1])), T(4, 5, 3), T(3, 5)),
-]
-bilinear.examples = [
-    call(lambda x, w, b: F.bilinear(x, x[..., :2].sin(), w, b), T(4, 5, 3), T(6, 3, 2), T(6)),
-    call(lambda x, w: F.bilinear(x, x.sin(), w), T(4, 3), T(2, 3, 3)),
-]
-outer.examples = [call(torch.outer, T(4), T(3)), call(lambda x: torch.outer(x, x.sin()), T(4))]

@@ -1,7 +1,7 @@
 """Batch, layer, group and instance norm: y = γ (x - μ) / √(σ² + ε) + β, over different sets of positions.
 
-The instruction is scaled by γ (batch norm: γ / √(running σ² + ε)); the error pass is exact. Norms that only divide by a
-size come last.
+The instruction is scaled by γ (batch norm: γ / √(running σ² + ε)); the error pass is exact. Norms that only divide
+come last.
 """
 
 import functools
@@ -38,13 +38,30 @@ def through_statistics(e, statistics, dims, mean=mean_over):
     return (e - mean(e, dims) - normal * mean(e * normal, dims)) * rstd
 
 
-@rule(F.batch_norm, torch.batch_norm, channels=1)
+@rule(
+    F.batch_norm,
+    torch.batch_norm,
+    channels=1,
+    examples=[
+        call(F.batch_norm, T(5, 3, 4, 2), C(3), C(3), T(3), T(3)),
+        call(F.batch_norm, T(5, 3, 4, 2), C(3), C(3), T(3), T(3), training=True),
+        call(F.batch_norm, T(5, 3), C(3), C(3)),
+        call(F.batch_norm, T(5, 3, 4), None, None, T(3), T(3), training=True, eps=1e-2),
+    ],
+)
 def batch_norm(y, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
     """Statistics over the batch and positions in training, the running ones otherwise"""
     return batch_norm_over(mean_over, input, running_mean, running_var, weight, training, eps)
 
 
-@rule(synced_batch_norm, channels=1)
+@rule(
+    synced_batch_norm,
+    channels=1,
+    examples=[
+        call(synced_batch_norm, T(5, 3, 4, 2), C(3), C(3), T(3), T(3), training=True),
+        call(synced_batch_norm, T(5, 3), None, None, training=True),
+    ],
+)
 def synced(y, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
     """Batch norm with the statistics of all processes' batches in training: nn.SyncBatchNorm"""
     return batch_norm_over(mean_over_processes, input, running_mean, running_var, weight, training, eps)
@@ -110,7 +127,16 @@ def batch_norm_backward(
     return {name: results[i] for i, name in enumerate(("input", "weight", "bias")) if name in wanted}
 
 
-@rule(F.layer_norm, torch.layer_norm, channels=-1)
+@rule(
+    F.layer_norm,
+    torch.layer_norm,
+    channels=-1,
+    examples=[
+        call(F.layer_norm, T(4, 5, 6), (6,), T(6), T(6)),
+        call(F.layer_norm, T(4, 5, 6), (5, 6), T(5, 6), T(5, 6), eps=1e-2),
+        call(F.layer_norm, T(4, 6), (6,)),
+    ],
+)
 def layer_norm(y, input, normalized_shape, weight=None, bias=None, eps=1e-5):
     """Statistics over the last dimensions, those of normalized_shape"""
     over = list(range(input.ndim - len(normalized_shape), input.ndim))
@@ -139,7 +165,16 @@ def layer_norm_backward(e, y, saved, wanted, input, normalized_shape, weight=Non
     return {name: results[i] for i, name in enumerate(("input", "weight", "bias")) if name in wanted}
 
 
-@rule(F.group_norm, torch.group_norm, channels=1)
+@rule(
+    F.group_norm,
+    torch.group_norm,
+    channels=1,
+    examples=[
+        call(F.group_norm, T(4, 6, 5, 3), 3, T(6), T(6)),
+        call(F.group_norm, T(4, 6, 5), 2),
+        call(F.group_norm, T(4, 6), 2, T(6), T(6)),
+    ],
+)
 def group_norm(y, input, num_groups, weight=None, bias=None, eps=1e-5):
     """Statistics over each group of channels and all positions of a sample"""
     channels = functools.partial(channelwise, ndim=input.ndim)
@@ -164,7 +199,16 @@ def group_norm(y, input, num_groups, weight=None, bias=None, eps=1e-5):
     }
 
 
-@rule(F.instance_norm, torch.instance_norm, channels=1)
+@rule(
+    F.instance_norm,
+    torch.instance_norm,
+    channels=1,
+    examples=[
+        call(F.instance_norm, T(2, 3, 4, 5), None, None, T(3), T(3)),
+        call(F.instance_norm, T(2, 3, 4), C(3), C(3), T(3), use_input_stats=False, eps=1e-2),
+        call(F.instance_norm, T(2, 3, 4)),
+    ],
+)
 def instance_norm(
     y,
     input,
@@ -183,7 +227,15 @@ def instance_norm(
     return group_norm.table(y, input, input.shape[1], weight, bias, eps)
 
 
-@rule(F.rms_norm, torch.rms_norm, channels=-1)
+@rule(
+    F.rms_norm,
+    torch.rms_norm,
+    channels=-1,
+    examples=[
+        call(F.rms_norm, T(4, 5, 6), (6,), T(6), 1e-2),
+        call(F.rms_norm, T(4, 5, 6), (5, 6)),
+    ],
+)
 def rms_norm(y, input, normalized_shape, weight=None, eps=None):
     """γ x / √(mean of x² + ε) over the last dimensions"""
     over = list(range(input.ndim - len(normalized_shape), input.ndim))
@@ -208,7 +260,15 @@ def rms_norm(y, input, normalized_shape, weight=None, eps=None):
     }
 
 
-@rule(F.normalize)
+@rule(
+    F.normalize,
+    examples=[
+        call(F.normalize, T(4, 5, 3)),
+        call(lambda x: F.normalize(torch.relu(x), dim=-1, eps=0.6), T(20, 3)),
+        call(F.normalize, T(4, 5), 3.0, -1),
+        call(F.normalize, T(4, 5), p=1, dim=1),
+    ],
+)
 def normalize(y, input, p=2.0, dim=1, eps=1e-12, out=None):
     """x / max(n, ε), n the p-norm over dim"""
 
@@ -222,7 +282,14 @@ def normalize(y, input, p=2.0, dim=1, eps=1e-12, out=None):
     return {"input": roles(instruct=as_is, error=error)}
 
 
-@rule(F.local_response_norm, channels=1)
+@rule(
+    F.local_response_norm,
+    channels=1,
+    examples=[
+        call(F.local_response_norm, T(4, 7, 3, 2), 5, 0.5),
+        call(F.local_response_norm, T(4, 5, 3), 4, alpha=0.5, beta=0.3, k=2.0),
+    ],
+)
 def local_response_norm(y, input, size, alpha=1e-4, beta=0.75, k=1.0):
     """x / (k + α mean of x² over `size` neighbouring channels)^β"""
 
@@ -231,49 +298,8 @@ def local_response_norm(y, input, size, alpha=1e-4, beta=0.75, k=1.0):
         return along(x, {1: F.avg_pool1d(eye, size, 1)})
 
     def error(e):
-        before, behind = size // 2, (size - 1) // 2
-        d = k + alpha * mean(input * input, (behind, before))
-        return e * d**-beta - 2 * alpha * beta * input * mean(e * y / d, (before, behind))
+        before, after = size // 2, (size - 1) // 2
+        d = k + alpha * mean(input * input, (after, before))
+        return e * d**-beta - 2 * alpha * beta * input * mean(e * y / d, (before, after))
 
     return {"input": roles(instruct=as_is, error=error)}
-
-
-batch_norm.examples = [
-    call(F.batch_norm, T(5, 3, 4, 2), C(3), C(3), T(3), T(3)),
-    call(F.batch_norm, T(5, 3, 4, 2), C(3), C(3), T(3), T(3), training=True),
-    call(F.batch_norm, T(5, 3), C(3), C(3)),
-    call(F.batch_norm, T(5, 3, 4), None, None, T(3), T(3), training=True, eps=1e-2),
-]
-synced.examples = [
-    call(synced_batch_norm, T(5, 3, 4, 2), C(3), C(3), T(3), T(3), training=True),
-    call(synced_batch_norm, T(5, 3), None, None, training=True),
-]
-layer_norm.examples = [
-    call(F.layer_norm, T(4, 5, 6), (6,), T(6), T(6)),
-    call(F.layer_norm, T(4, 5, 6), (5, 6), T(5, 6), T(5, 6), eps=1e-2),
-    call(F.layer_norm, T(4, 6), (6,)),
-]
-group_norm.examples = [
-    call(F.group_norm, T(4, 6, 5, 3), 3, T(6), T(6)),
-    call(F.group_norm, T(4, 6, 5), 2),
-    call(F.group_norm, T(4, 6), 2, T(6), T(6)),
-]
-instance_norm.examples = [
-    call(F.instance_norm, T(2, 3, 4, 5), None, None, T(3), T(3)),
-    call(F.instance_norm, T(2, 3, 4), C(3), C(3), T(3), use_input_stats=False, eps=1e-2),
-    call(F.instance_norm, T(2, 3, 4)),
-]
-rms_norm.examples = [
-    call(F.rms_norm, T(4, 5, 6), (6,), T(6), 1e-2),
-    call(F.rms_norm, T(4, 5, 6), (5, 6)),
-]
-normalize.examples = [
-    call(F.normalize, T(4, 5, 3)),
-    call(lambda x: F.normalize(torch.relu(x), dim=-1, eps=0.6), T(20, 3)),
-    call(F.normalize, T(4, 5), 3.0, -1),
-    call(F.normalize, T(4, 5), p=1, dim=1),
-]
-local_response_norm.examples = [
-    call(F.local_response_norm, T(4, 7, 3, 2), 5, 0.5),
-    call(F.local_response_norm, T(4, 5, 3), 4, alpha=0.5, beta=0.3, k=2.0),
-]

@@ -1,4 +1,4 @@
-"""Functions of ours that stand in a graph as one node each, as torch has none that does the same."""
+"""Functions of ours that are one node of a graph each, because torch has no function that does the same."""
 
 import functools
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from torchvision.ops import stochastic_depth
 
 
 def one_node(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The decorated function, which a call with proxies puts into the graph as a whole."""
+    """The decorated function; a call with proxies puts it into the graph as one node."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -97,7 +97,7 @@ def put_at(input: Any, index: Any, value: Any) -> Any:
 
 @one_node
 def or_zeros(update: Any, rows: Any) -> Any:
-    """`update` with so many rows: for an empty batch, torch's convolution makes none."""
+    """`update` with `rows` rows: for an empty batch, torch's convolution returns none."""
     return update if len(update) else update.new_zeros(rows, *update.shape[1:])
 
 
@@ -247,6 +247,6 @@ def linear_of_passes(
     """F.linear, and the weight for the next pass to use.
 
     The passes' errors of the weight are then one sum that each pass adds to. With F.linear each is a matrix of its own,
-    for which autograd finds room and which it adds to the others: as slow as all else that a large linear layer does.
+    which autograd allocates and adds to the others: that takes as long as the rest of a large linear layer.
     """
     return _LinearOfPasses.apply(input, weight, bias)

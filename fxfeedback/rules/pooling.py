@@ -13,7 +13,19 @@ MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 ADAPTIVE_MAX_POOL = {1: F.adaptive_max_pool1d, 2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d}
 
 
-@rule(F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
+@rule(
+    F.avg_pool1d,
+    F.avg_pool2d,
+    F.avg_pool3d,
+    examples=[
+        call(F.avg_pool1d, T(3, 2, 9), 3, 2, 1),
+        call(F.avg_pool2d, T(3, 2, 7, 8), (3, 2), (2, 3), (1, 0)),
+        call(F.avg_pool2d, T(3, 2, 7, 8), 3, 2, 1, ceil_mode=True),
+        call(F.avg_pool2d, T(3, 2, 7, 8), 3, 2, 1, ceil_mode=True, count_include_pad=False),
+        call(F.avg_pool2d, T(3, 2, 7, 8), 2, divisor_override=3),
+        call(F.avg_pool3d, T(2, 2, 5, 4, 6), 2, 1),
+    ],
+)
 def avg_pool(
     y, input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None
 ):
@@ -33,7 +45,18 @@ def avg_pool(
     return {"input": transpose(spread)}
 
 
-@rule(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
+@rule(
+    F.adaptive_avg_pool1d,
+    F.adaptive_avg_pool2d,
+    F.adaptive_avg_pool3d,
+    examples=[
+        call(F.adaptive_avg_pool1d, T(3, 2, 9), 4),
+        call(F.adaptive_avg_pool2d, T(3, 2, 7, 8), (3, 5)),
+        call(F.adaptive_avg_pool2d, T(3, 2, 7, 8), (1, 1)),
+        call(F.adaptive_avg_pool2d, T(3, 2, 2, 3), (4, None)),
+        call(F.adaptive_avg_pool3d, T(2, 2, 5, 4, 6), (2, 3, 1)),
+    ],
+)
 def adaptive_avg_pool(y, input, output_size):
     """The mean of every one of output_size windows that cover the map"""
 
@@ -45,7 +68,20 @@ def adaptive_avg_pool(y, input, output_size):
     return {"input": transpose(spread)}
 
 
-@rule(torch.max_pool1d, torch.max_pool2d, torch.max_pool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d)
+@rule(
+    torch.max_pool1d,
+    torch.max_pool2d,
+    torch.max_pool3d,
+    F.max_pool1d,
+    F.max_pool2d,
+    F.max_pool3d,
+    examples=[
+        call(F.max_pool1d, T(3, 2, 9), 3, 2, 1),
+        call(F.max_pool2d, T(3, 2, 7, 8), 3, 2, 1),
+        call(F.max_pool2d, T(3, 2, 7, 8), (2, 3), (3, 2), (1, 0), (1, 2), ceil_mode=True),
+        call(F.max_pool3d, T(2, 2, 5, 4, 6), 2),
+    ],
+)
 def max_pool(y, input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
     """The greatest of every window; instructed, as if it were the mean of the window"""
     options = window(input, kernel_size, stride, padding, dilation)
@@ -66,7 +102,15 @@ def max_pool(y, input, kernel_size, stride=None, padding=0, dilation=1, ceil_mod
     return {"input": roles(instruct=lambda t: along(t, matrices(t, input, window_mean)), error=to_winner)}
 
 
-@rule(F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d)
+@rule(
+    F.adaptive_max_pool1d,
+    F.adaptive_max_pool2d,
+    F.adaptive_max_pool3d,
+    examples=[
+        call(F.adaptive_max_pool1d, T(3, 2, 9), 4),
+        call(F.adaptive_max_pool2d, T(3, 2, 7, 8), (3, 5)),
+    ],
+)
 def adaptive_max_pool(y, input, output_size, return_indices=False):
     """The greatest of every one of output_size windows that cover the map; instructed, as if it were their mean"""
 
@@ -74,12 +118,8 @@ def adaptive_max_pool(y, input, output_size, return_indices=False):
         _, winners = ADAPTIVE_MAX_POOL[input.ndim - 2](input, y.shape[2:], True)
         return scatter(e, winners, input)
 
-    return adaptive_avg_pool.table(y, input, output_size) | {
-        "input": roles(
-            instruct=adaptive_avg_pool.table(y, input, output_size)["input"].instruct,
-            error=to_winner,
-        )
-    }
+    mean = adaptive_avg_pool.table(y, input, output_size)["input"]
+    return {"input": roles(instruct=mean.instruct, error=to_winner)}
 
 
 def window(input, kernel_size, stride, padding, *more):
@@ -146,30 +186,3 @@ def avg_pool2d_backward(
 @fused(adaptive_avg_pool, applies=lambda y, input, *args, **kwargs: input.ndim == 4)
 def adaptive_avg_pool2d_backward(e, y, saved, wanted, input, output_size):
     return {"input": aten._adaptive_avg_pool2d_backward(e, input)}
-
-
-avg_pool.examples = [
-    call(F.avg_pool1d, T(3, 2, 9), 3, 2, 1),
-    call(F.avg_pool2d, T(3, 2, 7, 8), (3, 2), (2, 3), (1, 0)),
-    call(F.avg_pool2d, T(3, 2, 7, 8), 3, 2, 1, ceil_mode=True),
-    call(F.avg_pool2d, T(3, 2, 7, 8), 3, 2, 1, ceil_mode=True, count_include_pad=False),
-    call(F.avg_pool2d, T(3, 2, 7, 8), 2, divisor_override=3),
-    call(F.avg_pool3d, T(2, 2, 5, 4, 6), 2, 1),
-]
-adaptive_avg_pool.examples = [
-    call(F.adaptive_avg_pool1d, T(3, 2, 9), 4),
-    call(F.adaptive_avg_pool2d, T(3, 2, 7, 8), (3, 5)),
-    call(F.adaptive_avg_pool2d, T(3, 2, 7, 8), (1, 1)),
-    call(F.adaptive_avg_pool2d, T(3, 2, 2, 3), (4, None)),
-    call(F.adaptive_avg_pool3d, T(2, 2, 5, 4, 6), (2, 3, 1)),
-]
-max_pool.examples = [
-    call(F.max_pool1d, T(3, 2, 9), 3, 2, 1),
-    call(F.max_pool2d, T(3, 2, 7, 8), 3, 2, 1),
-    call(F.max_pool2d, T(3, 2, 7, 8), (2, 3), (3, 2), (1, 0), (1, 2), ceil_mode=True),
-    call(F.max_pool3d, T(2, 2, 5, 4, 6), 2),
-]
-adaptive_max_pool.examples = [
-    call(F.adaptive_max_pool1d, T(3, 2, 9), 4),
-    call(F.adaptive_max_pool2d, T(3, 2, 7, 8), (3, 5)),
-]

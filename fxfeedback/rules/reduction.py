@@ -1,4 +1,4 @@
-"""Sums, means and extremes over dimensions. An instruction takes every reduction but a sum for a mean."""
+"""Sums, means and extremes over dimensions. An instruction treats every reduction except a sum as a mean."""
 
 import math
 
@@ -11,7 +11,14 @@ from fxfeedback.rules.examples import T, call
 from fxfeedback.rules.indexing import picked
 
 
-@rule(torch.mean)
+@rule(
+    torch.mean,
+    examples=[
+        call(torch.mean, T(4, 5, 3), (1, -1)),
+        call(torch.mean, T(4, 5, 3), 2, True),
+        call(torch.mean, T(4, 5, 3)),
+    ],
+)
 def mean(y, input, dim=None, keepdim=False, **options):
     """Σ x / n over dim"""
     dims = dimensions(input, dim)
@@ -19,8 +26,12 @@ def mean(y, input, dim=None, keepdim=False, **options):
     return {"input": transpose(lambda t: spread(t, input, dims, keepdim) / count)}
 
 
-@rule(torch.sum)
-def sum(y, input, dim=None, keepdim=False, **options):
+@rule(
+    torch.sum,
+    name="sum",
+    examples=[call(torch.sum, T(4, 5, 3), dim=1), call(torch.sum, T(4, 5, 3), (0, 2), keepdim=True)],
+)
+def total(y, input, dim=None, keepdim=False, **options):
     """Σ x over dim"""
     return {"input": transpose(lambda t: spread(t, input, dimensions(input, dim), keepdim))}
 
@@ -40,11 +51,18 @@ def spread(t, input, dims, keepdim):
 
 
 def averaging(input, dim, keepdim, error):
-    """A reduction that the instruction takes for a mean."""
+    """The table of a reduction that an instruction treats as a mean."""
     return {"input": roles(instruct=mean.table(None, input, dim, keepdim)["input"].instruct, error=error)}
 
 
-@rule(torch.amax, torch.amin)
+@rule(
+    torch.amax,
+    torch.amin,
+    examples=[
+        call(torch.amax, T(4, 5, 3), (1, -1)),
+        call(lambda x: torch.relu(x).amin(-1, keepdim=True), T(40, 3)),
+    ],
+)
 def amax(y, input, dim=(), keepdim=False):
     """The greatest (smallest) over dim; equals share the error"""
     dims = dimensions(input, dim)
@@ -56,19 +74,44 @@ def amax(y, input, dim=(), keepdim=False):
     return averaging(input, dim, keepdim, share)
 
 
-@rule(torch.max)
-def max(y, input, dim=None, keepdim=False, *, other=None):
+@rule(
+    torch.max,
+    name="max",
+    examples=[
+        call(lambda x: torch.relu(x).max(1)[0], T(20, 3, 2)),
+        call(lambda x: x.max(dim=-1, keepdim=True).values, T(4, 5, 3)),
+        call(torch.max, T(4, 5)),
+        call(torch.max, T(4, 5, 3), T(5, 1)),
+    ],
+)
+def greatest(y, input, dim=None, keepdim=False, *, other=None):
     """The greatest of all; over dim, with its position; or of two values"""
     return extreme(maximum, y, input, dim, keepdim, other)
 
 
-@rule(torch.min)
-def min(y, input, dim=None, keepdim=False, *, other=None):
+@rule(
+    torch.min,
+    name="min",
+    examples=[
+        call(lambda x: x.min(1)[0], T(4, 5, 3)),
+        call(lambda x: torch.relu(x).min(), T(4, 5)),
+        call(lambda x: torch.min(x, other=2 * x), T(4, 5)),
+    ],
+)
+def smallest(y, input, dim=None, keepdim=False, *, other=None):
     """The smallest of all; over dim, with its position; or of two values"""
     return extreme(minimum, y, input, dim, keepdim, other)
 
 
-@rule(torch.median, torch.nanmedian)
+@rule(
+    torch.median,
+    torch.nanmedian,
+    examples=[
+        call(lambda x: x * torch.median(x), T(4, 5)),
+        call(torch.median, T(4, 6, 3), 1),
+        call(lambda x: x.median(-1, keepdim=True).values, T(4, 5)),
+    ],
+)
 def median(y, input, dim=None, keepdim=False):
     """The middle value, the lower of two; of all, or over dim, with its position"""
     return amax.table(y, input) if dim is None else picked(y, input, dim, keepdim)
@@ -84,7 +127,16 @@ def extreme(of_two, y, input, dim, keepdim, other):
     return {"input": second["input"], "dim": second["other"], "other": second["other"]}
 
 
-@rule(torch.var)
+@rule(
+    torch.var,
+    examples=[
+        call(torch.var, T(4, 5, 3), (1, -1)),
+        call(lambda x: x.var(1, False), T(4, 5, 3)),
+        call(torch.var, T(4, 5, 3), -1, correction=0, keepdim=True),
+        call(torch.var, T(4, 5), False),
+        call(torch.var, T(4, 5)),
+    ],
+)
 def var(y, input, dim=None, unbiased=True, keepdim=False, *, correction=None):
     """Σ (x - μ)² / (n - correction) over dim"""
     dims, per = spreading(input, dim, unbiased, correction)
@@ -96,7 +148,13 @@ def var(y, input, dim=None, unbiased=True, keepdim=False, *, correction=None):
     return averaging(input, dims, keepdim, error)
 
 
-@rule(torch.std)
+@rule(
+    torch.std,
+    examples=[
+        call(torch.std, T(4, 5, 3), 1, keepdim=True),
+        call(lambda x: torch.relu(x).std((1, 2), unbiased=False), T(9, 2, 1)),
+    ],
+)
 def std(y, input, dim=None, unbiased=True, keepdim=False, *, correction=None):
     """√var; nothing passes where it is zero"""
     squared = var.table(y, input, dim, unbiased, keepdim, correction=correction)["input"]
@@ -105,13 +163,19 @@ def std(y, input, dim=None, unbiased=True, keepdim=False, *, correction=None):
     }
 
 
-@rule(torch.var_mean)
+@rule(
+    torch.var_mean,
+    examples=[
+        call(lambda x: torch.var_mean(x, dim=[1, 2], keepdim=True, correction=0), T(4, 5, 3)),
+        call(lambda x: torch.var_mean(x, 1)[0], T(4, 5)),
+    ],
+)
 def var_mean(y, input, dim=None, unbiased=True, keepdim=False, *, correction=None):
     """Both"""
     return moments(var, y, input, dim, unbiased, keepdim, correction)
 
 
-@rule(torch.std_mean)
+@rule(torch.std_mean, examples=[call(lambda x: torch.std_mean(x, (1, 2), False), T(4, 5, 3))])
 def std_mean(y, input, dim=None, unbiased=True, keepdim=False, *, correction=None):
     """Both"""
     return moments(std, y, input, dim, unbiased, keepdim, correction)
@@ -139,7 +203,16 @@ def spreading(input, dim, unbiased, correction):
     return dims, math.prod(input.shape[d] for d in dims) - (int(unbiased) if correction is None else correction)
 
 
-@rule(torch.linalg.vector_norm)
+@rule(
+    torch.linalg.vector_norm,
+    examples=[
+        call(torch.linalg.vector_norm, T(4, 5, 3), dim=(1, 2)),
+        call(lambda x: torch.linalg.vector_norm(torch.relu(x), 2, -1, True), T(20, 3)),
+        call(torch.linalg.vector_norm, T(4, 5), 3.5, -1),
+        call(lambda x: torch.linalg.vector_norm(torch.relu(x), 3, 1), T(20, 3)),
+        call(torch.linalg.vector_norm, T(4, 5), math.inf, 1),
+    ],
+)
 def vector_norm(y, input, ord=2, dim=None, keepdim=False, **options):
     """(Σ |x|ᵖ)^(1/p) over dim; nothing passes where it is zero"""
     dims = dimensions(input, dim)
@@ -151,7 +224,7 @@ def vector_norm(y, input, ord=2, dim=None, keepdim=False, **options):
     return averaging(input, dim, keepdim, nothing if ord == 0 else error)  # a count
 
 
-@rule(torch.linalg.norm)
+@rule(torch.linalg.norm, examples=[call(torch.linalg.norm, T(4, 5, 3), dim=1), call(torch.linalg.norm, T(4, 5), 3, 1)])
 def linalg_norm(y, input, ord=None, dim=None, keepdim=False, **options):
     """vector_norm, where it is not a matrix norm; "fro" is the one with p = 2"""
     if ord not in (None, "fro") and not isinstance(dim, int) and input.ndim > 1:
@@ -159,7 +232,15 @@ def linalg_norm(y, input, ord=None, dim=None, keepdim=False, **options):
     return vector_norm.table(y, input, 2 if ord in (None, "fro") else ord, dim, keepdim)
 
 
-@rule(torch.norm)
+@rule(
+    torch.norm,
+    examples=[
+        call(lambda x: x.norm(dim=-1, keepdim=True), T(4, 5, 3)),
+        call(torch.norm, T(4, 5, 3), p=2, dim=(2, 1)),
+        call(torch.norm, T(4, 5), 1, 1),
+        call(torch.norm, T(4, 5)),
+    ],
+)
 def norm(y, input, p="fro", dim=None, keepdim=False, **options):
     """vector_norm; "fro" is the one with p = 2"""
     if p == "nuc":
@@ -168,7 +249,7 @@ def norm(y, input, p="fro", dim=None, keepdim=False, **options):
 
 
 def slope_of_norm(x, n, p, dims):
-    """∂n / ∂x of n = (Σ |x|ᵖ)^(1/p) over dims, n in x's shape. Where p < 1 it has no bound at 0, and torch takes 0."""
+    """∂n / ∂x of n = (Σ |x|ᵖ)^(1/p) over dims, n in x's shape. For p < 1 it is unbounded at 0, where torch takes 0."""
     if p == 0:
         return torch.zeros_like(x)
     if p == 2:
@@ -182,7 +263,17 @@ def slope_of_norm(x, n, p, dims):
     return torch.where(none, 0.0, torch.sign(x) * (x.abs() / n) ** (p - 1))
 
 
-@rule(torch.cdist)
+@rule(
+    torch.cdist,
+    examples=[
+        call(torch.cdist, T(4, 5, 3), T(2, 3)),
+        call(torch.cdist, T(4, 5, 3), T(1, 2, 3), p=1.0),
+        call(lambda x: torch.cdist(x, x[:, :2].sin(), 3.5), T(4, 5, 3)),
+        call(torch.cdist, T(4, 5, 3), T(2, 3), math.inf),
+        call(lambda x: torch.cdist(x, x), T(4, 3, 2)),
+        call(lambda x: torch.cdist(torch.cat([x, -x], -1), torch.cat([x, 2 * x], -1), math.inf), T(4, 3, 1)),
+    ],
+)
 def cdist(y, x1, x2, p=2.0, compute_mode=None):
     """|x - z| by the norm p, for all pairs of rows; instructed, to each evenly over its columns"""
     columns = x1.shape[-1]
@@ -207,7 +298,10 @@ def cdist(y, x1, x2, p=2.0, compute_mode=None):
     return {"x1": to(x1, rows, 1), "x2": to(x2, others, -1)}
 
 
-@rule(torch.logsumexp)
+@rule(
+    torch.logsumexp,
+    examples=[call(torch.logsumexp, T(4, 5, 3), (1, 2)), call(lambda x: x.logsumexp(-1, True), T(4, 5))],
+)
 def logsumexp(y, input, dim, keepdim=False):
     """log Σ exp x over dim"""
     dims = dimensions(input, dim)
@@ -218,13 +312,13 @@ def logsumexp(y, input, dim, keepdim=False):
     return averaging(input, dim, keepdim, error)
 
 
-@rule(torch.cumsum)
+@rule(torch.cumsum, examples=[call(torch.cumsum, T(4, 5, 3), -2)])
 def cumsum(y, input, dim, **options):
     """Σ of the values so far along dim"""
     return {"input": transpose(lambda t: t.flip(dim).cumsum(dim).flip(dim))}
 
 
-@rule(torch.cumprod)
+@rule(torch.cumprod, examples=[call(lambda x: torch.relu(x).cumprod(1), T(40, 3, 2)), call(torch.cumprod, T(4, 5), -1)])
 def cumprod(y, input, dim, **options):
     """Π of the values so far along dim; instructed, as it is"""
     if input.ndim == 0:
@@ -238,7 +332,14 @@ def cumprod(y, input, dim, **options):
     return {"input": roles(instruct=as_is, error=error)}
 
 
-@rule(torch.prod)
+@rule(
+    torch.prod,
+    examples=[
+        call(lambda x: torch.relu(x).prod(1), T(40, 2, 3)),
+        call(lambda x: x.prod(-1, keepdim=True), T(4, 5, 3)),
+        call(lambda x: x * torch.relu(x + 2).prod(), T(3, 2, 2)),
+    ],
+)
 def prod(y, input, dim=None, keepdim=False, **options):
     """Π x over dim, or of all; the product of the others is computed as such, as a value may be zero"""
     dim = None if input.ndim == 0 else dim
@@ -252,77 +353,3 @@ def prod(y, input, dim=None, keepdim=False, **options):
         return spread(e, input, dims, keepdim) * rest
 
     return averaging(input, dim, keepdim, error)
-
-
-mean.examples = [
-    call(torch.mean, T(4, 5, 3), (1, -1)),
-    call(torch.mean, T(4, 5, 3), 2, True),
-    call(torch.mean, T(4, 5, 3)),
-]
-sum.examples = [call(torch.sum, T(4, 5, 3), dim=1), call(torch.sum, T(4, 5, 3), (0, 2), keepdim=True)]
-amax.examples = [
-    call(torch.amax, T(4, 5, 3), (1, -1)),
-    call(lambda x: torch.relu(x).amin(-1, keepdim=True), T(40, 3)),
-]
-max.examples = [
-    call(lambda x: torch.relu(x).max(1)[0], T(20, 3, 2)),
-    call(lambda x: x.max(dim=-1, keepdim=True).values, T(4, 5, 3)),
-    call(torch.max, T(4, 5)),
-    call(torch.max, T(4, 5, 3), T(5, 1)),
-]
-min.examples = [
-    call(lambda x: x.min(1)[0], T(4, 5, 3)),
-    call(lambda x: torch.relu(x).min(), T(4, 5)),
-    call(lambda x: torch.min(x, other=2 * x), T(4, 5)),
-]
-var.examples = [
-    call(torch.var, T(4, 5, 3), (1, -1)),
-    call(lambda x: x.var(1, False), T(4, 5, 3)),
-    call(torch.var, T(4, 5, 3), -1, correction=0, keepdim=True),
-    call(torch.var, T(4, 5), False),
-    call(torch.var, T(4, 5)),
-]
-std.examples = [
-    call(torch.std, T(4, 5, 3), 1, keepdim=True),
-    call(lambda x: torch.relu(x).std((1, 2), unbiased=False), T(9, 2, 1)),
-]
-var_mean.examples = [
-    call(lambda x: torch.var_mean(x, dim=[1, 2], keepdim=True, correction=0), T(4, 5, 3)),
-    call(lambda x: torch.var_mean(x, 1)[0], T(4, 5)),
-]
-std_mean.examples = [call(lambda x: torch.std_mean(x, (1, 2), False), T(4, 5, 3))]
-vector_norm.examples = [
-    call(torch.linalg.vector_norm, T(4, 5, 3), dim=(1, 2)),
-    call(lambda x: torch.linalg.vector_norm(torch.relu(x), 2, -1, True), T(20, 3)),
-    call(torch.linalg.vector_norm, T(4, 5), 3.5, -1),
-    call(lambda x: torch.linalg.vector_norm(torch.relu(x), 3, 1), T(20, 3)),
-    call(torch.linalg.vector_norm, T(4, 5), math.inf, 1),
-]
-linalg_norm.examples = [call(torch.linalg.norm, T(4, 5, 3), dim=1), call(torch.linalg.norm, T(4, 5), 3, 1)]
-norm.examples = [
-    call(lambda x: x.norm(dim=-1, keepdim=True), T(4, 5, 3)),
-    call(torch.norm, T(4, 5, 3), p=2, dim=(2, 1)),
-    call(torch.norm, T(4, 5), 1, 1),
-    call(torch.norm, T(4, 5)),
-]
-logsumexp.examples = [call(torch.logsumexp, T(4, 5, 3), (1, 2)), call(lambda x: x.logsumexp(-1, True), T(4, 5))]
-cumsum.examples = [call(torch.cumsum, T(4, 5, 3), -2)]
-cdist.examples = [
-    call(torch.cdist, T(4, 5, 3), T(2, 3)),
-    call(torch.cdist, T(4, 5, 3), T(1, 2, 3), p=1.0),
-    call(lambda x: torch.cdist(x, x[:, :2].sin(), 3.5), T(4, 5, 3)),
-    call(torch.cdist, T(4, 5, 3), T(2, 3), math.inf),
-    call(lambda x: torch.cdist(x, x), T(4, 3, 2)),
-    call(lambda x: torch.cdist(torch.cat([x, -x], -1), torch.cat([x, 2 * x], -1), math.inf), T(4, 3, 1)),
-]
-cumprod.examples = [call(lambda x: torch.relu(x).cumprod(1), T(40, 3, 2)), call(torch.cumprod, T(4, 5), -1)]
-prod.examples = [
-    call(lambda x: torch.relu(x).prod(1), T(40, 2, 3)),
-    call(lambda x: x.prod(-1, keepdim=True), T(4, 5, 3)),
-    call(lambda x: x * torch.relu(x + 2).prod(), T(3, 2, 2)),
-]
-median.examples = [
-    call(lambda x: x * torch.median(x), T(4, 5)),
-    call(torch.median, T(4, 6, 3), 1),
-    call(lambda x: x.median(-1, keepdim=True).values, T(4, 5)),
-]

@@ -10,19 +10,37 @@ from fxfeedback.rules.examples import T, call
 Tensor = torch.Tensor
 
 
-@rule(Tensor.expand, torch.broadcast_to)
+@rule(
+    Tensor.expand,
+    torch.broadcast_to,
+    examples=[
+        call(lambda x: x.unsqueeze(1).expand(-1, 5, -1), T(4, 3)),
+        call(lambda x, w: x + w.expand(x.shape[0], -1, -1), T(4, 5, 3), T(1, 5, 3)),
+        call(lambda x, w: x + w.expand(size=(x.shape[0], 5, 3)), T(4, 5, 3), T(3)),
+        call(torch.broadcast_to, T(4, 1, 3), (2, -1, 5, 3)),
+    ],
+)
 def expand(y, input, *sizes, size=None):
     """x along new dimensions, and along those where its size is 1"""
     return {"input": transpose(lambda t: sum_to(t, input, y))}
 
 
-@rule(Tensor.expand_as)
+@rule(Tensor.expand_as, examples=[call(lambda x: x[:, :1].expand_as(x) * x, T(4, 5, 3))])
 def expand_as(y, input, other):
     """x in the shape of another tensor"""
     return {"input": transpose(lambda t: sum_to(t, input, y)), "other": transpose(nothing)}
 
 
-@rule(Tensor.repeat, torch.tile)
+@rule(
+    Tensor.repeat,
+    torch.tile,
+    examples=[
+        call(lambda x: x.repeat(1, 2, 3), T(4, 5, 1)),
+        call(lambda x: x.repeat(3, 2, 1, 2), T(4, 5, 3)),
+        call(lambda x, w: x + w.repeat(x.shape[0], 1, 1), T(4, 5, 3), T(1, 5, 3)),
+        call(torch.tile, T(4, 5, 3), dims=(2,)),
+    ],
+)
 def repeat(y, input, *times, repeats=None, dims=None):
     """The whole of x several times along each dimension"""
     counts = listed(times, dims if repeats is None else repeats)
@@ -41,7 +59,14 @@ def repeat(y, input, *times, repeats=None, dims=None):
     return {"input": transpose(copies_summed)}
 
 
-@rule(torch.repeat_interleave)
+@rule(
+    torch.repeat_interleave,
+    examples=[
+        call(torch.repeat_interleave, T(4, 5, 3), 2, -2),
+        call(lambda x: x.repeat_interleave(3, dim=0), T(4, 5)),
+        call(lambda x, w: x + w.repeat_interleave(3), T(4, 6), T(1, 2)),
+    ],
+)
 def repeat_interleave(y, input, repeats, dim=None, **options):
     """Every value of x several times in succession, as often as the others or not, along dim or of the flat x"""
     shape = (math.prod(input.shape),) if dim is None else input.shape
@@ -54,23 +79,3 @@ def repeat_interleave(y, input, repeats, dim=None, **options):
         return t.new_zeros(shape).index_add(d, sources, t).reshape(input.shape)
 
     return {"input": roles(instruct=copies_summed if known(repeats) else nothing, error=copies_summed)}
-
-
-expand.examples = [
-    call(lambda x: x.unsqueeze(1).expand(-1, 5, -1), T(4, 3)),
-    call(lambda x, w: x + w.expand(x.shape[0], -1, -1), T(4, 5, 3), T(1, 5, 3)),
-    call(lambda x, w: x + w.expand(size=(x.shape[0], 5, 3)), T(4, 5, 3), T(3)),
-    call(torch.broadcast_to, T(4, 1, 3), (2, -1, 5, 3)),
-]
-expand_as.examples = [call(lambda x: x[:, :1].expand_as(x) * x, T(4, 5, 3))]
-repeat.examples = [
-    call(lambda x: x.repeat(1, 2, 3), T(4, 5, 1)),
-    call(lambda x: x.repeat(3, 2, 1, 2), T(4, 5, 3)),
-    call(lambda x, w: x + w.repeat(x.shape[0], 1, 1), T(4, 5, 3), T(1, 5, 3)),
-    call(torch.tile, T(4, 5, 3), dims=(2,)),
-]
-repeat_interleave.examples = [
-    call(torch.repeat_interleave, T(4, 5, 3), 2, -2),
-    call(lambda x: x.repeat_interleave(3, dim=0), T(4, 5)),
-    call(lambda x, w: x + w.repeat_interleave(3), T(4, 6), T(1, 2)),
-]

@@ -21,7 +21,27 @@ KERNELS = {
 """(mode, antialias) -> the kernel of maps in two dimensions."""
 
 
-@rule(F.interpolate)
+@rule(
+    F.interpolate,
+    examples=[
+        call(F.interpolate, T(2, 3, 5), 8),
+        call(F.interpolate, T(2, 3, 5, 4), scale_factor=2),
+        call(F.interpolate, T(2, 3, 5, 4), (8, 3), mode="nearest-exact"),
+        call(F.interpolate, T(2, 3, 7), scale_factor=0.6, mode="linear"),
+        call(F.interpolate, T(2, 3, 5, 4), (8, 3), mode="bilinear"),
+        call(F.interpolate, T(2, 3, 5, 4), scale_factor=(1.7, 0.6), mode="bilinear"),
+        call(F.interpolate, T(2, 3, 5, 4), scale_factor=1.7, mode="bilinear", recompute_scale_factor=True),
+        call(F.interpolate, T(2, 3, 5, 4), (8, 3), mode="bilinear", align_corners=True),
+        call(F.interpolate, T(2, 3, 9, 8), (4, 3), mode="bilinear", antialias=True),
+        call(F.interpolate, T(2, 3, 5, 4), (8, 3), mode="bicubic"),
+        call(F.interpolate, T(2, 3, 5, 4), (1, 7), mode="bicubic", align_corners=True),
+        call(F.interpolate, T(2, 3, 9, 8), scale_factor=0.4, mode="bicubic", antialias=True),
+        call(F.interpolate, T(2, 3, 5, 7), (3, 2), mode="area"),
+        call(F.interpolate, T(2, 2, 3, 4, 5), (5, 3, 7), mode="trilinear", align_corners=False),
+        call(F.interpolate, T(2, 2, 3, 4, 5), scale_factor=2),
+        call(lambda x: F.interpolate(x[:, :, ::2], x.shape[2:], mode="bilinear"), T(2, 3, 6, 4)),
+    ],
+)
 def interpolate(
     y,
     input,
@@ -63,23 +83,3 @@ def interpolate_backward(e, y, saved, wanted, *args, **kwargs):
     kernel = KERNELS[mode, given.get("antialias", False)]
     scales = (None, None) if by_size else as_tuple(factors, 2)
     return {"input": kernel(e, y.shape[2:], given["input"].shape, *corners, *scales)}
-
-
-interpolate.examples = [
-    call(F.interpolate, T(2, 3, 5), 8),
-    call(F.interpolate, T(2, 3, 5, 4), scale_factor=2),
-    call(F.interpolate, T(2, 3, 5, 4), (8, 3), mode="nearest-exact"),
-    call(F.interpolate, T(2, 3, 7), scale_factor=0.6, mode="linear"),
-    call(F.interpolate, T(2, 3, 5, 4), (8, 3), mode="bilinear"),
-    call(F.interpolate, T(2, 3, 5, 4), scale_factor=(1.7, 0.6), mode="bilinear"),
-    call(F.interpolate, T(2, 3, 5, 4), scale_factor=1.7, mode="bilinear", recompute_scale_factor=True),
-    call(F.interpolate, T(2, 3, 5, 4), (8, 3), mode="bilinear", align_corners=True),
-    call(F.interpolate, T(2, 3, 9, 8), (4, 3), mode="bilinear", antialias=True),
-    call(F.interpolate, T(2, 3, 5, 4), (8, 3), mode="bicubic"),
-    call(F.interpolate, T(2, 3, 5, 4), (1, 7), mode="bicubic", align_corners=True),
-    call(F.interpolate, T(2, 3, 9, 8), scale_factor=0.4, mode="bicubic", antialias=True),
-    call(F.interpolate, T(2, 3, 5, 7), (3, 2), mode="area"),
-    call(F.interpolate, T(2, 2, 3, 4, 5), (5, 3, 7), mode="trilinear", align_corners=False),
-    call(F.interpolate, T(2, 2, 3, 4, 5), scale_factor=2),
-    call(lambda x: F.interpolate(x[:, :, ::2], x.shape[2:], mode="bilinear"), T(2, 3, 6, 4)),
-]

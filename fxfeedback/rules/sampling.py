@@ -19,7 +19,28 @@ aten = torch.ops.aten
 MODES, PADDING = ["bilinear", "nearest"], ["zeros", "border"]  # in the order of torch's kernels
 
 
-@rule(F.grid_sample)
+def _moved(**options):
+    """A map read at positions that it computes, some of them outside."""
+    return lambda x, w: F.grid_sample(x, (1.2 * x[:, :2].movedim(1, -1) @ w).tanh() * 1.3, **options)
+
+
+@rule(
+    F.grid_sample,
+    examples=[
+        call(
+            lambda x, w: F.grid_sample(x, w.expand(x.shape[0], 3, 6, 2), align_corners=False), T(2, 3, 5, 4), T(3, 6, 2)
+        ),
+        call(_moved(align_corners=False), T(2, 3, 5, 4), T(2, 2)),
+        call(_moved(align_corners=True, padding_mode="border"), T(2, 3, 5, 4), T(2, 2)),
+        call(_moved(align_corners=False, padding_mode="border"), T(2, 3, 5, 4), T(2, 2)),
+        call(_moved(align_corners=False, mode="nearest"), T(2, 3, 5, 4), T(2, 2)),
+        call(
+            lambda x, w: F.grid_sample(x, (x[:, :2].movedim(1, -1) @ w).tanh(), align_corners=True),
+            T(2, 3, 3, 4, 5),
+            T(2, 3),
+        ),
+    ],
+)
 def grid_sample(y, input, grid, mode="bilinear", padding_mode="zeros", align_corners=None):
     """y = Σ over the corners around a position of weight * x there; outside of the map 0, or the border's value"""
     if mode not in MODES or padding_mode not in PADDING:
@@ -88,7 +109,13 @@ def grid_sample_backward(e, y, saved, wanted, input, grid, mode="bilinear", padd
     return {"input": both[0], "grid": both[1]}
 
 
-@rule(F.affine_grid)
+@rule(
+    F.affine_grid,
+    examples=[
+        call(lambda x: F.affine_grid(x, [x.shape[0], 3, 5, 4], align_corners=False), T(3, 2, 3)),
+        call(lambda x: F.affine_grid(x, [x.shape[0], 3, 2, 5, 4], align_corners=True), T(3, 3, 4)),
+    ],
+)
 def affine_grid(y, theta, size, align_corners=None):
     """y = θ (position, 1), for every position of a map of that size"""
     d = theta.shape[1]
@@ -99,26 +126,3 @@ def affine_grid(y, theta, size, align_corners=None):
         return t.flatten(1, -2).transpose(1, 2) @ torch.cat([positions, torch.ones_like(positions[:, :1])], 1)
 
     return {"theta": transpose(back)}
-
-
-def _moved(**options):
-    """A map read at positions that it computes, some of them outside."""
-    return lambda x, w: F.grid_sample(x, (1.2 * x[:, :2].movedim(1, -1) @ w).tanh() * 1.3, **options)
-
-
-grid_sample.examples = [
-    call(lambda x, w: F.grid_sample(x, w.expand(x.shape[0], 3, 6, 2), align_corners=False), T(2, 3, 5, 4), T(3, 6, 2)),
-    call(_moved(align_corners=False), T(2, 3, 5, 4), T(2, 2)),
-    call(_moved(align_corners=True, padding_mode="border"), T(2, 3, 5, 4), T(2, 2)),
-    call(_moved(align_corners=False, padding_mode="border"), T(2, 3, 5, 4), T(2, 2)),
-    call(_moved(align_corners=False, mode="nearest"), T(2, 3, 5, 4), T(2, 2)),
-    call(
-        lambda x, w: F.grid_sample(x, (x[:, :2].movedim(1, -1) @ w).tanh(), align_corners=True),
-        T(2, 3, 3, 4, 5),
-        T(2, 3),
-    ),
-]
-affine_grid.examples = [
-    call(lambda x: F.affine_grid(x, [x.shape[0], 3, 5, 4], align_corners=False), T(3, 2, 3)),
-    call(lambda x: F.affine_grid(x, [x.shape[0], 3, 2, 5, 4], align_corners=True), T(3, 3, 4)),
-]
