@@ -20,7 +20,7 @@ docs: $(VENV)/.docs  ## the documentation, with its tutorials executed: docs/_bu
 test: lint types tests  ## set up, check style and types, and hold every promise once (8 minutes)
 
 test-all: lint types  ## the same with every test, as continuous integration does after `make browser` (half an hour)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -rs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -rs
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -31,11 +31,11 @@ types: $(VENV)/.installed
 	$(BIN)/mypy
 
 tests: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not long"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not long"
 
 durations: $(VENV)/.installed  ## what every test takes, as a table: tests/durations.md (half an hour)
 	rm -f .cpu_times
-	OMP_NUM_THREADS=1 CPU_TIMES=.cpu_times PYTHONPATH=tests $(BIN)/python -m pytest -n 2 -p cpu_times
+	OMP_NUM_THREADS=1 CPU_TIMES=.cpu_times PYTHONPATH=tests $(BIN)/python -m pytest -n 2 --dist worksteal -p cpu_times
 	$(BIN)/python tests/cpu_times.py .cpu_times > tests/durations.md
 
 browser: $(VENV)/.browser  ## a Chromium and Playwright, with which the tests open the page; without them those tests skip

@@ -127,9 +127,10 @@ CASES = {
     "separate_weights": (5, 0.05, "convnet", SEPARATE, MOMENTUM),
     "heads_per_task": (5, 0.05, "convnet", {"n_tasks": 3, "heads": "per_task", "lateral": "multiply"}, MOMENTUM),
 }
+QUICK = ["multi_mnist-adam", "residual-mse", "swin-bce", "recurrent", "passes", "separate_weights", "heads_per_task"]
 
 
-@pytest.mark.parametrize("case", long_but([case for case in CASES if "resnet18" not in case], CASES))
+@pytest.mark.parametrize("case", long_but(QUICK, CASES))
 def test_a_step_is_torchs(case, tmp_path):
     """From every state on torch's path: the same loss, and the same weights, statistics and optimizer state."""
     states, lr, name, options, how = CASES[case]
