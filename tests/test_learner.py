@@ -121,13 +121,14 @@ CASES = {
     "vit-sgd": (50, 0.05, "vit", {}, {}),
     "vit-adam": (50, 1e-3, "vit", {}, {"optimizer": "adam", "weight_decay": 1e-2}),
     "residual-mse": (5, 0.01, "residual", {"n_tasks": 3, "gating": "channel"}, {"loss": "mse"}),
+    "mlp-bce": (5, 0.05, "mlp", {}, {"loss": "bce_with_logits"}),
     "swin-bce": (5, 0.05, "swin", {}, {"loss": "bce_with_logits"}),
     "recurrent": (5, 0.05, "recurrent", {"n_tasks": 2}, MOMENTUM),
     "passes": (5, 0.01, "feedback", {"n_tasks": 2}, MOMENTUM),
     "separate_weights": (5, 0.05, "convnet", SEPARATE, MOMENTUM),
     "heads_per_task": (5, 0.05, "convnet", {"n_tasks": 3, "heads": "per_task", "lateral": "multiply"}, MOMENTUM),
 }
-QUICK = ["multi_mnist-adam", "residual-mse", "swin-bce", "recurrent", "passes", "separate_weights", "heads_per_task"]
+QUICK = ["multi_mnist-adam", "residual-mse", "mlp-bce", "passes", "separate_weights", "heads_per_task"]
 
 
 @pytest.mark.parametrize("case", long_but(QUICK, CASES))
