@@ -9,7 +9,7 @@ from torch import nn
 
 import fxfeedback
 from fxfeedback.errors import RuleError
-from fxfeedback.rules import RULES
+from fxfeedback.rules import RULES, Rule, T, call
 
 
 class Missing:
@@ -152,3 +152,16 @@ def test_calls_without_a_rule_say_so():
     ]:
         with pytest.raises(RuleError, match="no rule for"):
             RULES[function].table(x, *arguments)
+
+
+def test_the_examples_of_a_rule_may_also_be_set_afterwards():
+    product = Rule("mul", RULES[torch.mul].table)
+    with pytest.raises(ValueError, match=r"'mul' has no examples: write @rule\(\.\.\., examples="):
+        fxfeedback.check_rule(product)
+    product.examples = [call(torch.mul, T(4, 3), T(3))]
+    fxfeedback.check_rule(product)
+
+
+def test_a_rule_is_equal_to_itself_only():
+    product = Rule("mul", RULES[torch.mul].table)
+    assert len({product, Rule("mul", product.table)}) == 2

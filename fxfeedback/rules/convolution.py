@@ -108,7 +108,7 @@ THIN = 8
 
 
 def correlate_thin(x, e, kernel, stride, padding, dilation, groups):
-    """The same as one convolution in which batch and channels trade places."""
+    """`correlate` as one convolution in which batch and channels trade places."""
     x_by_channel = x.unflatten(1, (groups, -1)).transpose(0, 2).flatten(1, 2)  # (I, groups * B, ...)
     w = CONV[len(kernel) + 2](x_by_channel, e.transpose(0, 1), None, dilation, padding, stride, groups)
     return or_zeros(crop(w, kernel).transpose(0, 1), e.shape[1])

@@ -218,7 +218,7 @@ def clamp_max(y, input, max):
     examples=[call(torch.maximum, T(4, 5, 3), T(5, 1)), call(lambda x: torch.maximum(F.relu(x), 0 * x), T(4, 5))],
 )
 def maximum(y, input, other):
-    """The greater of two; equals share the error"""
+    """The greater of two; ties share the error"""
     return chosen(y, input, other, lambda a, b: a > b)
 
 
@@ -227,7 +227,7 @@ def maximum(y, input, other):
     examples=[call(torch.minimum, T(4, 5, 3), T(3)), call(lambda x: torch.minimum(F.relu(x), 0 * x), T(4, 5))],
 )
 def minimum(y, input, other):
-    """The smaller of two; equals share the error"""
+    """The smaller of two; ties share the error"""
     return chosen(y, input, other, lambda a, b: a < b)
 
 

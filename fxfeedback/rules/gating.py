@@ -16,5 +16,5 @@ def gate(value, open):
 
 @rule(gate, examples=[call(gate, T(4, 5), C(5))])
 def galu(y, value, open):
-    """v [t > 0]: a constant mask while the error passes"""
+    """v [t > 0]; the gate is a constant for the error"""
     return {"value": transpose(lambda t: t * open)}

@@ -175,7 +175,7 @@ def index_select(y, input, dim, index):
     ],
 )
 def gather(y, input, dim, index, **options):
-    """x at the positions `index` along dim, others for each place"""
+    """x at the positions `index` along dim, which differ from place to place"""
     return {
         "input": roles(
             instruct=lambda t: to_positions(t, input, dim, index) if known(index) else evenly(t, input, dim),
@@ -193,7 +193,7 @@ def gather(y, input, dim, index, **options):
     ],
 )
 def take_along_dim(y, input, indices, dim=None):
-    """The same, where x and the positions broadcast but for that dimension; without one, of the flat x"""
+    """x at the positions `indices` along dim; both are broadcast in the other dimensions. Without dim, of the flat x"""
     if dim is None:
 
         def put_back(t):
@@ -223,7 +223,7 @@ def to_positions(t, input, dim, positions):
     ],
 )
 def embedding(y, input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False):
-    """Rows of a table; that of padding_idx learns nothing"""
+    """Rows of a table; the row of padding_idx gets no update"""
     if scale_grad_by_freq:
         raise RuleError("no rule for an embedding with scale_grad_by_freq=True: its gradients are not exact")
 

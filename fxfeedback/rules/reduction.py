@@ -64,7 +64,7 @@ def averaging(input, dim, keepdim, error):
     ],
 )
 def amax(y, input, dim=(), keepdim=False):
-    """The greatest (smallest) over dim; equals share the error"""
+    """The greatest (smallest) over dim; ties share the error"""
     dims = dimensions(input, dim)
 
     def share(e):
@@ -171,13 +171,13 @@ def std(y, input, dim=None, unbiased=True, keepdim=False, *, correction=None):
     ],
 )
 def var_mean(y, input, dim=None, unbiased=True, keepdim=False, *, correction=None):
-    """Both"""
+    """var and mean"""
     return moments(var, y, input, dim, unbiased, keepdim, correction)
 
 
 @rule(torch.std_mean, examples=[call(lambda x: torch.std_mean(x, (1, 2), False), T(4, 5, 3))])
 def std_mean(y, input, dim=None, unbiased=True, keepdim=False, *, correction=None):
-    """Both"""
+    """std and mean"""
     return moments(std, y, input, dim, unbiased, keepdim, correction)
 
 

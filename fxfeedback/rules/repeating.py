@@ -68,7 +68,7 @@ def repeat(y, input, *times, repeats=None, dims=None):
     ],
 )
 def repeat_interleave(y, input, repeats, dim=None, **options):
-    """Every value of x several times in succession, as often as the others or not, along dim or of the flat x"""
+    """Every value of x `repeats` times in a row (one number, or one for each), along dim or of the flat x"""
     shape = (math.prod(input.shape),) if dim is None else input.shape
     d = 0 if dim is None else dim % input.ndim
 

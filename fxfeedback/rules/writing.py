@@ -36,7 +36,7 @@ def put(y, input, index, value):
     ],
 )
 def scatter(y, input, dim, index, src=None, *, value=None):
-    """x with z at the positions `index` along dim, others for each place"""
+    """x with z at the positions `index` along dim, which differ from place to place"""
     return {
         "input": transpose(lambda t: t.scatter(dim, index, 0) if known(index) else t),
         "src": transpose(lambda t: t.gather(dim, index) if known(index) else from_all(t, dim, src)),
@@ -51,7 +51,7 @@ def scatter(y, input, dim, index, src=None, *, value=None):
     ],
 )
 def scatter_add(y, input, dim, index, src):
-    """x with z added at the positions `index` along dim, others for each place"""
+    """x with z added at the positions `index` along dim, which differ from place to place"""
     return {"input": transpose(as_is), "src": scatter.table(y, input, dim, index, src)["src"]}
 
 
