@@ -56,7 +56,7 @@ def select_task(graphs: "Graphs", instruction: torch.Tensor, examples: Sequence[
 
 @one_node
 def sized(input: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """The input, which must have this size without its batch: for another one the gates would be others."""
+    """The input, whose size without the batch must be `size`: for another size the gates would differ."""
     if tuple(input.shape[1:]) != tuple(size):
         raise InputError(
             f"this network was selected for inputs of size {tuple(size)}, not {tuple(input.shape[1:])}: "
@@ -118,7 +118,7 @@ class _Folding:
         return node.op == "call_function" and known and not draws(node) and not has_effect(node)
 
     def use(self, node: fx.Node) -> Any:
-        """What stands for an operand: a node, or a number."""
+        """An operand in the new graph: a node, or a number."""
         if node in self.copies or not isinstance(self.constants.get(node), torch.Tensor):
             return self.copies[node] if node in self.copies else self.constants[node]
         given = {"get_attr": str(node.target), "placeholder": node.name}
