@@ -58,16 +58,16 @@ def mul(y, input, other):
     Where both are BU values, the instruction goes to the larger as it is, and to the smaller (a squeeze-excitation's
     scale) averaged over what it was broadcast over.
     """
-    return {
-        "input": roles(
-            instruct=lambda t: sum_to(t * other, input, y) if known(other) else mean_to(t, input, y),
-            error=lambda e: sum_to(e * other, input, y),
-        ),
-        "other": roles(
-            instruct=lambda t: sum_to(t * input, other, y) if known(input) else mean_to(t, other, y),
-            error=lambda e: sum_to(e * input, other, y),
-        ),
-    }
+    return {"input": times(other, input, y), "other": times(input, other, y)}
+
+
+def times(factor, x, y):
+    """To x, where ∂y / ∂x is a factor: an instruction is averaged where that is a BU value."""
+
+    def to_x(t):
+        return sum_to(t * factor, x, y)
+
+    return roles(instruct=to_x if known(factor) else lambda t: mean_to(t, x, y), error=to_x)
 
 
 @rule(
@@ -147,7 +147,7 @@ def lerp(y, input, end, weight):
             instruct=lambda t: sum_to(t * (1 - weight), input, y) if known(weight) else mean_to(t, input, y),
             error=lambda e: sum_to(e * (1 - weight), input, y),
         ),
-        "end": mul.table(y, end, weight)["input"],
+        "end": times(weight, end, y),
         "weight": roles(
             instruct=lambda t: mean_to(t, weight, y),
             error=lambda e: sum_to(e * (end - input), weight, y),
