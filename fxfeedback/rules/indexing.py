@@ -133,6 +133,11 @@ def evenly(t, input, dim):
     return t.sum(dim, keepdim=True).expand(input.shape) / input.shape[dim]
 
 
+def put_back(way, positions, input, dim):
+    """The table of an op that picks positions along dim, given its transpose: where they are known, it serves both."""
+    return {"input": roles(instruct=way if known(positions) else lambda t: evenly(t, input, dim), error=way)}
+
+
 @rule(
     torch.select,
     torch.narrow,
@@ -159,12 +164,7 @@ def narrow(y, input, dim, start, length=None):
 def index_select(y, input, dim, index):
     """x at the positions `index` along dim"""
     dim = dim % (input.ndim or 1)
-    return {
-        "input": roles(
-            instruct=lambda t: from_rows(t, input, dim, index) if known(index) else evenly(t, input, dim),
-            error=lambda e: from_rows(e, input, dim, index),
-        )
-    }
+    return put_back(lambda t: from_rows(t, input, dim, index), index, input, dim)
 
 
 @rule(
@@ -176,12 +176,7 @@ def index_select(y, input, dim, index):
 )
 def gather(y, input, dim, index, **options):
     """x at the positions `index` along dim, which differ from place to place"""
-    return {
-        "input": roles(
-            instruct=lambda t: to_positions(t, input, dim, index) if known(index) else evenly(t, input, dim),
-            error=lambda e: to_positions(e, input, dim, index),
-        )
-    }
+    return put_back(lambda t: to_positions(t, input, dim, index), index, input, dim)
 
 
 @rule(
@@ -196,10 +191,10 @@ def take_along_dim(y, input, indices, dim=None):
     """x at the positions `indices` along dim; both are broadcast in the other dimensions. Without dim, of the flat x"""
     if dim is None:
 
-        def put_back(t):
+        def flat(t):
             return from_places(t, input, lambda places: torch.take_along_dim(places, indices))
 
-        return {"input": roles(instruct=put_back if known(indices) else nothing, error=put_back)}
+        return {"input": roles(instruct=flat if known(indices) else nothing, error=flat)}
     wide = list(y.shape)
     wide[dim] = input.shape[dim]
 
@@ -207,7 +202,7 @@ def take_along_dim(y, input, indices, dim=None):
         positions = torch.where(indices < 0, indices + input.shape[dim], indices)
         return sum_to(to_positions(t, wide, dim, positions.expand(y.shape)), input, wide)
 
-    return {"input": roles(instruct=lambda t: back(t) if known(indices) else evenly(t, input, dim), error=back)}
+    return put_back(back, indices, input, dim)
 
 
 def to_positions(t, input, dim, positions):
