@@ -6,7 +6,7 @@ Without a folder a small network learns the embedded digits.
 
     python examples/train_lrm.py                                         # on the embedded digits, a minute or two
     python examples/train_lrm.py --model alexnet --nodes                 # the names that a connection may use
-    python examples/train_lrm.py DATA --model alexnet --connect classifier.6:features.8 --connect features.9:features.0
+    python examples/train_lrm.py DATA --model alexnet --connect classifier.6:features.9 --connect features.12:features.1
     python examples/train_lrm.py DATA --config lrm                       # AlexNet and five connections, as published
     python examples/train_lrm.py DATA --model timm:resnet18 --connect layer4:layer1 --pretrained --freeze-backbone
 """
@@ -46,7 +46,7 @@ DATA is a folder with one folder of pictures per class, for training and for val
     DATA/train/cat/1.jpg  DATA/train/cat/2.jpg  DATA/train/dog/1.jpg  ...
     DATA/val/cat/7.jpg    DATA/val/dog/7.jpg    ...
 """
-ON_DIGITS = ["--model", "resnet18", "--connect", "layer4:layer1.0.conv1", "--image-size", "32", "--epochs", "3"]
+ON_DIGITS = ["--model", "resnet18", "--connect", "layer4:layer1.0.relu", "--image-size", "32", "--epochs", "3"]
 """The settings where neither a folder nor a model is given: a minute or two on a CPU."""
 
 VALIDATION_CROP = 224 / 256  # share of a picture's shorter side that validation looks at
@@ -278,7 +278,7 @@ def connection(text: str) -> tuple[str, str]:
     """The connection that SOURCE:DESTINATION stands for, as argparse reads it."""
     source, colon, destination = text.partition(":")
     if not (source and colon and destination) or ":" in destination:
-        raise argparse.ArgumentTypeError(f"{text!r} is not SOURCE:DESTINATION, such as classifier.6:features.8")
+        raise argparse.ArgumentTypeError(f"{text!r} is not SOURCE:DESTINATION, such as classifier.6:features.9")
     return source, destination
 
 

@@ -15,7 +15,7 @@ from fxfeedback.graph.nodes import is_named, name_of, pass_of, spec_of, specs_of
 EXAMPLES = [
     "fxfeedback feedback resnet50 --connect layer4:layer3.0.relu",
     "fxfeedback feedback alexnet --connect classifier.6:features.9 features.12:features.1 --passes 3",
-    "fxfeedback feedback alexnet --connect classifier.6:features.8 --save steered",
+    "fxfeedback feedback alexnet --connect classifier.6:features.9 --save steered",
     "fxfeedback feedback mnist:net --input-size 1x28x28 --connect 8:0 --code",
 ]
 KEYS = {
