@@ -16,6 +16,7 @@ import fxfeedback
 ROOT = Path(__file__).parents[1]
 SITE = ROOT / "docs/site"
 PAGES = {path.stem: path.read_text() for path in SITE.glob("*.md")}
+PROSE = [path for folder in (ROOT, ROOT / "docs", SITE) for path in sorted(folder.glob("*.md"))]
 PUBLISHED = ["from_lrm_steering", "from_top_down_networks"]
 
 
@@ -58,6 +59,20 @@ def test_the_instruction_tutorial():
         torch.testing.assert_close(names["updates"][name], gradient, rtol=1e-9, atol=1e-9 * float(gradient.norm()))
     assert min(names["curve"][-1][1:]) > 0.6
     assert names["figure"].axes
+
+
+@pytest.mark.parametrize("page", sorted(page for page in PAGES if blocks(page, "python") and page not in PUBLISHED))
+def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    run(page, "python", 1)
+
+
+def test_python_is_on_pages_that_run():
+    """Of the files beside the site's, README and CONTRIBUTING are run by tests of their own."""
+    assert not [
+        path.name for path in [*ROOT.glob("docs/*.md"), ROOT / "CHANGELOG.md"] if "```python" in path.read_text()
+    ]
 
 
 @pytest.mark.parametrize("page", PUBLISHED)
@@ -124,15 +139,36 @@ def test_the_api_page_names_everything_public():
             assert inspect.getdoc(getattr(documented, member)), f"{name}.{member} has no docstring"
 
 
+NO_PROSE = re.compile(
+    r"\A---$.*?^---$|^```.*?^```$|^\$\$$.*?^\$\$$|^<!--.*?-->$|^(?:#|\||    |\(\w+\)=).*?$|^ *!\[[^\]]*\]\([^)]*\)$",
+    re.MULTILINE | re.DOTALL,
+)
+"""Front matter, fenced blocks, formulas, comments, headings, tables, code and pictures."""
+
+
+def paragraphs(text: str) -> list[str]:
+    """The paragraphs and list items of a page."""
+    parts = re.split(r"\n\s*\n|\n(?= *(?:[-*]|\d+\.) )", NO_PROSE.sub("", text))
+    return [" ".join(part.split()) for part in parts if part.strip()]
+
+
+def test_paragraphs_are_told_from_what_is_no_prose():
+    text = "# Heading\n\nA paragraph that stops in\n\n```python\nx\n```\n\n- An item\n  of two lines.\n- Another\n\n    code\n"
+    assert paragraphs(text) == ["A paragraph that stops in", "- An item of two lines.", "- Another"]
+
+
+@pytest.mark.parametrize("path", PROSE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_paragraph_ends(path):
+    cut = [part for part in paragraphs(path.read_text()) if not re.search(r"[.:;!?][\"*`)]*$", part)]
+    assert not cut, f"these stop in mid-sentence: {cut}"
+
+
 def slug(heading: str) -> str:
     """A heading's anchor."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
 
 
-LINKING = [path for folder in (ROOT, ROOT / "docs", SITE) for path in sorted(folder.glob("*.md"))]
-
-
-@pytest.mark.parametrize("path", LINKING, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", PROSE, ids=lambda path: str(path.relative_to(ROOT)))
 def test_relative_links_lead_somewhere(path):
     text = path.read_text()
     prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)

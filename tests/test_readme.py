@@ -1,4 +1,4 @@
-"""What README shows can be done: its Python runs, and its commands exist with the flags that it gives them."""
+"""What README shows can be done: its Python runs, and its commands, and those of docs/results.md, exist."""
 
 import functools
 import io
@@ -23,8 +23,8 @@ README = (ROOT / "README.md").read_text()
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 SHORTER = {
-    # To export the learner of a ResNet-18 takes half a minute.
-    "Deployment with ONNX Runtime": """
+    # Exporting the learner of a ResNet-18 takes half a minute.
+    "ONNX": """
 small = torch.nn.Sequential(
     torch.nn.Conv2d(3, 8, 7, 4), torch.nn.BatchNorm2d(8), torch.nn.ReLU(),
     torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 10),
@@ -39,19 +39,22 @@ butd = fxfeedback.to_butd(small, n_tasks=40, gating="channel").eval()
 
 
 def test_the_python_runs(tmp_path, monkeypatch):
-    """All blocks in one namespace, from top to bottom, as a reader types them."""
+    """All blocks in one namespace, from top to bottom, as a reader types them; they print what README says."""
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    names, shorter = {}, dict(SHORTER)
+    names, shorter, printed = {}, dict(SHORTER), io.StringIO()
     for block in BLOCK.finditer(README):
+        if block[1] == "text":
+            assert block[2] == printed.getvalue()
         if block[1] == "python":
             before = README[: block.start(2)]
             heading = re.findall(r"^#+ (.*)$", BLOCK.sub("", before), re.MULTILINE)[-1]
             exec(shorter.pop(heading, ""), names)
             lines = "\n" * before.count("\n")  # so that an error names README's line
-            exec(compile(lines + block[2], ROOT / "README.md", "exec"), names)
+            with redirect_stdout(printed := io.StringIO()):
+                exec(compile(lines + block[2], ROOT / "README.md", "exec"), names)
     assert names and not shorter, f"README has no such heading with Python: {list(shorter)}"
 
 
@@ -85,7 +88,8 @@ def script(word):
     return next((str(path) for path in (Path(word), Path("examples", word)) if (ROOT / path).is_file()), None)
 
 
-SECTIONS = [read(section) for section in re.split(r"^#+ ", README, flags=re.MULTILINE)]
+TEXT = README + (ROOT / "docs" / "results.md").read_text()
+SECTIONS = [read(section) for section in re.split(r"^#+ ", TEXT, flags=re.MULTILINE)]
 COMMANDS = list(dict.fromkeys(command for section in SECTIONS for command in section.commands))
 
 

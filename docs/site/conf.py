@@ -54,6 +54,8 @@ PAGES = {
     "CONTRIBUTING.md": "rules.md",
     "docs/benchmarks.md": "benchmarks.md",
     "docs/operators.md": "operators.md",
+    "docs/reliability.md": "reliability.md",
+    "docs/results.md": "results.md",
     "docs/scale.md": "scale.md",
 }
 """A file of the repository -> the page that includes it."""
@@ -103,5 +105,5 @@ def setup(app: Sphinx) -> None:
     """Tell Sphinx of all these."""
     app.add_html_math_renderer("mathml", (inline_formula, None), (displayed_formula, None))
     app.connect("include-read", point_to_pages)
-    app.connect("autodoc-process-docstring", part_plurals, priority=900)  # behind napoleon
+    app.connect("autodoc-process-docstring", part_plurals, priority=900)  # after napoleon
     app.connect("build-finished", check_hosts)
