@@ -98,6 +98,12 @@ def test_pages_for_users_of_published_systems_use_what_exists(page):
     assert checked >= 3
 
 
+def test_the_version_is_the_same_everywhere():
+    version = fxfeedback.__version__
+    assert re.search(r"^## \[(.*)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] in (version, "Unreleased")
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+
+
 def test_commands_name_scripts_and_settings_that_exist():
     text = "\n".join(PAGES.values())
     commands = re.findall(r"python (examples/\w+\.py)(?:[^`\n]*--config (\w+))?", text)
