@@ -2,9 +2,9 @@
 
 OMP_WAIT_POLICY=passive python benchmarks/growth.py [--threads 2]
 
-Efficiency is the plain network's time, times how many more operations the passes take, over the passes' time: 1 where
-nothing but the arithmetic costs time. Memory is the most that lives at once in a call, counted tensor by tensor on
-torch's meta device, beside the weights.
+Efficiency is the plain network's time, times how many more operations the passes take, over the time of the passes: 1
+where only the arithmetic costs time. Memory is the peak in a call, counted tensor by tensor on torch's meta
+device, without the weights.
 """
 
 import copy

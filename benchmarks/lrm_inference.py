@@ -2,8 +2,8 @@
 
 OMP_WAIT_POLICY=passive python benchmarks/lrm_inference.py [--threads 2] [--compile] [NETWORK ...]
 
-Efficiency is the plain network's time, times how many more operations the passes take, over the passes' time: 1 where
-nothing but the arithmetic costs time.
+Efficiency is the plain network's time, times how many more operations the passes take, over the time of the passes: 1
+where only the arithmetic costs time.
 """
 
 from collections.abc import Iterator, Sequence

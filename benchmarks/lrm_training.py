@@ -2,8 +2,8 @@
 
 OMP_WAIT_POLICY=passive python benchmarks/lrm_training.py [--threads 2] [NETWORK ...]
 
-Time is that of a forward and a backward pass of 16 images (AlexNet) or 8 (ResNet-50). Memory is the most that lives at
-once in such a step of 128 images, counted tensor by tensor on torch's meta device, less weights and their gradients.
+Time is that of a forward and a backward pass of 16 images (AlexNet) or 8 (ResNet-50). Memory is the peak in such
+a step of 128 images, counted tensor by tensor on torch's meta device, without weights and their gradients.
 """
 
 import weakref

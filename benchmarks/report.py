@@ -1,7 +1,7 @@
 """All benchmarks: a table, benchmarks/figures.json, and docs/benchmarks.md, which is made from it.
 
     make bench        run all and record them
-    make bench-check  run all and say what got worse than recorded by more than 10 %
+    make bench-check  run all and report what is worse than recorded by more than 10 %
 
 OMP_WAIT_POLICY=passive python benchmarks/report.py [--check] [--threads 2] [BENCHMARK ...]
 """
@@ -74,9 +74,9 @@ def worse(now: Sequence[Figure], before: Sequence[Figure]) -> Iterator[str]:
 
 INTRODUCTION = """# Benchmarks
 
-Every figure is a ratio: what is compared was run in turns, in one process, on one machine; the medians' ratio, and the
-quartiles of the single pairs. `make bench` runs all of them and writes this page, `make bench-check` says what is worse
-than here by more than 10 %.
+Every figure is a ratio of medians, with the quartiles of the ratios of single pairs of runs. What is compared ran in
+turns, in one process, on one machine. `make bench` runs all benchmarks and writes this page; `make bench-check` reports
+what is worse than here by more than 10 %.
 """
 
 
@@ -87,7 +87,9 @@ def page(path: Path = RECORDED) -> str:
         module, compiled = the(name)
         about = (module.__doc__ or "").split("\n\n")
         title = " ".join(about[0].split()).rstrip(".")
-        lines += [f"## {title}{' (compiled)' if compiled else ''}", "", ", ".join(known[name]["machine"].values()), ""]
+        command = f"`python benchmarks/{name.split()[0]}.py{' --compile' if compiled else ''}`"
+        machine = ", ".join(known[name]["machine"].values())
+        lines += [f"## {title}{' (compiled)' if compiled else ''}", "", f"{command} on {machine}.", ""]
         lines += [part.strip() + "\n" for part in about[1:] if not part.lstrip().startswith(COMMANDS)]
         lines += ["| network | what | ratio (quartiles) | |", "| --- | --- | --- | --- |"]
         for one in known[name]["figures"]:
