@@ -88,8 +88,8 @@ def page(path: Path = RECORDED) -> str:
         about = (module.__doc__ or "").split("\n\n")
         title = " ".join(about[0].split()).rstrip(".")
         command = f"`python benchmarks/{name.split()[0]}.py{' --compile' if compiled else ''}`"
-        machine = ", ".join(known[name]["machine"].values())
-        lines += [f"## {title}{' (compiled)' if compiled else ''}", "", f"{command} on {machine}.", ""]
+        where = ", ".join(known[name]["machine"].values())
+        lines += [f"## {title}{' (compiled)' if compiled else ''}", "", f"{command} on {where}.", ""]
         lines += [part.strip() + "\n" for part in about[1:] if not part.lstrip().startswith(COMMANDS)]
         lines += ["| network | what | ratio (quartiles) | |", "| --- | --- | --- | --- |"]
         for one in known[name]["figures"]:
