@@ -159,7 +159,9 @@ def paragraphs(text: str) -> list[str]:
 
 
 def test_paragraphs_are_told_from_what_is_no_prose():
-    text = "# A\n\nA paragraph that stops in\n\n```python\nx\n```\n\n- An item\n  of two lines.\n- Another\n\n    code\n"
+    text = (
+        "# A\n\nA paragraph that stops in\n\n```python\nx\n```\n\n- An item\n  of two lines.\n- Another\n\n    code\n"
+    )
     assert paragraphs(text) == ["A paragraph that stops in", "- An item of two lines.", "- Another"]
 
 
