@@ -5,7 +5,7 @@ import torch
 import torchvision
 
 import fxfeedback
-from marks import long_but
+from marks import long, long_but
 
 MODELS = {
     "alexnet": (("classifier.6", "features.8"), 64),
@@ -74,8 +74,10 @@ def test_changed_modes_and_attributes_compile_anew(learns):
         torch.testing.assert_close(*outputs)
 
 
-@pytest.mark.parametrize("task", [None, torch.tensor([0, 2, 1, 0]), torch.rand(4, 3)], ids=["plain", "ids", "vectors"])
-@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize(
+    "task", [long(None), torch.tensor([0, 2, 1, 0]), long(torch.rand(4, 3))], ids=["plain", "ids", "vectors"]
+)
+@pytest.mark.parametrize("train", [long(False), True], ids=["eval", "train"])
 def test_an_instructed_network_and_its_learning(task, train):
     """Inputs of another batch size compile once more at most."""
     torch.manual_seed(0)

@@ -21,7 +21,7 @@ from fxfeedback.deploy import losses
 from fxfeedback.errors import CheckpointError, ExportError, InputError, OptionError
 from fxfeedback.graph.bottom_up import BottomUp
 from marks import long_but
-from networks import build
+from networks import SMALL, build
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -38,13 +38,16 @@ AT_A_GATE = 0.2
 """The share of states in which a unit may lie so near its gate that rounding opens it in only one of the two."""
 
 
+OTHERS = {"two_passes": lambda: fxfeedback.add_feedback(SMALL["mlp"](), [("4", "2")], input_size=(2, 6, 6))}
+
+
 def network(name, size=None, **options):
     """A BU-TD network in float32, batch norms in training mode and the rest not; and the size of its input."""
     torch.manual_seed(0)
     if name == "multi_mnist":
         model, size = train_multi_mnist.build_model("convnet")
     else:
-        model, x = build(name, train=False)
+        model, x = build(name, train=False, others=OTHERS)
         size = size or tuple(x.shape[1:])
     butd = fxfeedback.to_butd(model.float(), input_size=size, **options).eval()
     for module in butd.modules():
@@ -125,10 +128,11 @@ CASES = {
     "swin-bce": (5, 0.05, "swin", {}, {"loss": "bce_with_logits"}),
     "recurrent": (5, 0.05, "recurrent", {"n_tasks": 2}, MOMENTUM),
     "passes": (5, 0.01, "feedback", {"n_tasks": 2}, MOMENTUM),
+    "two_passes": (5, 0.01, "two_passes", {"n_tasks": 2}, MOMENTUM),
     "separate_weights": (5, 0.05, "convnet", SEPARATE, MOMENTUM),
     "heads_per_task": (5, 0.05, "convnet", {"n_tasks": 3, "heads": "per_task", "lateral": "multiply"}, MOMENTUM),
 }
-QUICK = ["multi_mnist-adam", "residual-mse", "mlp-bce", "passes", "separate_weights", "heads_per_task"]
+QUICK = ["multi_mnist-adam", "residual-mse", "mlp-bce", "two_passes", "separate_weights", "heads_per_task"]
 
 
 @pytest.mark.parametrize("case", long_but(QUICK, CASES))

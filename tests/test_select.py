@@ -190,7 +190,7 @@ def size(module):
 
 
 @pytest.mark.parametrize("gating", ["unit", "channel"])
-@pytest.mark.parametrize("name", [*OWN, *SMALL, "vit", "swin"])
+@pytest.mark.parametrize("name", long_but([*OWN, *(SMALL.keys() - {"feedback"}), "vit"], [*OWN, *SMALL, "vit", "swin"]))
 def test_small_networks(name, gating):
     butd, x = instructed(name, gating=gating)
     for task in (0, 2):
@@ -207,6 +207,7 @@ def test_large_networks(name):
         assert size(selected) < 0.6 * size(butd)
 
 
+@pytest.mark.long
 def test_unit_gates_are_constants():
     butd, x = instructed("mobilenet_v3_small", gating="unit")
     selected = assert_selects(butd, x[:2], 1)
