@@ -85,7 +85,7 @@ class TripletDataset(Dataset[Triplet]):
         return self.size
 
     def __getitem__(self, index: int) -> Triplet:
-        """The triplet at `index`. Raises `TypeError` where an image is no floating-point tensor."""
+        """The triplet at `index`. Raises `TypeError` if an image is not a floating-point tensor."""
         if not 0 <= index < self.size:
             raise IndexError(f"index {index} of {self.size} triplets")
         random = np.random.default_rng([self.seed, index])

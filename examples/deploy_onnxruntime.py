@@ -1,4 +1,4 @@
-"""Everything that fxfeedback exports, in ONNX Runtime: the same numbers as in torch, and how long both take.
+"""Export every product of fxfeedback, compare it in ONNX Runtime with torch, and time both.
 
 Four files are written, run and compared:
 
@@ -59,12 +59,12 @@ class Product(NamedTuple):
 
 
 def largest_difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
-    """Of any number, relative to the largest."""
+    """The largest difference of any element, relative to the largest element."""
     return max(np.abs(a - b).max() for a, b in zip(ours, theirs, strict=True)) / max(np.abs(b).max() for b in theirs)
 
 
 def stepping(butd: fxfeedback.BUTD, lr: float) -> Callable[[Tensor, Tensor, Tensor], dict[str, np.ndarray]]:
-    """What takes a step of SGD in torch with images, target and task, and returns the state after it."""
+    """A function that takes a step of SGD in torch with images, target and task, and returns the state after it."""
     one = next(butd.parameters())
     optimizer = torch.optim.SGD([p for p in butd.parameters() if p.requires_grad], lr, MOMENTUM)
 
@@ -95,7 +95,7 @@ class Deployment:
         self.settle()
 
     def settle(self) -> None:
-        """Let batch norms see some statistics: with their first ones they make all outputs of a deep network alike."""
+        """Let batch norms see some statistics: with the initial ones all outputs of a deep network are nearly equal."""
         self.butd.train()
         try:
             with torch.no_grad():
@@ -106,7 +106,7 @@ class Deployment:
         self.butd.eval()
 
     def products(self) -> dict[str, Callable[[], Product]]:
-        """Name -> what exports and opens it."""
+        """Name -> the function that exports and opens it."""
         return {
             "passes": self.passes,
             "instructed": self.instructed,
@@ -246,7 +246,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def report(args: argparse.Namespace) -> int:
-    """Print the table; returns how many products are not well."""
+    """Print the table; returns how many products differ from torch."""
     deployment = Deployment(args)
     wanted = [name.replace("-", " ") for name in args.only or ()]
     products = {name: make for name, make in deployment.products().items() if not wanted or name in wanted}
@@ -287,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"interrupted; files that are finished lie in {args.out}", file=sys.stderr)
+        print(f"interrupted; finished files are in {args.out}", file=sys.stderr)
         return 130
     finally:
         torch.set_num_threads(threads)

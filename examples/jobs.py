@@ -1,4 +1,4 @@
-"""What the example scripts have in common: reading the command line, writing files whole, and how they end."""
+"""What the example scripts share: reading the command line, writing files atomically, and their exit codes."""
 
 import argparse
 import os
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 class UserError(Exception):
-    """Something the user can put right; the message says what."""
+    """An error that the user can correct; the message says how."""
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file that only then takes the name `path`, so that no reader ever sees half of it."""
+    """Write the file `path` atomically: `write` fills a temporary file, which is then renamed."""
     part = path.with_name(f".{path.name}.part")
     try:
         write(part)

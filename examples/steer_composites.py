@@ -91,7 +91,7 @@ def normalised(images: Tensor) -> Tensor:
 def mixed_up(images: Tensor, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Mixup (alpha 1): every image (N, ...) blended with another, in random shares, and so its target (N, classes).
 
-    The network thus sees two digits at once, and is told both; which one to look for it is never told in training.
+    The network thus sees two digits at once and is told both. In training it is never told which one to look for.
     """
     order = torch.randperm(len(images), generator=generator)
     share = torch.rand(len(images), generator=generator)
@@ -346,7 +346,7 @@ class Run:
         return result
 
     def report(self) -> None:
-        """Print what was reached and where it lies."""
+        """Print the results and where they are."""
         if not self.rows:
             print("no network was finished: there are no results")
             return

@@ -9,7 +9,7 @@
     python examples/studies.py feedback -- --data cifar10 --data-root data --hidden 1000    # flags for every run
 
 Abel and Ullman, "Biologically Inspired Learning Model for Instructed Vision", NeurIPS 2024. A study that was
-interrupted goes on where it was.
+interrupted continues where it stopped.
 """
 
 import argparse

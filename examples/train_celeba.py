@@ -1,6 +1,7 @@
 """Train an instructed network to tell the attributes of faces: forty attributes are forty instructions.
 
-Without a folder of faces a small network learns traits of the embedded digits: is it even, has it a loop, is it a 3?
+Without a folder of faces a small network learns traits of the embedded digits: is it even, is it a 3, does it have a
+loop?
 
     python examples/train_celeba.py                               # on the embedded digits, a minute
     python examples/train_celeba.py --data-root data              # torchvision's files in data/celeba
@@ -131,7 +132,7 @@ class TellAttributes(Instructed):
 def classifier(name: str) -> nn.Module:
     """A torchvision classifier with a single logit; "published" is ResNet-18 for small pictures, "convnet" for digits.
 
-    The published one's stem is one convolution of 3 by 3 without a stride; here its last maps are averaged.
+    The stem of the published network is one 3x3 convolution with stride 1. Here the last maps are averaged.
     """
     if name == "convnet":
         return convnet(classes=1)
@@ -145,7 +146,7 @@ def classifier(name: str) -> nn.Module:
 
 
 def report(run: Run) -> None:
-    """Save the network, and print what was reached and what part of the network the tasks use."""
+    """Save the network, and print the accuracy and what part of the network the tasks use."""
     butd, last, tasks = run.experiment.model, run.rows[-1], run.experiment.tasks
     fxfeedback.save(butd, run.folder / "model")
     scores = {task: last[f"accuracy_{task}"] for task in run.experiment.asked.values()}
@@ -157,7 +158,7 @@ def report(run: Run) -> None:
 
 
 def flags() -> argparse.ArgumentParser:
-    """The command line; the defaults are the published settings, but for the stem of the network."""
+    """The command line; the defaults are the published settings, except for the stem of the network."""
     parser = argparse.ArgumentParser(description="Train an instructed network to tell the attributes of faces.")
     add = parser.add_argument
     add("--data-root", type=Path, help="folder with, or for, torchvision's folder celeba (none: digits)")

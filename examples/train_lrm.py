@@ -1,7 +1,7 @@
 """Train any torchvision or timm classifier with long-range modulatory (LRM) connections on a folder of pictures.
 
-The recipe is the published one for LRM networks: the loss is averaged over the passes, so that the first pass stays
-good by itself; SGD with momentum, a rate that rises for two epochs and then falls linearly to nothing, label smoothing.
+The recipe is the published one for LRM networks: the loss is averaged over the passes, so that the first pass alone
+remains good; SGD with momentum, a rate that rises for two epochs and then falls linearly to zero, label smoothing.
 Without a folder a small network learns the embedded digits.
 
     python examples/train_lrm.py                                         # on the embedded digits, a minute or two
@@ -114,7 +114,7 @@ def of_photographs(side: int) -> list[Any]:
 
 
 def of_digits(side: int) -> list[Any]:
-    """The same for digits, which would be others when mirrored or cut."""
+    """The same for digits, which must not be mirrored or cropped."""
     return [T.Resize(side), T.RandomAffine(7, (0.05, 0.05), (0.9, 1.1))]
 
 
@@ -128,7 +128,7 @@ def resolution(epoch: int, args: argparse.Namespace) -> int:
 
 
 def class_names(data: Path) -> list[str]:
-    """The names of the classes in DATA. Raises `UserError` where training and validation have not the same."""
+    """The names of the classes in DATA. Raises `UserError` if training and validation differ."""
     found = []
     for split in ("train", "val"):
         if not (data / split).is_dir():
@@ -174,7 +174,7 @@ class ClassifyInPasses(Experiment):
             self.freeze(backbone.fresh)
 
     def freeze(self, fresh: frozenset[str]) -> None:
-        """Leave only what is new to be trained: the connections' blocks, and a head for new classes."""
+        """Leave only the new parts to be trained: the connections' blocks, and a head for new classes."""
         wrappers = [module for module in self.model.modules() if isinstance(module, fxfeedback.FeedbackModel)]
         blocks = {id(parameter) for wrapper in wrappers for parameter in wrapper.modulations.parameters()}
         for name, parameter in self.model.named_parameters():
@@ -265,7 +265,7 @@ def list_nodes(args: argparse.Namespace) -> int:
 
 
 def report(run: Run) -> None:
-    """Write the model, for fxfeedback.load, and print what was reached and where it lies."""
+    """Write the model, for fxfeedback.load, and print the results and where they are."""
     experiment, last = run.experiment, run.rows[-1]
     fxfeedback.save(experiment.model.eval(), run.folder / "model")
     print("\npass   top-1")

@@ -62,7 +62,7 @@ def convnet(width: int = SIDE, classes: int = 10) -> nn.Module:
     """The default network, for images (B, 1, 28, width).
 
     Every rectifier is a layer of gates, and a gate that learning closes rarely opens again. So there are few of them:
-    the first convolution, whose features both tasks want, gets its nonlinearity from max-pooling, which has no gates.
+    the first convolution, whose features both tasks use, gets its nonlinearity from max-pooling, which has no gates.
     """
     layers: list[tuple[str, nn.Module]] = [
         ("conv1", nn.Conv2d(1, 32, 5, bias=False)),
@@ -310,7 +310,7 @@ def instructed(
 
 
 def report(run: Run) -> None:
-    """Write metrics.json and the plots, and print what was reached and where it lies."""
+    """Write metrics.json and the plots, and print the results and where they are."""
     butd, last, folder = run.experiment.model, run.rows[-1], run.folder
     read = run.args.task == "read"
     questions = None if read else torch.eye(len(SIDES), len(SIDES) + 10)  # a side, and no digit

@@ -1,7 +1,7 @@
 """Train a plain classifier by Counter-Hebb learning, with several kinds of TD weights, or by backpropagation.
 
-Without an instruction there is one TD pass, from the error, and what it is made of decides what is learned: TD weights
-that are the BU weights give the gradients; weights of TD's own, which receive the same updates, come close to them.
+Without an instruction there is one TD pass, from the error. With the BU weights it computes the gradients. With
+separate TD weights that receive the same updates, it comes close to them.
 
     python examples/train_uninstructed.py                                      # on 4,000 embedded digits, a minute
     python examples/train_uninstructed.py --feedback fixed --repeat 5          # feedback alignment, mean of five runs
@@ -86,7 +86,7 @@ def two_layers(shape: Sequence[int], hidden: int) -> nn.Module:
 
 
 def report(run: Run) -> None:
-    """Save the network, and print what was reached."""
+    """Save the network, and print the accuracy."""
     fxfeedback.save(run.experiment.model, run.folder / "model")
     print(f"accuracy: {100 * run.rows[-1]['accuracy']:.2f} %")
     print(f"results:  {run.folder} (model, log.csv, tensorboard)")
