@@ -196,7 +196,7 @@ def small(tmp_path_factory):
 @pytest.mark.parametrize("largest", [2**30, 0])
 def test_frozen_parameters_stay_and_can_be_exchanged(small, monkeypatch, largest):
     """Also where a graph cannot hold them."""
-    monkeypatch.setattr("fxfeedback.runtime.learner.LARGEST", largest)
+    monkeypatch.setattr("fxfeedback.runtime.learner_sessions.LARGEST", largest)
     butd, size, path = small
     learner = Learner(path)
     x, target, task = a_batch(butd, size)

@@ -16,21 +16,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fxfeedback.errors import CheckpointError, InputError
-from fxfeedback.file_facts import check_texts, data_files, existing, read_metadata
-from fxfeedback.files import LARGEST, as_path, replace_whole
-from fxfeedback.runtime.providers import CUDA, open_session
+from fxfeedback.files import as_path, replace_whole
+from fxfeedback.runtime.learner_file import NEW, read_learner
+from fxfeedback.runtime.learner_sessions import FINITE, Sessions
 from fxfeedback.runtime.reopen import Opened
 from fxfeedback.runtime.signature import Signature, array, cast, finite
 from fxfeedback.version import __version__
 
 if TYPE_CHECKING:
     import onnxruntime as ort
-
-NEW = ".new"
-"""Ends the name of an output that takes the place of an input in the next step."""
-
-FINITE = "fxfeedback.finite"
-"""An output of the session of a step: 0 where all new values are finite, else NaN."""
 
 
 def _whole(method: Any) -> Any:
@@ -85,7 +79,7 @@ class Learner(Signature):
         path = as_path(path)
         self._lock = threading.RLock()
         self._opened = Opened(str(path), providers, options, {"finite": finite})
-        self._model, state = _read(path)
+        self._model, state = read_learner(path)
         self._path, self._providers, self._options, self._finite = str(path), providers, options, finite
         outputs = [output.name for output in self._model.graph.output]
         self._changing = [name.removesuffix(NEW) for name in outputs if name.endswith(NEW)]
@@ -93,13 +87,16 @@ class Learner(Signature):
         self._prediction = "prediction" if "prediction" in outputs else "logits"
         self._fixed = {name: value for name, value in state.items() if name not in self._changing}
         self._names = list(state)
-        self._open()
+        self._sessions = self._open()
+        self.note, self.providers = self._sessions.note, self._sessions.providers
         self.NOT_OWN = {"instruction", "target", "lr", *self._names, *self._kept}
-        super().__init__(self._stepping, {entry.key: entry.value for entry in self._model.metadata_props}, path)
+        super().__init__(
+            self._sessions.stepping, {entry.key: entry.value for entry in self._model.metadata_props}, path
+        )
         zeros = {name: np.zeros(self.inputs[name], self.dtypes[name]) for name in self._kept}  # type: ignore[arg-type]
         state |= zeros
         start = {name: state[name] for name in self._changing}
-        self._now, self._next = self._on_device(start), self._on_device(start)
+        self._now, self._next = self._sessions.on_device(start), self._sessions.on_device(start)
         self.logits: np.ndarray | None = None
 
     @_whole
@@ -128,7 +125,7 @@ class Learner(Signature):
             feeds = {name: finite(value, repr(name)) for name, value in feeds.items()}
         feeds["lr"] = self._rate(lr)
         wanted = ["loss", "logits", FINITE][: 3 if self._finite else 2]
-        loss, logits, *nothing = self._run(self._stepping, feeds, wanted, self._next)
+        loss, logits, *nothing = self._sessions.run(self._sessions.stepping, feeds, self._now, wanted, self._next)
         if self._finite:
             self._check_finite(float(loss), float(nothing[0]), feeds["target"])
         self._now, self._next, self.logits = self._next, self._now, logits
@@ -142,7 +139,7 @@ class Learner(Signature):
             InputError: an input or instruction of the wrong shape, dtype or range.
         """
         feeds, _ = self.feeds(inputs, task, {})
-        return self._run(self._predicting, feeds, [self._prediction], {})[0]
+        return self._sessions.run(self._sessions.predicting, feeds, self._now, [self._prediction], {})[0]
 
     @_whole
     def state_dict(self) -> dict[str, np.ndarray]:
@@ -177,12 +174,12 @@ class Learner(Signature):
         self._check_names("state_dict", given, self._names)
         self._check_names("optimizer's state", kept, self._kept)
         values = {name: self._fitting(name, value) for name, value in {**given, **kept}.items()}
-        now = self._on_device({name: values[name] for name in self._changing})
+        now = self._sessions.on_device({name: values[name] for name in self._changing})
         fixed = {name: values[name] for name in self._fixed}
         if any(not np.array_equal(fixed[name], self._fixed[name]) for name in fixed):
             before, self._fixed = self._fixed, fixed
             try:
-                self._open()  # what never changes is part of the sessions
+                self._sessions = self._open()  # what never changes is part of them
             except BaseException:
                 self._fixed = before
                 raise
@@ -237,59 +234,9 @@ class Learner(Signature):
         kept = {name: value for name, value in tensors.items() if name in self._kept}
         self.load_state_dict({name: value for name, value in tensors.items() if name not in kept}, kept)
 
-    def _open(self) -> None:
-        """The sessions of a step and of a prediction: two parts of one graph.
-
-        What never changes is a constant of both, which ONNX Runtime prepares once; where a graph cannot hold it, it is
-        an input that lies on the device.
-        """
-        from onnx import ModelProto, numpy_helper
-        from onnx.utils import Extractor
-
-        model = ModelProto()
-        model.CopyFrom(self._model)
-        constants = self._fixed if sum(value.nbytes for value in self._fixed.values()) <= LARGEST else {}
-        model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
-        if self._finite:
-            _look_at_new_values(model.graph)
-        extractor = Extractor(model)
-        inputs = [given.name for given in model.graph.input if given.name not in constants]
-        outputs = [output.name for output in model.graph.output if output.name != "prediction"]
-        sessions = []
-        for wanted in (outputs, [self._prediction]):
-            part = extractor.extract_model(inputs, wanted)
-            used = {*wanted, *(name for node in part.graph.node for name in node.input)}
-            needed = [given for given in part.graph.input if given.name in used or wanted is outputs]
-            del part.graph.input[:]
-            part.graph.input.extend(needed)
-            sessions.append(open_session(part.SerializeToString(), self._providers, self._options, self._path))
-        (self._stepping, self.note), (self._predicting, _) = sessions
-        self.providers: list[str] = self._stepping.get_providers()
-        self._beside = {} if constants else self._on_device(self._fixed)
-
-    def _run(
-        self, session: Any, feeds: Mapping[str, np.ndarray], wanted: Sequence[str], onto: Mapping[str, Any]
-    ) -> list[np.ndarray]:
-        """Run on the values that lie on the device: what is `wanted`, as arrays; what changes is written to `onto`."""
-        binding, there = session.io_binding(), {**self._beside, **self._now}
-        for given in session.get_inputs():
-            if given.name in feeds:
-                binding.bind_cpu_input(given.name, np.asarray(feeds[given.name], order="C"))
-            else:
-                binding.bind_ortvalue_input(given.name, there[given.name])
-        for name in wanted:
-            binding.bind_output(name)
-        for name, value in onto.items():
-            binding.bind_ortvalue_output(name + NEW, value)
-        session.run_with_iobinding(binding)
-        return [value.numpy() for value in binding.get_outputs()[: len(wanted)]]
-
-    def _on_device(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Copies of the values."""
-        import onnxruntime as ort
-
-        device = "cuda" if self.providers[0] == CUDA else "cpu"
-        return {name: ort.OrtValue.ortvalue_from_numpy(np.array(value), device) for name, value in values.items()}
+    def _open(self) -> Sessions:
+        how = self._prediction, self._finite, self._providers, self._options, self._path
+        return Sessions(self._model, self._fixed, *how)
 
     def _value(self, name: str) -> np.ndarray:
         return np.array(self._now[name].numpy() if name in self._now else self._fixed[name])
@@ -336,70 +283,3 @@ class Learner(Signature):
             return finite(cast(value, dtype), repr(name)) if like and self._finite else cast(value, dtype)
         except InputError as error:
             raise CheckpointError(str(error)) from None
-
-
-def _look_at_new_values(graph: Any) -> None:
-    """Add the output `FINITE`: the sum of x - x over all new values x (and lr: there may be none that are new)."""
-    from onnx import TensorProto, helper
-
-    parts = []
-    new = [output for output in graph.output if output.name.endswith(NEW)]
-    for output in (*new, *(given for given in graph.input if given.name == "lr")):
-        if output.type.tensor_type.elem_type in (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16):
-            zero, total, part = (f"{FINITE}/{output.name}/{step}" for step in ("zero", "sum", "cast"))
-            graph.node.append(helper.make_node("Sub", [output.name, output.name], [zero]))
-            graph.node.append(helper.make_node("ReduceSum", [zero], [total], keepdims=0))
-            graph.node.append(helper.make_node("Cast", [total], [part], to=TensorProto.FLOAT))
-            parts.append(part)
-    graph.node.append(helper.make_node("Sum", parts, [FINITE]))
-    graph.output.append(helper.make_tensor_value_info(FINITE, TensorProto.FLOAT, []))
-
-
-def _read(path: Path) -> tuple[Any, dict[str, np.ndarray]]:
-    """The file's graph without the values of the state, and these by name."""
-    try:
-        import onnx
-    except ImportError as error:
-        raise ImportError(f"{error}: to learn in ONNX Runtime, pip install 'fxfeedback[runtime]'") from error
-    existing(path, "fxfeedback.export_learner")
-    try:
-        model = onnx.load(path, load_external_data=False)
-        check_texts(model, path)
-        data_files(model, path)
-        onnx.external_data_helper.load_external_data_for_model(model, str(path.parent))
-    except CheckpointError:
-        raise
-    except Exception as error:  # protobuf's own, and whatever external data may raise
-        raise CheckpointError(f"{str(path)!r} cannot be loaded: it is damaged, or no ONNX file: {error}") from error
-    said = {entry.key: entry.value for entry in model.metadata_props}
-    if said.get("product") != "learner" or "fxfeedback" not in said:
-        raise CheckpointError(f"{str(path)!r} was not written by fxfeedback.export_learner")
-    tied = read_metadata(said, path)["tied"]
-    inputs = {given.name for given in model.graph.input}
-    try:
-        state = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer if t.name in inputs}
-    except Exception as error:  # of a tensor whose values are not as many as its shape says
-        raise CheckpointError(f"{str(path)!r} is damaged: a weight cannot be read: {error}") from error
-    _check_names(model, state, tied, path)
-    constants = [tensor for tensor in model.graph.initializer if tensor.name not in state]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(constants)
-    return model, state
-
-
-def _check_names(model: Any, state: Mapping[str, np.ndarray], tied: Mapping[str, str], path: Path) -> None:
-    """Refuse a graph that is no step of learning: what it takes, returns and keeps fits together."""
-    inputs = {given.name: given.type.tensor_type.shape.dim for given in model.graph.input}
-    outputs = [output.name for output in model.graph.output]
-    missing = [f"an input {name!r}" for name in ("target", "lr") if name not in inputs]
-    missing += [f"an output {name!r}" for name in ("loss", "logits") if name not in outputs]
-    changing = [name.removesuffix(NEW) for name in outputs if name.endswith(NEW)]
-    missing += [f"an input {name!r}" for name in changing if name not in inputs]
-    missing += [f"a weight {name!r}" for name in tied.values() if name not in state]
-    largest = max((value.size for value in state.values()), default=0)
-    for name in changing:
-        sizes = [size.dim_value for size in inputs.get(name, ())]
-        if name not in state and (min(sizes, default=1) < 1 or math.prod(sizes) > max(1, largest)):
-            missing.append(f"a state {name!r} that is no larger than the weights")
-    if missing:
-        raise CheckpointError(f"{str(path)!r} is damaged: its graph lacks {missing[0]}")

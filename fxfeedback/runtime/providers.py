@@ -9,7 +9,7 @@ from typing import Any
 
 import onnxruntime as ort
 
-from fxfeedback.errors import CheckpointError, OptionError
+from fxfeedback.errors import CheckpointError, OptionError, first_line
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
@@ -57,11 +57,19 @@ def _load(source: Path | bytes, providers: list[Any], options: Any, file: str) -
     try:
         return ort.InferenceSession(source, options, providers=providers, enable_fallback=0)
     except Exception as error:  # of a dozen classes, some of them no subclasses of anything useful
-        message = str(error).strip().split("\n")[0]
+        message = first_line(error)
         if len(providers) > 1 or _name(providers[0]) != CPU:
             _load(source, [CPU], options, file)  # the file is at fault if the CPU cannot take it, either
             raise OptionError(f"the provider {_name(providers[0])} cannot run {file!r}: {message}") from error
         raise CheckpointError(f"{file!r} cannot be loaded: it is damaged, or no ONNX file: {message}") from error
+
+
+def cannot_run(file: str, error: Exception) -> CheckpointError:
+    """What ONNX Runtime says while it runs a file that it has opened, as one of our errors."""
+    return CheckpointError(
+        f"ONNX Runtime fails while it runs {file!r}: {first_line(error)}. The file is damaged, or there is too little "
+        "memory: try a smaller batch, or export the file again"
+    )
 
 
 def _full(provider: Any) -> Any:

@@ -15,7 +15,7 @@ import onnxruntime as ort
 from fxfeedback.errors import CheckpointError, InputError, NodeNameError
 from fxfeedback.file_facts import existing
 from fxfeedback.files import as_path
-from fxfeedback.runtime.providers import open_session
+from fxfeedback.runtime.providers import cannot_run, open_session
 from fxfeedback.runtime.reopen import Opened
 from fxfeedback.runtime.signature import Signature, array, cast, finite
 
@@ -76,11 +76,15 @@ class Session(Signature):
         Raises:
             InputError: an input, instruction or activation of the wrong shape, dtype or range; an instruction or a
                 steering that is not finite.
-            NodeNameError: a steered node that is no source.
+            NodeNameError: a steered node that is not a source.
+            CheckpointError: ONNX Runtime fails while it runs the file, as with one that is damaged.
         """
         feeds, batch = self.feeds(inputs, task, {})
         feeds |= self._steering(steering, batch)
-        results = self._session.run(None, feeds)
+        try:
+            results = self._session.run(None, feeds)
+        except Exception as error:  # of a dozen classes
+            raise cannot_run(self._opened.path, error) from error
         several = len(results) > 1 or list(self.outputs) != ["output"]
         return results if several else results[0]
 
@@ -106,7 +110,7 @@ class Session(Signature):
                 raise InputError("a steering has source, activation and, if wanted, strength and alpha")
             source = sources.get(given["source"])
             if source is None:
-                raise NodeNameError(f"{given['source']!r} is no source; sources: {', '.join(sources)}")
+                raise NodeNameError(f"{given['source']!r} is not a source; sources: {', '.join(sources)}")
             if f"{source}.alpha" in feeds:
                 raise InputError(f"the source {source!r} is steered twice")
             dtype, name = self.dtypes[f"{source}.activation"], f"steering {source!r}"

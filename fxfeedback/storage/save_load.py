@@ -1,7 +1,7 @@
 """`save` and `load`: a converted model in one file, with its connections, options and weights.
 
 The directory holds `model.safetensors`: all tensors by name, and in the file's metadata, as JSON, how the model was
-made. `architecture.py` describes the plain model in it, so that `load` needs nothing else; no code is stored and none
+made. `describing.py` describes the plain model in it, so that `load` needs nothing else; no code is stored and none
 is run. Every field is checked before it is used, as a file may come from anybody (saved.py). The file is replaced as a
 whole: a crash leaves the old one or the new one.
 """
@@ -24,7 +24,8 @@ from fxfeedback.errors import CheckpointError, Error, OptionError
 from fxfeedback.feedback import FeedbackModel
 from fxfeedback.files import replace_whole
 from fxfeedback.instructed.options import Options
-from fxfeedback.storage.architecture import NotDescribed, build, check_levels, describe, encode
+from fxfeedback.storage.building import build
+from fxfeedback.storage.describing import NotDescribed, check_levels, describe, encode
 from fxfeedback.storage.saved import Saved, check_passes, read_saved, read_wrapper
 from fxfeedback.tracing.saved import SAVED
 from fxfeedback.tracing.share import put, share

@@ -11,7 +11,7 @@ from torch import nn
 from fxfeedback.errors import CheckpointError, OptionError
 from fxfeedback.feedback import Connection
 from fxfeedback.instructed.options import Options
-from fxfeedback.storage.architecture import SIZE, decode
+from fxfeedback.storage.building import SIZE, decode
 
 MOST_PASSES = 256
 """Of a file, all wrappers' together: every pass is part of a flat graph, so that a number can ask for any memory."""

@@ -1,108 +1,36 @@
-"""A module's architecture as plain data, and back: each module is its class, its attributes, its tensors and children.
+"""A module from its description, which is data and may come from anybody.
 
-A description is data, and it may come from anybody. To build it runs no constructor, no function and no stored code;
-it names classes of modules and a few functions that compute, and can replace nothing that a class defines.
+To build it runs no constructor, no function and no stored code; it names classes of modules and a few functions that
+compute (allowed.py), and can replace nothing that a class defines. Each part is checked before it is used.
 """
 
 import functools
 import inspect
-import re
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from fxfeedback.errors import CheckpointError
 from fxfeedback.graph.writable import NAME, NAMES
+from fxfeedback.storage.allowed import (
+    HELPERS,
+    MADE_LATER,
+    NOT_USERS,
+    PACKAGES,
+    class_by_name,
+    found_by_name,
+    functions,
+    is_inside,
+)
+from fxfeedback.storage.describing import FRESH, PARTS, SMALL, TENSORS
 
-PACKAGES = (
-    "torch.nn.modules",
-    "torchvision.models",
-    "torchvision.ops",
-    "torchvision.transforms",
-    "timm.layers",
-    "timm.models",
-)
-"""Packages that are imported where a description names a class of modules in them."""
-ALSO = (
-    "torch.ao.nn.quantized.modules.functional_modules:FloatFunctional",
-    "torch.ao.quantization.stubs:QuantStub",
-    "torch.ao.quantization.stubs:DeQuantStub",
-)
-"""What torchvision's quantizable models have of elsewhere in torch."""
-NOT_USERS = {"torch", "torchvision", "timm", "fxfeedback", *sys.stdlib_module_names} - {"__main__"}
-"""Packages in which no class of a user's is looked for."""
-FUNCTIONS = {
-    "torch": "abs add clamp cos erf exp log_softmax maximum minimum mul relu selu sigmoid sin softmax square sub tanh",
-    "torch._C._nn": "elu gelu glu hardsigmoid hardswish hardtanh leaky_relu log_sigmoid mish relu6 silu softplus",
-    "torch.nn.functional": "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d avg_pool1d avg_pool2d "
-    "avg_pool3d batch_norm celu dropout elu gelu glu group_norm gumbel_softmax hardshrink hardsigmoid hardswish "
-    "hardtanh instance_norm layer_norm leaky_relu local_response_norm log_softmax logsigmoid max_pool1d max_pool2d "
-    "max_pool3d mish normalize prelu relu relu6 rms_norm rrelu selu sigmoid silu softmax softmin softplus softshrink "
-    "softsign tanh tanhshrink threshold",
-    "torchvision.ops": "box_iou",
-}
-"""Functions that a module may keep: they compute, and what they make is no larger than what they are given."""
-HELPERS = (
-    "torchvision.models.detection._utils:BalancedPositiveNegativeSampler",
-    "torchvision.models.detection._utils:BoxCoder",
-    "torchvision.models.detection._utils:BoxLinearCoder",
-    "torchvision.models.detection._utils:Matcher",
-    "torchvision.models.detection._utils:SSDMatcher",
-    "timm.models._features:FeatureInfo",
-)
-"""Classes whose objects are no modules and are described all the same."""
-MADE_LATER = re.compile(
-    r"\w*(BatchNorm|LayerNorm|GroupNorm|InstanceNorm|RMSNorm|RmsNorm|LRN)\w*|"
-    r"(Leaky|P|RR)?ReLU6?|[CS]?ELU|GELU|GLU|SiLU|Mish|Hard\w+|Sigmoid|LogSigmoid|Tanh\w*|Soft\w+|LogSoftmax|Identity"
-)
-"""Classes of modules of which a partial may be kept: norms and activations, whose tensors are vectors."""
-TENSORS = ("_parameters", "_buffers")
-PARTS = ("class", "attributes", *TENSORS, "_non_persistent_buffers_set", "_modules")
-"""What there is of a module."""
-LEVELS = 100
-"""How deep a description is nested, at most: a module in another is two levels."""
-SMALL = 64
-"""Elements of a tensor that is no parameter and no buffer, at most."""
 SIZE = 2**14
 """A number in a module of `PACKAGES` is at most this, or how many numbers the file holds: it may be a size."""
-
-
-class NotDescribed(ValueError):
-    """Something has no description."""
-
-
-def describe(module: nn.Module, names: Mapping[int, str]) -> dict[str, Any]:
-    """A module as JSON-ready data.
-
-    Args:
-        module: any module.
-        names: of its tensors, by identity.
-
-    Raises:
-        NotDescribed: a class that has no name of its own, a hook, an attribute that is no plain data.
-    """
-    kind = type(module)
-    attributes = {}
-    for name, value in vars(module).items():
-        if "_hooks" in name and value:
-            raise NotDescribed(f"a {kind.__name__} has hooks")
-        if name not in FRESH:
-            try:
-                attributes[name] = encode(value, names)
-            except NotDescribed as error:
-                raise NotDescribed(f"the attribute {name!r} of a {kind.__name__}: {error}") from None
-    return {
-        "class": _name_of(kind),
-        "attributes": attributes,
-        **{group: {name: _key(value, names) for name, value in getattr(module, group).items()} for group in TENSORS},
-        "_non_persistent_buffers_set": sorted(module._non_persistent_buffers_set),
-        "_modules": {name: None if m is None else describe(m, names) for name, m in module._modules.items()},
-    }
+PLAIN = (bool, int, float, str, type(None))
 
 
 def build(description: Any, tensors: Mapping[str, torch.Tensor], where: Any = "the description") -> nn.Module:
@@ -121,45 +49,6 @@ def decode(data: Any, tensors: Mapping[str, torch.Tensor], where: Any = "the des
         CheckpointError: as `build`.
     """
     return _Builder(tensors, where).value(data, at)
-
-
-# -- values -----------------------------------------------------------------------------------------------------------
-
-
-def encode(value: Any, names: Mapping[int, str]) -> Any:
-    """Plain data as JSON has it; what JSON has not, as a dict with one key that says its kind.
-
-    Raises:
-        NotDescribed: the value is no plain data.
-    """
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    if isinstance(value, list):
-        return [encode(item, names) for item in value]
-    if type(value) in (tuple, set, torch.Size):
-        return {"set" if isinstance(value, set) else "tuple": [encode(item, names) for item in value]}
-    if isinstance(value, dict):
-        return {"dict": [[encode(key, names), _encode_item(key, item, names)] for key, item in value.items()]}
-    if isinstance(value, (torch.dtype, torch.device)):
-        return {type(value).__name__: str(value).removeprefix("torch.")}
-    if isinstance(value, nn.Module):
-        return {"module": describe(value, names)}
-    if isinstance(value, functools.partial):
-        return {"partial": [encode(part, names) for part in (value.func, value.args, value.keywords)]}
-    if isinstance(value, torch.Tensor) and value.numel() <= SMALL:
-        return {"tensor": [encode(value.dtype, names), value.tolist()]}
-    if f"{type(value).__module__}:{type(value).__qualname__}" in HELPERS:
-        return {"helper": [_name_of(type(value)), encode(vars(value), names)]}
-    if isinstance(value, type) or callable(value):
-        return {"name": _name_of(value)}
-    raise NotDescribed(f"a {type(value).__name__} is no plain data")
-
-
-def _encode_item(key: Any, item: Any, names: Mapping[int, str]) -> Any:
-    try:
-        return encode(item, names)
-    except NotDescribed as error:
-        raise NotDescribed(f"{key}: {error}") from None
 
 
 class _Builder:
@@ -182,11 +71,11 @@ class _Builder:
             self.check(data[part], kind, f"{at}.{part}")
         kind = self.find(data["class"], f"{at}.class")
         if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-            raise self.wrong(f"{at}.class", f"names {data['class']!r}, which is no module")
+            raise self.wrong(f"{at}.class", f"names {data['class']!r}, which is not a module")
         made = object.__new__(kind)
         nn.Module.__init__(made)
         attributes = {name: self.value(value, f"{at}.attributes.{name}") for name, value in data["attributes"].items()}
-        if _inside(kind.__module__, PACKAGES):
+        if is_inside(kind.__module__, PACKAGES):
             self.check_sizes(attributes, f"{at}.attributes")
         parts: dict[str, Any] = {group: self.group(data[group], f"{at}.{group}", group) for group in TENSORS}
         parts["_modules"] = {
@@ -197,7 +86,7 @@ class _Builder:
         self.check_names([*attributes.items(), *((name, made) for name in names)], kind, at)
         loose = data["_non_persistent_buffers_set"]
         if not all(isinstance(name, str) and name in parts["_buffers"] for name in loose):
-            raise self.wrong(f"{at}._non_persistent_buffers_set", "names what is no buffer")
+            raise self.wrong(f"{at}._non_persistent_buffers_set", "names something that is not a buffer")
         kind.__setstate__(made, {**vars(made), **attributes, **parts, "_non_persistent_buffers_set": set(loose)})
         return made
 
@@ -289,46 +178,46 @@ class _Builder:
     def a_dict(self, content: Any, at: str) -> dict[Any, Any]:
         pairs = self.check(content, list, at)
         if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-            raise self.wrong(at, "is a dict of other things than pairs")
+            raise self.wrong(at, "is a dict with an item that is not a pair")
         return {(name := self.key(key, at)): self.value(item, f"{at}.{name}") for key, item in pairs}
 
     def a_dtype(self, content: Any, at: str) -> torch.dtype:
         dtype = vars(torch).get(content) if isinstance(content, str) else None
         if not isinstance(dtype, torch.dtype):
-            raise self.wrong(at, f"names no dtype: {content!r}")
+            raise self.wrong(at, f"names {content!r}, which is not a dtype")
         return dtype
 
     def a_device(self, content: Any, at: str) -> torch.device:
         try:
             return torch.device(self.check(content, str, at))
         except RuntimeError:
-            raise self.wrong(at, f"names no device: {content!r}") from None
+            raise self.wrong(at, f"names {content!r}, which is not a device") from None
 
     def a_partial(self, content: Any, at: str) -> "functools.partial[Any]":
         function, args, keywords = self.several(content, at, 3)
         named = isinstance(function, type) and MADE_LATER.fullmatch(function.__name__)
-        if not (named and _inside(function.__module__, PACKAGES)) and not any(function is f for f in _functions()):
-            raise self.wrong(at, "is of something else than a norm, an activation or a function that computes")
+        if not (named and is_inside(function.__module__, PACKAGES)) and not any(function is f for f in functions()):
+            raise self.wrong(at, "is of something other than a norm, an activation or a function that computes")
         plain = type(keywords) is dict and all(type(value) in PLAIN for value in keywords.values())
         if args != () or not plain or not all(isinstance(name, str) and name.isidentifier() for name in keywords):
-            raise self.wrong(at, "has other arguments than named numbers, strings and None")
+            raise self.wrong(at, "has arguments other than named numbers, strings and None")
         self.check_sizes(keywords, at)
         return functools.partial(function, **keywords)
 
     def a_tensor(self, content: Any, at: str) -> torch.Tensor:
         dtype, values = self.several(content, at, 2)
         if not isinstance(dtype, torch.dtype) or _count(values) > SMALL:
-            raise self.wrong(at, f"is no tensor of at most {SMALL} numbers")
+            raise self.wrong(at, f"is not a tensor of at most {SMALL} numbers")
         try:
             return torch.tensor(values, dtype=dtype)
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-            raise self.wrong(at, f"is no tensor: {error}") from None
+            raise self.wrong(at, f"is not a tensor: {error}") from None
 
     def a_helper(self, content: Any, at: str) -> Any:
         self.check(content, list, at)
         if len(content) != 2 or content[0] not in HELPERS:
             raise self.wrong(at, f"names {content[:1]}, whose objects are not stored")
-        kind, attributes = _class(content[0]), self.check(self.value(content[1], at), dict, at)
+        kind, attributes = class_by_name(content[0]), self.check(self.value(content[1], at), dict, at)
         if kind is None:
             raise self.wrong(at, f"needs {content[0]}, which is not here")
         self.check_sizes(attributes, at)
@@ -344,14 +233,14 @@ class _Builder:
     def find(self, content: Any, at: str) -> Any:
         """The class of modules, or the function, that is called `content`."""
         self.check(content, str, at)
-        found = _found(content)
+        found = found_by_name(content)
         if found is not None:
             return found
         module_name, _, path = content.partition(":")
         if module_name == "__main__":
             what = f"the class {path!r} of the script that saved it: pass the plain model, load(directory, model=...)"
         elif module_name.split(".")[0] in NOT_USERS or module_name in sys.modules:
-            what = f"{content!r}, which is no module and no function that a file may name"
+            what = f"{content!r}, which is neither a module nor a function that a file may name"
         else:
             what = f"{content!r}: import {module_name} first, or pass the plain model, load(directory, model=...)"
         raise CheckpointError(f"{self.where}: {at} needs {what}")
@@ -370,14 +259,6 @@ READERS: dict[str, Callable[[_Builder, Any, str], Any]] = {
     "name": _Builder.find,
 }
 
-FRESH = vars(nn.Module())
-"""What torch itself keeps on every module."""
-PLAIN = (bool, int, float, str, type(None))
-
-
-def _key(tensor: torch.Tensor | None, names: Mapping[int, str]) -> str | None:
-    return None if tensor is None else names[id(tensor)]
-
 
 def _count(values: Any) -> int:
     return sum(map(_count, values)) + 1 if isinstance(values, list) else 1
@@ -386,81 +267,3 @@ def _count(values: Any) -> int:
 def _shown(at: str) -> str:
     """Where in the file, as far as it can be printed: the names are the file's own."""
     return textwrap.shorten(at.encode("unicode_escape").decode(), 200)
-
-
-def check_levels(data: Any, where: Any) -> None:
-    """Refuse what is nested deeper than any model is, before anything walks through it.
-
-    Raises:
-        CheckpointError: it is.
-    """
-    present = [data]
-    for _ in range(LEVELS):
-        present = [
-            item
-            for value in present
-            if isinstance(value, (dict, list))
-            for item in (value.values() if isinstance(value, dict) else value)
-        ]
-        if not present:
-            return
-    raise CheckpointError(f"{where} is damaged: it is nested over {LEVELS} levels deep")
-
-
-# -- names of classes and functions -----------------------------------------------------------------------------------
-
-
-def _name_of(thing: Any) -> str:
-    """package.module:Class"""
-    module, name = getattr(thing, "__module__", None), getattr(thing, "__qualname__", "")
-    candidates = [module] if isinstance(thing, type) else FUNCTIONS
-    for candidate in candidates:
-        found = f"{candidate}:{name.rpartition('.')[2] if candidate in FUNCTIONS else name}"
-        if found in HELPERS or _found(found) is thing:
-            return found
-    shown = f"{module}.{name}" if name else repr(thing)
-    raise NotDescribed(f"{shown} cannot be found again by its name")
-
-
-def _found(name: str) -> Any:
-    """The class of modules, or the function, that is called `name` and may be named by a file; or None."""
-    module_name, _, path = name.partition(":")
-    if module_name in FUNCTIONS:
-        if path in FUNCTIONS[module_name].split():
-            return getattr(torch if module_name == "torch" else import_module(module_name), path, None)
-        return None
-    found = _class(name)
-    no_code_of_its_own = isinstance(found, type) and (
-        issubclass(found, nn.Module)
-        and not issubclass(found, (fx.GraphModule, torch.jit.ScriptModule, nn.RNNBase))
-        and _inside(next(c.__module__ for c in found.__mro__ if "__setstate__" in vars(c)), ("torch.nn.modules",))
-    )
-    return found if no_code_of_its_own else None
-
-
-def _class(name: str) -> Any:
-    """The class that is called `name`, of one of `PACKAGES` or of the user's modules that are imported already."""
-    module_name, _, path = name.partition(":")
-    if not re.fullmatch(r"\w+(\.\w+)*", module_name):
-        return None
-    module = sys.modules.get(module_name)
-    if _inside(module_name, PACKAGES) or name in ALSO or name in HELPERS:
-        try:
-            module = import_module(module_name)
-        except ImportError:
-            return None
-    elif module_name.split(".")[0] in NOT_USERS:
-        return None
-    found: Any = module
-    for step in path.split("."):  # past what modules and classes do when they are asked for an attribute
-        found = vars(found).get(step) if hasattr(found, "__dict__") else None
-    is_at_home = isinstance(found, type) and found.__module__ == module_name
-    return found if is_at_home else None
-
-
-def _functions() -> list[Any]:
-    return [_found(f"{module}:{name}") for module, names in FUNCTIONS.items() for name in names.split()]
-
-
-def _inside(module_name: str, packages: tuple[str, ...]) -> bool:
-    return any(module_name == package or module_name.startswith(f"{package}.") for package in packages)
