@@ -15,9 +15,10 @@ from torch import fx, nn
 
 from fxfeedback.butd import BUTD, graphs_of, instruction_of
 from fxfeedback.checks import check_passes
-from fxfeedback.deploy.check_file import Network, Trial, check_file, require_runtime
+from fxfeedback.deploy.check_file import check_file, require_runtime
 from fxfeedback.deploy.parts import about, about_butd, own_inputs, take_gate, td_name
 from fxfeedback.deploy.program import SPATIAL, Input, Program
+from fxfeedback.deploy.trials import Network, Trial
 from fxfeedback.deploy.writing import check_target, write
 from fxfeedback.errors import InputError, OptionError
 from fxfeedback.feedback import FeedbackModel, bottom_up_of, links_of, looks_at_sizes
@@ -132,7 +133,7 @@ def _program(model: Any, steerable: bool, task: Any, passes: int | None, any_siz
         return _instructed(model) if task is None else _one_task(model, task)
     inside = [name for name, part in model.named_modules() if isinstance(part, Wrapper)] if _is_module(model) else []
     hint = f": export its part {inside[0]!r}" if inside else ": use torch.onnx.export"
-    raise OptionError(f"a {type(model).__name__} is nothing that add_feedback or to_butd returned{hint}")
+    raise OptionError(f"a {type(model).__name__} was not made by add_feedback or to_butd{hint}")
 
 
 def _is_module(model: Any) -> bool:

@@ -246,6 +246,26 @@ def test_exported_files_run_and_info_knows_them(capsys, files):
     assert learner["learns"] and learner["optimizer"] == "adam"
 
 
+class ByName(nn.Module):
+    """Its inputs are given by name only, and one has no batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, *, x, scale):
+        return self.second(torch.relu(self.first(x)) * scale)
+
+
+def test_inputs_that_have_names_only(capsys, tmp_path):
+    example = {"x": torch.randn(1, 4), "scale": torch.tensor(2.0)}
+    model = fxfeedback.add_feedback(ByName().eval(), [("second", "first")], example_inputs=example)
+    fxfeedback.save(model, tmp_path / "lrm")
+    fxfeedback.save(fxfeedback.to_butd(ByName().eval(), 2, example_inputs=example), tmp_path / "butd")
+    for name in ("lrm", "butd"):
+        assert run(capsys, "bench", tmp_path / name, "--repeats", "1", "--batch", "3")["inputs"] == [[3, 4], []]
+
+
 def test_bench_compares_what_it_says(capsys, files, monkeypatch):
     """With a clock of ours, in which the plain model takes 1 and the network 3."""
     ticks = iter(range(10**6))

@@ -7,10 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
+from torch import nn
 
 import fuzz_files
+import fxfeedback
 from fxfeedback.commands import info
 from fxfeedback.commands.main import main
 from fxfeedback.errors import CheckpointError
@@ -138,3 +141,33 @@ def test_a_full_disk_where_the_output_goes_is_an_error(unbuffered, good):
         run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
     assert run.returncode == 1
     assert re.fullmatch(r"fxfeedback: error: .*No space left.*\n", run.stderr)
+
+
+def takes_what_is_not_there(model):
+    """Let an output be an element that its value does not have: ONNX Runtime finds out as it runs."""
+    output = model.graph.output[-1] if len(model.graph.output) < 3 else model.graph.output[1]
+    last = next(node for node in model.graph.node if output.name in node.output)
+    last.output[list(last.output).index(output.name)] = "before"
+    for node in model.graph.node:
+        node.input[:] = ["before" if name == output.name else name for name in node.input]
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([999]), "where"))
+    model.graph.node.append(onnx.helper.make_node("Gather", ["before", "where"], [output.name], axis=1))
+    output.type.tensor_type.shape.dim[1].dim_value = 1
+
+
+def test_what_fails_as_it_runs_is_an_error_of_ours(tmp_path):
+    butd = fxfeedback.to_butd(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval(), 2, input_size=(4,))
+    fxfeedback.export(butd, tmp_path / "session.onnx", check=False)
+    fxfeedback.export_learner(butd, tmp_path / "learner.onnx", check=False)
+    for kind in ("session", "learner"):
+        changed(tmp_path, kind, tmp_path / f"{kind}.onnx", takes_what_is_not_there)
+    x, wrong = np.ones((2, 4), np.float32), "ONNX Runtime fails while it runs .*damaged"
+    with pytest.raises(CheckpointError, match=wrong):
+        Session(tmp_path / "session.onnx", "cpu")(x, task=0)
+    learner = Learner(tmp_path / "learner.onnx", "cpu")
+    before = learner.state_dict()
+    with pytest.raises(CheckpointError, match=wrong):
+        learner.predict(x, task=0)
+    with pytest.raises(CheckpointError, match=wrong):
+        learner.step(x, [0, 1], task=0, lr=0.1)
+    assert all(np.array_equal(value, before[name]) for name, value in learner.state_dict().items())

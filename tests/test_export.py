@@ -593,6 +593,32 @@ def test_a_failed_export_leaves_the_old_file(tmp_path, monkeypatch, largest):
     assert path.read_bytes() == b"old" and [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
 
 
+class Scaled(nn.Module):
+    """One of its inputs is a number: it has no batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x, scale):
+        return self.second(torch.relu(self.first(x)) * scale)
+
+
+@pytest.mark.parametrize("kind", ["lrm", "instructed", "task"])
+def test_an_input_without_a_batch(kind, tmp_path):
+    example = torch.randn(1, 4), torch.tensor(2.0)
+    x, scale, path = torch.randn(3, 4), torch.tensor(0.5), tmp_path / "model.onnx"
+    if kind == "lrm":
+        model = fxfeedback.add_feedback(Scaled().eval(), [("second", "first")], example_inputs=example)
+        export(model, path, steerable=True)
+        assert_close(Session(path, "cpu")(x, scale), model(x, scale))
+    else:
+        butd = fxfeedback.to_butd(Scaled().eval(), 2, example_inputs=example)
+        export(butd, path, task=1 if kind == "task" else None)
+        ours = Session(path, "cpu")(x, scale, **{} if kind == "task" else {"task": 1})
+        assert_close([ours], [butd(x, scale, task=1)])
+
+
 # -- errors -----------------------------------------------------------------------------------------------------------
 
 
@@ -605,7 +631,7 @@ def test_options_that_do_not_belong_to_the_model(convnet_lrm, convnet_butd, tmp_
         (butd, {"passes": 2}, "passes="),
         (butd, {"task": 3}, "between 0 and 2"),
         (butd, {"task": torch.ones(1, 5)}, r"\(1, 3\)"),
-        (convnet(), {}, "nothing that add_feedback"),
+        (convnet(), {}, "not made by add_feedback"),
         (nn.Sequential(convnet_lrm), {}, "its part '0'"),
         (None, {}, "NoneType"),
     ]:

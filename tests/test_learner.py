@@ -484,6 +484,14 @@ def test_wrong_options_are_errors(tmp_path):
         ({"loss": "hinge"}, "choose one of 'cross_entropy'"),
         ({"optimizer": "lion"}, "choose one of 'sgd'"),
         ({"optimizer": "adam", "momentum": 0.9}, "belongs to sgd"),
+        ({"loss": ["mse"]}, "choose one of 'cross_entropy'"),
+        ({"momentum": "x"}, "momentum='x': give a number"),
+        ({"momentum": True}, "momentum=True: give a number"),
+        ({"weight_decay": None}, "weight_decay=None: give a number"),
+        ({"weight_decay": -0.1}, "finite and not negative"),
+        ({"optimizer": "adam", "eps": float("nan")}, "eps=nan: give a number"),
+        ({"optimizer": "adam", "betas": 0.9}, "betas=0.9: give two numbers"),
+        ({"optimizer": "adam", "betas": (0.9, 1)}, "at least 0 and less than 1"),
     ]:
         with pytest.raises(OptionError, match=message):
             fxfeedback.export_learner(butd, path, **options)
@@ -494,6 +502,50 @@ def test_wrong_options_are_errors(tmp_path):
     with pytest.raises(OptionError, match="remove_parametrizations"):
         fxfeedback.export_learner(butd, path)
     assert not path.exists()
+
+
+class Two(nn.Module):
+    """Two outputs, neither of which is called the main one."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.one, self.other = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(6, 2)
+
+    def forward(self, x):
+        h = torch.relu(self.body(x))
+        return self.one(h), self.other(h)
+
+
+def test_of_several_outputs_one_has_to_be_the_main_one(tmp_path):
+    path = tmp_path / "learner.onnx"
+    with pytest.raises(OptionError, match=r"several outputs, 'one', 'other'.*head="):
+        fxfeedback.export_learner(fxfeedback.to_butd(Two(), input_size=(4,)), path)
+    assert not path.exists()
+    butd = fxfeedback.to_butd(Two(), 2, head="other", input_size=(4,))
+    fxfeedback.export_learner(butd, path)
+    x = torch.randn(3, 4)
+    logits = Learner(path, "cpu").predict(x, task=1)
+    np.testing.assert_allclose(logits, butd(x, 1)[1].detach(), rtol=1e-4, atol=1e-6)
+
+
+class Scaled(nn.Module):
+    """One of its inputs is a number: it has no batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x, scale):
+        return self.second(torch.relu(self.first(x)) * scale)
+
+
+def test_an_input_without_a_batch(tmp_path):
+    torch.manual_seed(0)
+    example, x, scale = (torch.randn(1, 4), torch.tensor(2.0)), torch.randn(3, 4), torch.tensor(0.5)
+    butd = fxfeedback.to_butd(Scaled(), 2, example_inputs=example)
+    fxfeedback.export_learner(butd, tmp_path / "learner.onnx")
+    logits = Learner(tmp_path / "learner.onnx", "cpu").predict(x, scale, task=1)
+    np.testing.assert_allclose(logits, butd(x, scale, task=1).detach(), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])

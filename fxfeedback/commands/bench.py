@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     import fxfeedback
     from fxfeedback.commands.networks import part_with
     from fxfeedback.storage.save_load import unwrap
-    from fxfeedback.tracing.wrapper import Wrapper, stand_ins_of
+    from fxfeedback.tracing.wrapper import Wrapper, example_of, stand_ins_of
 
     network = read_network(arguments, fxfeedback.FeedbackModel, fxfeedback.BUTD)
     _, wrapper = part_with(network, Wrapper)
@@ -64,11 +64,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     plain.eval()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    inputs = [torch.randn(arguments.batch, *x.shape[1:], dtype=x.dtype) for x in stand_ins_of(wrapper)]
-    instruction = _instruction(wrapper)
+    inputs = [_drawn(x, arguments.batch) for x in stand_ins_of(wrapper)]
+    options = _instruction(wrapper)
+    args, named = example_of(wrapper).form.fill(inputs)
     with torch.inference_mode():
         plain_seconds, seconds = _in_turns(
-            [lambda: plain(*inputs), lambda: wrapper(*inputs, *instruction)], arguments.repeats
+            [lambda: plain(*args, **named), lambda: wrapper(*args, **named, **options)], arguments.repeats
         )
     low, _, high = _quartiles([a / b for a, b in zip(seconds, plain_seconds, strict=True)])
     return {
@@ -88,16 +89,25 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _instruction(wrapper: Any) -> list[Any]:
-    """What a network with tasks takes behind its inputs: the first one."""
+def _drawn(example: Any, batch: int) -> Any:
+    """Random numbers like an example input, with this batch where it has one."""
+    import torch
+
+    shape = (batch, *example.shape[1:]) if example.ndim else ()
+    is_floating = example.is_floating_point()
+    return torch.randn(shape, dtype=example.dtype) if is_floating else torch.zeros(shape, dtype=example.dtype)
+
+
+def _instruction(wrapper: Any) -> dict[str, Any]:
+    """What a network with tasks takes besides its inputs: the first task."""
     import torch
 
     import fxfeedback
     from fxfeedback.butd import graphs_of
 
     if not isinstance(wrapper, fxfeedback.BUTD):
-        return []
-    return [torch.eye(graphs_of(wrapper).instruction_size)[:1]]
+        return {}
+    return {"task": torch.eye(graphs_of(wrapper).instruction_size)[:1]}
 
 
 def _what(kind: str, how: Mapping[str, Any]) -> str:

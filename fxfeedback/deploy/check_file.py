@@ -9,15 +9,15 @@ anew, as what is wrong stays wrong.
 import copy
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from fxfeedback.deploy.program import Input, leaves
+from fxfeedback.deploy.program import leaves
+from fxfeedback.deploy.trials import Network, Sizes, Trial, other_sizes, runs, sizes_of, trials
 from fxfeedback.errors import CheckpointError, ExportError, InputError, OptionError, first_line
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-2}
@@ -26,30 +26,6 @@ ROUNDING = 3
 LOOSE = 0.1
 """A difference beyond which that comparison says little, and the user hears of it."""
 DRAWS = 4
-
-Sizes = list[tuple[int, ...]]
-"""Of each input of the model, without its batch."""
-
-
-class Trial(NamedTuple):
-    """What a file and torch are called with: the model's own inputs, and task= or steering=."""
-
-    inputs: list[torch.Tensor]
-    options: dict[str, Any]
-
-
-class Network(NamedTuple):
-    """What was exported.
-
-    model: in eval mode. call: runs it, or a copy, for a trial. inputs: those of the file. task_ids: how many ids it
-    takes, if any. dynamic_batch: whether the file's batch is free.
-    """
-
-    model: nn.Module
-    call: Callable[[Any, Trial], Any]
-    inputs: Sequence[Input]
-    task_ids: int
-    dynamic_batch: bool
 
 
 def require_runtime() -> None:
@@ -76,7 +52,7 @@ def check_file(network: Network, file: Path) -> None:
     Raises:
         ExportError: they differ, or they cannot be compared; the message names the output, batch and size.
     """
-    session, example = open_file(file), [tuple(given.example.shape[1:]) for given in _own(network.inputs)]
+    session, example = open_file(file), sizes_of(network.inputs)
     first, second = (3, 1) if network.dynamic_batch else (1, 1)
     _compare(network, session, first, example)
     if not any(given.any_size for given in network.inputs):
@@ -84,8 +60,8 @@ def check_file(network: Network, file: Path) -> None:
             _compare(network, session, second, example)
         return
     done = 0
-    for sizes in _other_sizes(network.inputs, example):
-        if done < 2 and _runs(network, sizes):
+    for sizes in other_sizes(network.inputs, example):
+        if done < 2 and runs(network, sizes):
             _compare(network, session, first if done else second, sizes)
             done += 1
     if not done:
@@ -124,88 +100,12 @@ def _cannot_run(reason: str) -> ExportError:
     )
 
 
-# -- what is tried ----------------------------------------------------------------------------------------------------
-
-
-def _own(inputs: Sequence[Input]) -> list[Input]:
-    """The model's own inputs: the others are named, have a batch of their own or none, and mostly a default."""
-    return [given for given in inputs if given.batch == "batch" and given.default is None]
-
-
-def _other_sizes(inputs: Sequence[Input], example: Sizes) -> Iterator[Sizes]:
-    """Sizes to try, smaller and larger, square ones last; some models take only multiples of 32 or such."""
-    for change in (
-        lambda n, k: max(n * (6 - k) // 8 - k, 1),
-        lambda n, k: n * (5 + k) // 4 + 1,
-        lambda n, k: max(n // 32 - 1 - k, 1) * 32,
-        lambda n, k: (n // 32 + 1 + k) * 32,
-        lambda n, _: max(n // 2, 1),
-        lambda n, _: 2 * n,
-    ):
-        sizes = [
-            (size[0], *(change(n, k) for k, n in enumerate(size[1:]))) if given.any_size else size
-            for given, size in zip(_own(inputs), example, strict=True)
-        ]
-        if sizes != example:
-            yield sizes
-
-
-def _runs(network: Network, sizes: Sizes) -> bool:
-    """Whether torch takes inputs of these sizes."""
-    try:
-        trial = next(_trials(network, 1, sizes, 0))
-        leaves("", network.call(network.model, trial))
-        return True
-    except Exception:  # whatever the user's model raises
-        return False
-
-
-def _trials(network: Network, batch: int, sizes: Sizes, number: int) -> Iterator[Trial]:
-    """The calls at this batch and these sizes, with numbers that depend on the draw's `number` only.
-
-    Every second draw is positive, for models that take roots or logarithms.
-    """
-    generator = torch.Generator().manual_seed(number)
-    device = next((t.device for t in network.model.parameters()), torch.device("cpu"))
-
-    def draw(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        if not dtype.is_floating_point:
-            return torch.randint(2, shape, generator=generator).to(device, dtype)
-        make = torch.rand if number % 2 else torch.randn
-        return make(shape, generator=generator).to(device, dtype)
-
-    own = _own(network.inputs)
-    xs = [draw((batch, *size), given.example.dtype) for given, size in zip(own, sizes, strict=True)]
-    vectors = next((given.example for given in network.inputs if given.name == "instruction"), None)
-    if vectors is None:
-        yield Trial(xs, {})
-    else:
-        yield Trial(xs, {"task": torch.randn(batch, vectors.shape[1], generator=generator).to(device, vectors.dtype)})
-    if vectors is not None and network.task_ids:
-        yield Trial(xs, {"task": torch.randint(network.task_ids, (batch,), generator=generator).to(device)})
-    steering = [
-        {
-            "source": given.name.removesuffix(".activation"),
-            "activation": draw((1 if i else batch, *given.example.shape[1:]), given.example.dtype),
-            "strength": (0.5, 1.5),
-            "alpha": 0.7,
-        }
-        for i, given in enumerate(one for one in network.inputs if one.name.endswith(".activation") and one.batch)
-        if given.default is not None
-    ]
-    if steering:
-        yield Trial(xs, {"steering": steering})
-
-
-# -- the comparison ---------------------------------------------------------------------------------------------------
-
-
 def _compare(network: Network, session: Any, batch: int, sizes: Sizes) -> None:
     """Every kind of call at this batch and these sizes; each is drawn anew as long as it differs."""
-    for kind, _ in enumerate(_trials(network, batch, sizes, 0)):
+    for kind, _ in enumerate(trials(network, batch, sizes, 0)):
         wrong = ""
         for number in range(DRAWS):
-            trial = next(itertools.islice(_trials(network, batch, sizes, number), kind, None))
+            trial = next(itertools.islice(trials(network, batch, sizes, number), kind, None))
             wrong = _differs(network, session, trial)
             if not wrong:
                 break
@@ -227,10 +127,8 @@ def _differs(network: Network, session: Any, trial: Trial) -> str:
         return f"torch cannot be asked, as the model does not take random numbers: {first_line(error)}"
     try:
         found = session(*trial.inputs, **trial.options)
-    except InputError as error:
+    except (InputError, CheckpointError) as error:
         return str(error)
-    except Exception as error:  # of ONNX Runtime's dozen classes
-        return f"ONNX Runtime cannot run it: {first_line(error)}"
     found = dict(zip(session.outputs, found if isinstance(found, list) else [found], strict=True))
     dtype = next((t.dtype for t in wanted.values() if t.is_floating_point()), torch.float32)
     theirs = {name: numpy_of(tensor) for name, tensor in wanted.items()}

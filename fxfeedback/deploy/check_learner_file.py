@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves
 
 from fxfeedback.butd import BUTD
-from fxfeedback.deploy.check_file import DRAWS, ROUNDING, Trial, numpy_of, open_file, relative
+from fxfeedback.deploy.check_file import DRAWS, ROUNDING, numpy_of, open_file, relative
 from fxfeedback.deploy.program import Input
+from fxfeedback.deploy.trials import Trial
 from fxfeedback.errors import ExportError, first_line
 from fxfeedback.tracing.modes import eval_mode
 from fxfeedback.tracing.wrapper import call_as_example
@@ -116,10 +117,10 @@ def _drawn(lesson: Lesson, learner: Any, number: int) -> tuple[Trial, torch.Tens
     generator = torch.Generator().manual_seed(number)
     device = next((t.device for t in lesson.network.parameters()), torch.device("cpu"))
     examples = {given.name: given.example for given in lesson.inputs}
-    own = [given.example for given in lesson.inputs if given.batch == "batch" and given.name != "target"]
+    own = [given.example for given in lesson.inputs if given.own]
 
     def draw(like: torch.Tensor, largest: int = 2) -> torch.Tensor:
-        shape = (lesson.batch, *like.shape[1:])
+        shape = (lesson.batch, *like.shape[1:]) if like.ndim else ()
         if not like.dtype.is_floating_point:
             return torch.randint(largest, shape, generator=generator).to(device, like.dtype)
         return torch.randn(shape, generator=generator).to(device, like.dtype)

@@ -6,41 +6,21 @@ an update per parameter, the optimizer. Nothing in it is special to training, so
 """
 
 import functools
-import inspect
-import operator
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import fx, nn
 
-from fxfeedback.butd import BUTD, graphs_of
+from fxfeedback.butd import BUTD
 from fxfeedback.deploy.check_file import require_runtime
 from fxfeedback.deploy.check_learner_file import Lesson, check_learner_file, copy_to_learn
+from fxfeedback.deploy.learner_step import BATCH_NORMS, LearnerStep
 from fxfeedback.deploy.losses import LOSSES
-from fxfeedback.deploy.optimizers import OPTIMIZERS
-from fxfeedback.deploy.parts import about, about_butd, own_inputs, take_gate, td_name
-from fxfeedback.deploy.program import Input, Program
+from fxfeedback.deploy.optimizers import OPTIMIZERS, settings_of
 from fxfeedback.deploy.writing import check_target, write
-from fxfeedback.errors import ExportError, OptionError
-from fxfeedback.graph.bottom_up import BottomUp, has_effect, is_floating, operand
-from fxfeedback.graph.nodes import gate_of, identifier, is_error, is_named, is_own_input, name_of, spec_of, tell
-from fxfeedback.graph.shapes import leaves_of
-from fxfeedback.instructed.graphs import Graphs
-from fxfeedback.rules.core import channelwise, spatial
-from fxfeedback.rules.normalization import standardized
-from fxfeedback.rules.ops import ADVANCES, cumulative_momentum
+from fxfeedback.errors import OptionError
 from fxfeedback.tracing.modes import eval_mode
-from fxfeedback.tracing.open_modules import open_modules
-from fxfeedback.tracing.wrapper import fetch_of, like_of, modes_of, net_of, root_of
-
-BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
-
-STEP = "optimizer.step"
-"""The input that counts Adam's steps."""
 
 
 def export_learner(
@@ -62,8 +42,8 @@ def export_learner(
     The step is that of torch: what has requires_grad=False stays as it is, and a batch norm in training mode uses the
     batch's statistics and advances its running ones; freeze it with `.eval()`. Everything else is in the model's own
     evaluation mode: dropout is off, where that does not keep it on. The model is called as its example calls it: flags
-    have their defaults. The loss is taken at the main output ("out" of a dict), for a list of passes as the mean over
-    all.
+    have their defaults. The loss is taken at the main output: the one called "out" or "logits" or, where none is, the
+    only one that the prediction head leads to; for a list of passes as the mean over all.
 
     Inputs: the model's own; `instruction` (B or 1, instruction size), for an instructed network; `target`, (B, ...)
     int64 class ids for cross_entropy (-100: leave out), else floats shaped like the logits; `lr` (); every entry of
@@ -74,14 +54,14 @@ def export_learner(
 
     Args:
         butd: what `to_butd` returned; it stays as it is.
-        path: the file, replaced whole or not at all.
+        path: the file, replaced atomically.
         loss: "cross_entropy", "mse" or "bce_with_logits", means as in torch.nn.functional.
         optimizer: "sgd" or "adam", as in torch.optim.
         momentum: of sgd.
         weight_decay: of either, added to the update as weight_decay * w.
         betas: of adam, with `eps`.
         eps: of adam.
-        instructed: whether a step takes an instruction; default: if the network has tasks.
+        instructed: whether a step takes an instruction; default: where the network has tasks.
         dynamic_batch: whether the batch size is free; otherwise it is 1.
         check: compare one step of the file with torch's, in ONNX Runtime, before the file takes its place: loss,
             logits, prediction, every new value, at batch 3 where the batch is free. Equal is what float32's rounding
@@ -89,7 +69,8 @@ def export_learner(
             in memory. False: no comparison.
 
     Raises:
-        OptionError: an option that there is not, or a network that cannot learn in a plain graph.
+        OptionError: an option that does not exist or a value that it cannot have; a network that cannot learn in a
+            plain graph; several outputs, none of which is the main one.
         ExportError: an op has no ONNX form, and the message names its node; or the file does not do what torch does, or
             cannot be run here, and the message names what differs. There is no new file then.
         ImportError: the packages onnx and onnxscript are missing: pip install 'fxfeedback[onnx]'; or, with check=True,
@@ -97,329 +78,28 @@ def export_learner(
     """
     if not isinstance(butd, BUTD):
         raise OptionError(
-            f"a {type(butd).__name__} is nothing that to_butd returned: only such a network has a learner"
+            f"a {type(butd).__name__} was not made by to_butd, and only such a network has a learner: convert the "
+            "model with to_butd first"
         )
-    if loss not in LOSSES:
+    if loss not in list(LOSSES):
         raise OptionError(f"loss={loss!r}: choose one of {', '.join(map(repr, LOSSES))}")
-    if optimizer not in OPTIMIZERS:
-        raise OptionError(f"optimizer={optimizer!r}: choose one of {', '.join(map(repr, OPTIMIZERS))}")
-    if optimizer != "sgd" and momentum:
-        raise OptionError(f"momentum= belongs to sgd; {optimizer} has betas=")
+    settings, kept = settings_of(optimizer, momentum, weight_decay, betas, eps)
     if butd.options.update_noise:
         raise OptionError("update_noise: a plain graph draws no noise; make the network with update_noise=0")
     check_target(path)
     if check:
         require_runtime()
-    step, kept = OPTIMIZERS[optimizer]
-    settings = {"momentum": momentum} if optimizer == "sgd" else {"betas": betas, "eps": eps}
-    kept = kept if optimizer != "sgd" or momentum else ()
-    rule = functools.partial(step, decay=weight_decay, **settings)
+    rule = functools.partial(OPTIMIZERS[optimizer], **settings)
     with torch.no_grad():
-        whole = _Step(butd, loss, rule, kept, instructed)
-        program = whole.program()
-        program.metadata |= {"loss": loss, "optimizer": optimizer, "weight_decay": weight_decay, **settings}
+        step = LearnerStep(butd, loss, rule, kept, instructed)
+        program = step.program()
+        program.metadata |= {"loss": loss, "optimizer": optimizer, **settings}
         compare: Callable[[Path], None] = lambda _: None  # noqa: E731
         if check:
             with eval_mode(butd, but=BATCH_NORMS):
                 network = copy_to_learn(butd)
-            how = {"weight_decay": weight_decay, **settings}
             batch = 3 if dynamic_batch else 1
-            lesson = Lesson(network, program.inputs, whole.judged, batch, loss, optimizer, how)
+            lesson = Lesson(network, program.inputs, step.judged, batch, loss, optimizer, settings)
             compare = functools.partial(check_learner_file, lesson)
         with eval_mode(butd):  # torch's exporter wants it, and puts the modules into it
             write(program, path, dynamic_batch, compare)
-
-
-class _Step:
-    """Joins the graphs of a step in one: batch norms in their present mode, everything else in evaluation mode.
-
-    labels: what its nodes are called in the file.
-    given: name of an input of the graphs that are joined -> the node that has it.
-    tensors: name of an entry of the state, or of what the optimizer keeps -> the node that has it now.
-    """
-
-    def __init__(
-        self, butd: BUTD, loss: str, rule: Callable[..., Any], kept: Sequence[str], instructed: bool | None
-    ) -> None:
-        self.butd, self.loss, self.rule, self.kept = butd, loss, rule, kept
-        self.graph = fx.Graph()
-        self.labels: dict[fx.Node, str] = {}
-        self.given: dict[str, fx.Node] = {}
-        self.tensors: dict[str, fx.Node] = {}
-        with eval_mode(butd, but=BATCH_NORMS):
-            self.graphs, self.modes = graphs_of(butd), modes_of(butd)
-            if instructed:
-                self.graphs.require_head()
-            has_tasks = butd.options.n_tasks is not None
-            self.instructed = self.graphs.can_instruct and (has_tasks if instructed is None else instructed)
-            self.bu = BottomUp(self.graphs.predicting(self.instructed).graph)
-            self.learns = self.graphs.learning_parameters()
-        self.judged = _judged(self.bu)
-        self.state, self.tied = _state(butd, self.learns)
-
-    def program(self) -> Program:
-        """The whole step."""
-        inputs = self._inputs()
-        start = dict(self.tensors)
-        with eval_mode(self.butd, but=BATCH_NORMS):
-            loss, logits, updates = self._learn()
-        if STEP in start:
-            self.tensors[STEP] = self._call(STEP, torch.add, start[STEP], 1)
-        for name in updates:
-            self._optimize(name, updates[name])
-        outputs = {"loss": loss, "logits": logits}
-        outputs |= {f"{name}.new": node for name, node in self.tensors.items() if node is not start.get(name, node)}
-        with eval_mode(self.butd):
-            if modes_of(self.butd) != self.modes:
-                self.tensors = start
-                outputs["prediction"] = self._predict(graphs_of(self.butd))
-        self.graph.output(outputs)
-        metadata = about_butd(self.butd, self.graphs, "learner") if self.instructed else about(self.butd, "learner")
-        metadata |= {"learns": list(updates), "keeps": list(self.kept), "tied": self.tied}
-        root, fetch = root_of(self.butd), fetch_of(self.butd)
-        return Program(self.graph, self.labels, inputs, root, fetch, metadata, output="")
-
-    def _inputs(self) -> list[Input]:
-        """A placeholder for every input of the file, and what these inputs are."""
-        like = like_of(self.butd)
-        own = [node for node in self.bu.nodes if is_own_input(node)]
-        self.given = {str(node.target): self.graph.node_copy(node) for node in own}
-        inputs = own_inputs(self.butd, self.graph)
-        for name in [given.name for given in inputs if given.name in self.state]:
-            raise OptionError(
-                f"the model's input {name!r} has the name of a parameter or buffer: rename forward's argument"
-            )
-
-        def put(name: str, example: torch.Tensor, batch: str | None = None, default: Any = None) -> fx.Node:
-            inputs.append(Input(name, example.detach().to("meta"), batch, default))
-            return self.graph.placeholder(identifier(name))
-
-        if self.instructed:
-            one = like.new_empty(1, self.graphs.instruction_size)
-            self.given["instruction"] = put("instruction", one, "instructions")
-        self.target = put("target", _target_like(self.bu.output_leaves()[self.judged[0]], self.loss), "batch")
-        self.lr = put("lr", like.new_empty(()))
-        for name, tensor in self.state.items():
-            self.tensors[name] = put(name, tensor, default=tensor.detach())
-        for name in sorted(self.learns):
-            for kind in self.kept:
-                self.tensors[f"{name}.{kind}"] = put(f"{name}.{kind}", self.state[name])
-        if "exp_avg" in self.kept:
-            self.tensors[STEP] = put(STEP, like.new_empty(()))
-        return inputs
-
-    def _learn(self) -> tuple[fx.Node, fx.Node, dict[str, fx.Node]]:
-        """The loss, the logits, and the update of every parameter that learns."""
-        learner = self.graphs.learner(self.instructed, self.learns, fused=False, errors=tuple(self.judged)).graph
-        gates = self._gates(self.graphs, "td")
-        outputs = [node for node in leaves_of(learner.output_node().args[0][0]) if is_floating(node)]  # type: ignore
-        judged = [outputs[i] for i in self.judged]
-        pairs: list[list[fx.Node]] = []
-
-        def given(node: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> fx.Node:
-            if not is_error(node):
-                return gates.get(gate_of(node) or "") or self.given[str(node.target)]
-            logits = copies[judged[len(pairs)]]
-            pairs.append(self._several("loss", LOSSES[self.loss], logits, self.target, number=2))
-            return self._mean(pairs[-1][1])
-
-        updated = {node: name for name, node in learner.output_node().args[0][1].items()}  # type: ignore[index, union-attr]
-
-        def label(node: fx.Node) -> str:
-            if node in updated:
-                return f"update/{updated[node]}"
-            return f"bu/{name_of(node)}" if is_named(node) else f"error/{td_name(node)}"
-
-        (_, updates), copies = self._copy(learner, given, label)
-        total = functools.reduce(lambda a, b: self._call("loss", torch.add, a, b), [loss for loss, _ in pairs])
-        return self._mean(total), copies[judged[-1]], updates
-
-    def _optimize(self, name: str, update: fx.Node) -> None:
-        label = f"optimizer/{name}"
-        keeps = {kind: self.tensors[f"{name}.{kind}"] for kind in self.kept}
-        if STEP in self.tensors:
-            keeps["step"] = self.tensors[STEP]
-        w, kept = self._several(label, self.rule, self.tensors[name], update, self.lr, keeps, number=2)
-        self.tensors[name] = w
-        for kind in self.kept:
-            self.tensors[f"{name}.{kind}"] = self._call(label, operator.getitem, kept, kind)
-
-    def _predict(self, graphs: Graphs) -> fx.Node:
-        """The logits in evaluation mode."""
-        gates = self._gates(graphs, "predict/td")
-        bu = BottomUp(graphs.predicting(self.instructed).graph)
-        _, copies = self._copy(
-            bu.graph,
-            lambda node, _: gates.get(gate_of(node) or "") or self.given[str(node.target)],
-            lambda node: f"predict/{name_of(node)}",
-        )
-        return copies[bu.output_leaves()[_judged(bu)[-1]]]
-
-    def _gates(self, graphs: Graphs, label: str) -> dict[str, fx.Node]:
-        """Name of a site -> the node that has its gate: the instruction pass."""
-        if not self.instructed:
-            return {}
-        td = fx.Graph()
-        td.output(td.graph_copy(graphs.td.graph, {}))
-        for node in td.nodes:
-            tell(node, name=td_name(node))
-        # The instruction head and TD norms are modules there: opened, they work on tensors of the state.
-        opened = open_modules(fx.GraphModule(graphs.td, td), owner=net_of(self.butd))
-        counters, _ = self._copy(
-            opened.graph,
-            lambda node, _: self.given["instruction"],
-            lambda node: f"{label}/{name_of(node)}",
-        )
-        gates = {}
-        for site in graphs.sites:
-            name, take = name_of(site), functools.partial(take_gate, graphs, site)
-            gates[name] = self._call(f"{label}/gate/{name}", take, counters[name])
-        return gates
-
-    # -- nodes --------------------------------------------------------------------------------------------------------
-
-    def _call(self, label: str, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        node = self.graph.create_node("call_function", target, args, kwargs, name=identifier(label))
-        self.labels[node] = label
-        return node
-
-    def _several(self, label: str, target: Callable[..., Any], *args: Any, number: int, **kwargs: Any) -> list[fx.Node]:
-        """A node for each of the `number` values that `target` returns."""
-        whole = self._call(label, target, *args, **kwargs)
-        return [self._call(label, operator.getitem, whole, i) for i in range(number)]
-
-    def _mean(self, total: fx.Node) -> fx.Node:
-        """Over the outputs that the loss judges."""
-        return self._call("loss", torch.div, total, len(self.judged)) if len(self.judged) > 1 else total
-
-    def _copy(
-        self,
-        source: fx.Graph,
-        given: Callable[[fx.Node, Mapping[fx.Node, fx.Node]], fx.Node],
-        label: Callable[[fx.Node], str],
-    ) -> tuple[Any, dict[fx.Node, fx.Node]]:
-        """Copy a graph in functional ops: its output, and all copies. What it changes in place, changes in `tensors`.
-
-        given: (placeholder, copies so far) -> the node that stands for it. label: node -> its label.
-        """
-        copies: dict[fx.Node, fx.Node] = {}
-
-        def see(node: fx.Node) -> fx.Node:
-            return self._tensor(str(node.target)) if node.op == "get_attr" else copies[node]
-
-        for node in source.nodes:
-            if node.op == "placeholder":
-                copies[node] = given(node, copies)
-            elif node.op == "output":
-                return fx.map_arg(node.args[0], see), copies
-            elif node.op != "get_attr":
-                copies[node] = self._out_of_place(node, see, label(node)) or self.graph.node_copy(node, see)
-                self.labels[copies[node]] = label(node)
-        raise AssertionError("a graph ends with its output")
-
-    def _tensor(self, name: str) -> fx.Node:
-        if name not in self.tensors:
-            self.tensors[name] = self.graph.get_attr(name)
-        return self.tensors[name]
-
-    def _out_of_place(self, node: fx.Node, see: Callable[[fx.Node], fx.Node], label: str) -> fx.Node | None:
-        """For a node that changes tensors in place: the same out of place, and `tensors` brought up to date."""
-        args, kwargs = fx.map_arg((node.args, node.kwargs), see)
-        if node.target in ADVANCES:
-            operands = inspect.signature(F.batch_norm).bind(*node.args, **node.kwargs).arguments
-            if not operands.get("training"):
-                return None
-            y, *new = self._several(label, batch_norm_in_training, *args, number=3, **kwargs)
-            self._advance([operands["running_mean"], operands["running_var"]], new)
-            return y
-        if node.target in ADVANCES.values():
-            new = self._several(label, advanced, *args, number=2, **kwargs)
-            self._advance(node.args[1:3], new)
-            return new[0]
-        if node.target is torch.Tensor.add_ and node.args[0].op == "get_attr":  # type: ignore[union-attr]
-            new = [self._call(label, torch.add, *args)]
-            self._advance(node.args[:1], new)
-            return new[0]
-        if node.target is cumulative_momentum:
-            return self._call(label, torch.reciprocal, *args)
-        statistics = node.target is F.instance_norm and isinstance(operand(node, "running_mean"), fx.Node)
-        if statistics or has_effect(node):
-            raise ExportError(f"{label!r} changes a tensor in place, and a step can do so for batch norms only")
-        return None
-
-    def _advance(self, old: Iterable[Any], new: Iterable[fx.Node]) -> None:
-        for before, after in zip(old, new, strict=True):
-            if before is not None:
-                self.tensors[str(before.target)] = after
-
-
-def _judged(bu: BottomUp) -> list[int]:
-    """The numbers of the outputs that the loss is taken at: a list's, which are passes; else the main one."""
-    leaves, main = bu.output_leaves(), bu.main_output()
-    if main is None:
-        raise OptionError("the model returns no floating-point tensor to take a loss of")
-    alike = [i for i, leaf in enumerate(leaves) if spec_of(leaf) == spec_of(main)]
-    return alike if isinstance(bu.output, list) else [leaves.index(main)]
-
-
-def _target_like(logits: fx.Node, loss: str) -> torch.Tensor:
-    """A target without data."""
-    spec = spec_of(logits)
-    if spec.per_sample[:1] != (1,):
-        raise OptionError(f"the output {name_of(logits)!r} has no row for each sample: a loss cannot be taken of it")
-    if loss == "cross_entropy":
-        return torch.empty(1, *spec.shape[2:], dtype=torch.long, device="meta")
-    return torch.empty(1, *spec.shape[1:], dtype=spec.dtype, device="meta")
-
-
-def _state(butd: BUTD, learns: Iterable[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The entries of the state_dict by name, each tensor once; and for the other names of tied ones the first name."""
-    first: dict[int, str] = {}
-    state: dict[str, torch.Tensor] = {}
-    tied: dict[str, str] = {}
-    for name, tensor in butd.state_dict(keep_vars=True).items():
-        if id(tensor) in first:
-            tied[name] = first[id(tensor)]
-        elif isinstance(tensor, torch.Tensor):
-            first[id(tensor)], state[name] = name, tensor
-    for name in learns:
-        if name not in state:
-            raise OptionError(
-                f"{name!r} learns, but is no entry of the state_dict: remove its parametrization "
-                "(torch.nn.utils.parametrize.remove_parametrizations) or freeze it"
-            )
-    return state, tied
-
-
-# -- batch norm in training mode, out of place ------------------------------------------------------------------------
-
-
-def batch_norm_in_training(
-    input: Any,
-    running_mean: Any,
-    running_var: Any,
-    weight: Any = None,
-    bias: Any = None,
-    training: bool = True,
-    momentum: Any = 0.1,
-    eps: float = 1e-5,
-) -> tuple[Any, Any, Any]:
-    """F.batch_norm with the statistics of the batch; the running statistics, advanced, are returned beside the value.
-
-    The rule of batch norm computes mean and deviation in the same words, so that the file has them once.
-    """
-    normal, _ = standardized(input, [0, *spatial(input)], eps)
-    y = normal if weight is None else normal * channelwise(weight, input.ndim)
-    y = y if bias is None else y + channelwise(bias, input.ndim)
-    return y, *(advanced(input, running_mean, running_var, momentum) if running_mean is not None else (None, None))
-
-
-def advanced(input: Any, running_mean: Any, running_var: Any, momentum: Any) -> tuple[Any, Any]:
-    """Running statistics, advanced by the batch `input` (N, C, ...); torch's running variance is the unbiased one."""
-    dims = [0, *spatial(input)]
-    mean = input.mean(dims, keepdim=True)
-    centred = input - mean
-    var = (centred * centred).mean(dims)
-    number = input.numel() // input.shape[1]
-    unbiased = var * (number / (number - 1))
-    return running_mean + momentum * (mean.flatten() - running_mean), running_var + momentum * (unbiased - running_var)

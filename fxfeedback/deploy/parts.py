@@ -20,7 +20,7 @@ def own_inputs(wrapper: Wrapper, graph: fx.Graph) -> list[Input]:
     nodes = [node for node in graph.nodes if node.op == "placeholder"]
     examples = stand_ins_of(wrapper)
     return [
-        Input(str(node.target), example, "batch" if example.ndim else None)
+        Input(str(node.target), example, "batch" if example.ndim else None, own=True)
         for node, example in zip(nodes, examples, strict=False)
     ]
 

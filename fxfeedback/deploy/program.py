@@ -17,7 +17,7 @@ class Input:
 
     example: tensor without data, batch first (or without a batch: batch=None).
     batch: name of its batch dimension. default: its value when it is left out, with batch 1.
-    any_size: whether the dimensions behind the channels are free.
+    any_size: whether the dimensions after the channels are free. own: whether it is one of the model's own inputs.
     """
 
     name: str
@@ -25,6 +25,7 @@ class Input:
     batch: str | None = "batch"
     default: torch.Tensor | None = None
     any_size: bool = False
+    own: bool = False
 
 
 @dataclass
@@ -35,7 +36,7 @@ class Program:
     labels: what its nodes are called in the file.
     fetch: qualified name -> parameter or buffer; root: has them, and the modules that are called.
     constants: further tensors that get_attr nodes may name.
-    output: what the output is called; nothing, where it is a dict and its keys name its parts.
+    output: what the output is called; empty where it is a dict whose keys name its parts.
     """
 
     graph: fx.Graph

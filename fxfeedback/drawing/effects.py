@@ -19,7 +19,7 @@ from fxfeedback.errors import InputError, OptionError
 from fxfeedback.feedback import FeedbackModel, bottom_up_of
 from fxfeedback.graph.layout import layout_of
 from fxfeedback.graph.nodes import find_node
-from fxfeedback.tracing.wrapper import like_of, stand_ins_of
+from fxfeedback.tracing.wrapper import example_of, like_of, stand_ins_of
 
 SIDE = 112
 """Pixels of a map's longer side, as it is drawn."""
@@ -70,7 +70,8 @@ def read_effects(model: FeedbackModel, network: Network, x: Any) -> tuple[Map | 
     graph = bottom_up_of(model).graph
     names = list(dict.fromkeys(name for arc in network.arcs for name in arc.given))
     try:
-        passes = model.readout(*inputs, names)
+        args, named = example_of(model).form.fill(inputs)
+        passes = model.readout(*args, names, **named)
     except RuntimeError as error:
         shapes = " and ".join(str(tuple(one.shape)) for one in inputs)
         raise InputError(f"x=: the model does not run on an input of size {shapes}: {error}") from error

@@ -129,7 +129,7 @@ class BottomUp:
         """
         heads: dict[fx.Node, fx.Node] = {}
         below: set[fx.Node] = set()
-        leaves = self._main_leaves()
+        leaves = self.main_leaves()
         for leaf in leaves if isinstance(self.output, list) else leaves[::-1]:
             crossed = [node for node in self.crossed_by_all_paths_to(leaf) if node in weighted]
             if crossed:
@@ -137,13 +137,13 @@ class BottomUp:
                 below.update(crossed[:-1])
         return [head for head in heads.values() if head not in below]
 
-    def _main_leaves(self) -> list[fx.Node]:
+    def main_leaves(self) -> list[fx.Node]:
         """The tensors that may count: of a dict or named tuple what is called "out" or "logits", if anything is."""
         return [node for node in leaves_of(_main_part(self.output)) if is_floating(node)]
 
     def main_output(self) -> fx.Node | None:
         """The tensor that counts: what is called "out" or "logits", the last of a list (of passes), else the first."""
-        leaves = self._main_leaves()
+        leaves = self.main_leaves()
         return leaves[-1 if isinstance(self.output, list) else 0] if leaves else None
 
     @cached_property
