@@ -56,7 +56,7 @@ class LearnerStep:
             self.instructed = self.graphs.can_instruct and (has_tasks if instructed is None else instructed)
             self.bu = BottomUp(self.graphs.predicting(self.instructed).graph)
             self.learns = self.graphs.learning_parameters()
-        self.judged = judged_outputs(self.bu, self.graphs.head)
+        self.judged = _judged(self.bu, self.graphs)
         self.state, self.tied = _state(butd, self.learns)
 
     def program(self) -> Program:
@@ -155,7 +155,7 @@ class LearnerStep:
             lambda node, _: gates.get(gate_of(node) or "") or self.given[str(node.target)],
             lambda node: f"predict/{name_of(node)}",
         )
-        return copies[bu.output_leaves()[judged_outputs(bu, graphs.head)[-1]]]
+        return copies[bu.output_leaves()[_judged(bu, graphs)[-1]]]
 
     def _gates(self, graphs: Graphs, label: str) -> dict[str, fx.Node]:
         """Name of a site -> the node that has its gate: the instruction pass."""
@@ -253,6 +253,10 @@ class LearnerStep:
         for before, after in zip(old, new, strict=True):
             if before is not None:
                 self.tensors[str(before.target)] = after
+
+
+def _judged(bu: BottomUp, graphs: Graphs) -> list[int]:
+    return judged_outputs(bu, None if graphs.no_head else graphs.head)
 
 
 def _state(butd: BUTD, learns: Iterable[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
