@@ -17,6 +17,7 @@ import fxfeedback
 from fxfeedback.feedback import FeedbackModel
 from fxfeedback.lrm.modulation import modulate
 from fxfeedback.lrm.recompute import brief, lean, segmented
+from marks import long, long_but
 
 
 def convnet():
@@ -57,7 +58,7 @@ def test_a_silent_source_has_the_formulas_gradient():
 
 @pytest.mark.parametrize("slice_size", [1, 2**24])
 @pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", long_but(["convnet", "vit"], MODELS))
 def test_nothing_changes_but_what_is_kept(name, train, slice_size):
     make, connections, size = MODELS[name]
     torch.manual_seed(0)
@@ -86,7 +87,7 @@ def test_nothing_changes_but_what_is_kept(name, train, slice_size):
                 torch.testing.assert_close(other[key], value, rtol=1e-9, atol=1e-9, msg=str(key))
 
 
-@pytest.mark.parametrize("checkpoint, most", [(False, 2.5), (True, 1.3)])
+@pytest.mark.parametrize("checkpoint, most", [long(False, 2.5), (True, 1.3)])
 def test_memory_of_activations(checkpoint, most):
     plain = torchvision.models.alexnet().train()
     model = fxfeedback.add_feedback(plain, NETWORKS["alexnet"], checkpoint=checkpoint)

@@ -116,7 +116,8 @@ def test_a_detection_model_with_feedback_in_its_backbone_comes_back(tmp_path):
 
 
 def test_another_process_loads_what_this_one_saved(tmp_path):
-    model = fxfeedback.models.alexnet_lrm1().eval()
+    plain = torchvision.models.squeezenet1_1().eval()
+    model = fxfeedback.add_feedback(plain, [("features.12", "features.3.squeeze")], input_size=(3, 64, 64))
     fxfeedback.save(model, tmp_path)
     torch.manual_seed(0)
     x = torch.randn(1, 3, 64, 64)

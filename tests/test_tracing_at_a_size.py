@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fxfeedback
 from fxfeedback.errors import TraceError
+from marks import long
 from networks import Recurrent
 
 
@@ -104,7 +105,7 @@ class First(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "make", [BranchesOnSize, WritesIntoArguments, WrittenWithEinops, StretchesConstants, Recurrent]
+    "make", [BranchesOnSize, WritesIntoArguments, WrittenWithEinops, StretchesConstants, long(Recurrent)]
 )
 @pytest.mark.parametrize("train", [False, True])
 def test_both_rewritings_equal_the_model_at_every_size(make, train):
