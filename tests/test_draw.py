@@ -226,12 +226,12 @@ def crossed(points: list[tuple[float, float]], areas: list[Area]) -> set[str]:
 @pytest.mark.parametrize("name", long_but(["AlexNet lrm3", "Multi-MNIST", "passes that learn", "residual"], MODELS))
 def test_the_page_puts_everything_where_the_picture_has_it(name: str) -> None:
     made, _ = drawing(name)
-    engine = MiniRacer()
-    engine.eval((files("fxfeedback.drawing") / "places.js").read_text())
-    for opened in states(name):
-        plan = plan_of(made, opened)
-        call = f"JSON.stringify(place({json.dumps(plan)}, new Set({plan['open']})))"
-        assert json.loads(engine.eval(call)) == as_in_the_page(made, opened)
+    with MiniRacer() as engine:  # left open, it may keep the process from ending
+        engine.eval((files("fxfeedback.drawing") / "places.js").read_text())
+        for opened in states(name):
+            plan = plan_of(made, opened)
+            call = f"JSON.stringify(place({json.dumps(plan)}, new Set({plan['open']})))"
+            assert json.loads(engine.eval(call)) == as_in_the_page(made, opened)
 
 
 def as_in_the_page(made: Drawing, opened: set[Box]) -> dict[str, object]:
@@ -438,6 +438,27 @@ def test_an_effect_is_what_the_readout_reads() -> None:
         ]
 
 
+class Scaled(nn.Module):
+    """Takes its inputs by keyword only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.then = nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, *, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return self.then(self.first(x).relu() * scale).relu()
+
+
+def test_an_effect_on_inputs_that_are_taken_by_keyword_only() -> None:
+    example = {"x": torch.zeros(1, 2, 6, 6), "scale": torch.ones(1, 3, 1, 1)}
+    model = fxfeedback.add_feedback(Scaled(), [("relu_1", "relu")], example_inputs=example)
+    x, scale = torch.randn(2, 6, 6), torch.rand(3, 1, 1)
+    (effect,) = read_drawing(model, x=(x, scale))[0].effects
+    first, _ = model.eval().readout("relu_1", x=x[None], scale=scale[None])
+    strongest = first["relu_1"].value.square().mean(1).sqrt().max()
+    assert effect.maps[0].scale == f"0 to {strongest:.3g}"
+
+
 @pytest.mark.parametrize("suffix", ["svg", "html"])
 def test_drawing_leaves_the_model_as_it_was(suffix: str, tmp_path: Path) -> None:
     model = instructed().train()
@@ -465,7 +486,7 @@ MISTAKES = {
     "suffix": (convnet, "it.jpg", {}, OptionError, r"ends in one of \.svg, \.png, \.html"),
     "no suffix": (convnet, "it", {}, OptionError, "ends in one of"),
     "no folder": (convnet, "nowhere/it.svg", {}, OptionError, "in a directory that exists"),
-    "no model": (dict, "it.svg", {}, OptionError, "a dict is no model"),
+    "no model": (dict, "it.svg", {}, OptionError, "a dict is not a model"),
     "untraceable": (Untraceable, "it.svg", {"input_size": (3,)}, TraceError, "cannot trace Untraceable"),
     "wrong size": (convnet, "it.svg", {"input_size": (3, 6, 6)}, TraceError, "does not run on an input"),
     "size of its own": (steered, "it.svg", {"input_size": (2, 6, 6)}, OptionError, "for a plain model"),

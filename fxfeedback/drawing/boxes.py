@@ -7,20 +7,19 @@ from dataclasses import dataclass, field
 from fxfeedback.drawing.network import Network, Node, count
 
 MOST_BOXES = 30
-"""A picture in which nobody can open boxes shows about so many at the most."""
+"""About how many boxes a picture, in which no reader can open more, shows at most."""
 
 SHORTEST_RUN = 3
-"""So many modules of one class in a row, at the least, lie in a box of their own."""
-
+"""How many modules of one class must follow each other, at least, to get a box of their own."""
 
 CONTAINERS = ("Sequential", "ModuleList", "ModuleDict")
-"""Modules of these classes have little in common."""
+"""Classes whose modules have little in common, so that several in a row are not a run."""
 
 
 @dataclass(eq=False)
 class Box:
-    """A node, or a module with all its nodes; also a run of equal modules, or a part of a module that is left and
-    entered again.
+    """A node, or a module with all its nodes; also a run of equal modules, or one part of a module that
+    execution leaves and enters again.
 
     name: qualified, '' for the model. op: a node's op, a module's class. nodes: in execution order. inside: the boxes
     in it, in execution order; none for a node.
@@ -57,8 +56,8 @@ class Box:
 def in_boxes(network: Network) -> Box:
     """The box of the whole model.
 
-    Nodes that run one after the other in a module lie in its box. A module with only one node in it has no box, and
-    one with only another module in it has its content.
+    Nodes that run one after the other in a module lie in its box. A module with a single node has no box of its own,
+    and the box of a module that holds only another module has the content of that one.
     """
     named = {name for arc in network.arcs for name in (arc.source, arc.destination)}
     nodes = list(network.nodes.values())
@@ -87,7 +86,7 @@ def _child(module: str, path: str) -> str | None:
 
 
 def _runs(boxes: Sequence[Box], named: set[str]) -> list[Box]:
-    """The same with modules of one class that follow each other, and have no end of a connection, in one box."""
+    """The same boxes, but modules of one class that follow each other are in one box if no connection ends in them."""
     runs: list[list[Box]] = []
     for box in boxes:
         if runs and _continues(box, runs[-1], named):
@@ -105,7 +104,7 @@ def _runs(boxes: Sequence[Box], named: set[str]) -> list[Box]:
 
 
 def _continues(box: Box, run: Sequence[Box], named: set[str]) -> bool:
-    """Whether a box is one more of a run: like the others, and it reads nothing but them."""
+    """Whether a box continues a run: it is like the others and reads nothing but these."""
     within = {node.name for other in (*run, box) for node in other.nodes}
     alike = box.op == run[-1].op not in CONTAINERS and bool(box.inside and run[-1].inside)
     ends = any(node.name in named for other in (run[-1], box) for node in other.nodes)
@@ -124,8 +123,10 @@ def _run_name(run: Sequence[Box]) -> str:
 
 
 def opened(root: Box, network: Network, depth: int | None) -> set[Box]:
-    """The boxes that are open: those in which a connection begins or ends, but at their last node, which a closed box
-    stands for, and all down to `depth` levels of modules; None: as many levels as leave `MOST_BOXES`, about.
+    """The boxes that are open at first.
+
+    These are the boxes in which a connection begins or ends, except at their last node, which a closed box stands for,
+    and all boxes down to `depth` levels of modules. None: as many levels as keep about `MOST_BOXES` boxes in sight.
     """
     ends = {name for arc in network.arcs for name in (arc.source, arc.destination)}
     needed = {root, *_around(root, lambda box: any(node.name in ends for node in box.nodes[:-1]))}
@@ -140,7 +141,7 @@ def opened(root: Box, network: Network, depth: int | None) -> set[Box]:
 
 
 def _around(box: Box, wanted: Callable[[Box], bool]) -> set[Box]:
-    """The boxes for which `wanted` says so, inside of others of which it does, too."""
+    """The box, and those inside for which, and for every box between, `wanted` is true."""
     return {box}.union(*(_around(inner, wanted) for inner in box.inside if inner.inside and wanted(inner)))
 
 
@@ -152,7 +153,7 @@ def _levels(box: Box, depth: int) -> set[Box]:
 
 
 def visible(root: Box, opened: set[Box]) -> list[Box]:
-    """The boxes that are seen closed, or are nodes."""
+    """The boxes that are drawn closed, and the nodes in open ones."""
     if root not in opened:
         return [root]
     return [box for inner in root.inside for box in visible(inner, opened)]

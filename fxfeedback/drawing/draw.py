@@ -32,13 +32,13 @@ def draw(
     picture shows these as arcs, and of each node the passes that compute it; the others share an earlier one's value.
     Of a BU-TD network it shows the TD graph beside it, what the instruction and the error reach, and at each gating
     site which share of its units two tasks open, and their overlap: the cosine between the two tasks' 0/1 vectors of
-    active units. In a page modules fold and open, and any two tasks can be chosen. It is one file, which asks for
-    nothing else.
+    active units. In a page modules fold and open, and any two tasks can be chosen. A page is a single file that
+    loads nothing else.
 
     Args:
         model: what `add_feedback` or `to_butd` returned, or a plain model. Of a model of which `add_feedback` could
             rewrite a part, that part is drawn.
-        path: the file, replaced whole or not at all.
+        path: the file, which is replaced atomically.
         x: an input (1, C, H, W) or (C, H, W) of a model with connections, or its inputs: the picture then shows what
             each connection does to it in the last pass. Of a batch the first is taken.
         tasks: the tasks that are drawn, as ids or as a dict from names to ids or instruction vectors (1, size); a
@@ -51,7 +51,8 @@ def draw(
             name.
 
     Raises:
-        OptionError: another suffix, no directory for the file, no model, or options that do not belong to it.
+        OptionError: a suffix that is not one of these, a directory that does not exist, a model that is not a
+            torch.nn.Module, or options that do not apply to it.
         TraceError: torch.fx cannot trace the model, or it does not run at this size.
         InputError: an `x` or a task that the model does not take.
         ImportError: the packages that draw are missing: pip install 'fxfeedback[draw]'.
@@ -61,7 +62,7 @@ def draw(
     _check_packages()
     if not isinstance(model, nn.Module):
         raise OptionError(
-            f"a {type(model).__name__} is no model: give what add_feedback or to_butd returned, or a module"
+            f"a {type(model).__name__} is not a model: give what add_feedback or to_butd returned, or a module"
         )
     if depth is not None and (not isinstance(depth, int) or depth < 0):
         raise OptionError(f"depth={depth!r}: give the number of levels of modules that are open")

@@ -57,10 +57,10 @@ def read_effects(model: FeedbackModel, network: Network, x: Any) -> tuple[Map | 
     Args:
         model: in evaluation mode.
         network: what is drawn of it.
-        x: its input, or a tuple of its inputs; the first image of a batch is taken.
+        x: its input, or a tuple of its inputs in the order of its example's; the first image of a batch is taken.
 
     Raises:
-        InputError: no input of this model.
+        InputError: `x` is not an input of this model.
         OptionError: the model makes one pass, in which no feedback acts.
     """
     feedback = any(arc.feedback for arc in network.arcs)
@@ -112,7 +112,7 @@ def _maps(model: FeedbackModel, graph: fx.Graph, arc: Arc, passes: Sequence[dict
 
 
 def _rows(node: fx.Node, value: torch.Tensor) -> torch.Tensor:
-    """The mean over channels, and frames, of a node's value: (rows, columns); a vector's units, filled up with NaN."""
+    """The mean over channels, and frames, of a node's value: (rows, columns); a vector's units, padded with NaN."""
     found, _ = layout_of(node).to_map(value.float().cpu())
     if found.ndim > 2:
         flat = found[0].mean(0)
@@ -140,13 +140,13 @@ def _modulation(values: torch.Tensor) -> Map:
 
 
 def _pixels(values: torch.Tensor, colours: str | Colormap) -> Image.Image:
-    """Values 0 to 1 in colours; NaN has none."""
+    """Values 0 to 1 in colours; NaN is transparent."""
     colormap = colormaps[colours] if isinstance(colours, str) else colours
     return Image.fromarray(colormap(values.numpy(), bytes=True), "RGBA")
 
 
 def _picture(x: torch.Tensor) -> Map | None:
-    """The input, if it has as many dimensions and channels as an image has; its values stretched to a picture's."""
+    """The input as a picture, its values stretched to 0 to 255; None if it does not have the shape of an image."""
     if x.ndim != 4 or x.shape[1] not in (1, 3):
         return None
     values = x[0].float().cpu()
@@ -156,7 +156,7 @@ def _picture(x: torch.Tensor) -> Map | None:
 
 
 def _image(caption: str, scale: str, image: Image.Image) -> Map:
-    """The image, so large that its longer side has `SIDE` pixels, in a PNG file."""
+    """The image as a PNG, scaled so that its longer side has `SIDE` pixels."""
     factor = SIDE / max(image.size)
     size = max(1, round(image.width * factor)), max(1, round(image.height * factor))
     resized = image.resize(size, Image.Resampling.NEAREST if factor > 1 else Image.Resampling.BOX)

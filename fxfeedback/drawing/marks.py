@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from xml.etree import ElementTree as ET
 
 from fxfeedback.drawing.boxes import Box
+from fxfeedback.drawing.lengths import BAR, HEIGHT, INSET, MARGIN, PAD, PORT, SITE_HEIGHT, WIDTH
 from fxfeedback.drawing.network import Arc, Network
-from fxfeedback.drawing.places import HEIGHT, INSET, MARGIN, PORT, SITE_HEIGHT, WIDTH, Point
+from fxfeedback.drawing.places import Point
 from fxfeedback.drawing.read import Drawing
 from fxfeedback.drawing.svg import across, add, bent, curve, line, write
 from fxfeedback.drawing.text import fitted, fitted_name, sizes, thousands, width_of
@@ -23,11 +24,9 @@ ARROWS = (LINE, TD_EDGE, FEEDBACK, SKIP)
 DASHED, DOTTED = "6 4", "2 3"  # skip connections; lateral connections
 
 NAME, SMALL, TINY = 12, 10.5, 10  # sizes of text
-PAD = 8  # between a box's edge and its text
 FIRST, SECOND = 15, 29  # the lines of text in a box
 SQUARE, PITCH, SQUARES = 7, 9, 54  # a pass's mark; from one to the next; room for all
-BAR = 80  # the whole of a share
-BEHIND = 3  # how far what lies behind a closed module shows
+BEHIND = 3  # how far the content of a closed module shows behind it
 
 
 # -- boxes ------------------------------------------------------------------------------------------------------------
@@ -68,28 +67,28 @@ def _box(box: Box, title: str, fill: str, edge: str) -> ET.Element:
     group = ET.Element("g", {"class": "box"})
     add(group, "title").text = title
     look = {"width": WIDTH, "height": SITE_HEIGHT if box.is_site else HEIGHT, "rx": 5, "fill": fill, "stroke": edge}
-    if box.inside:  # something lies behind
+    if box.inside:  # its content shows behind it
         add(group, "rect", x=BEHIND, y=-BEHIND, **look)
     add(group, "rect", class_="body", **look)
     return group
 
 
 def _first_line(group: ET.Element, name: str, right: str, taken: float = 0) -> None:
-    """A name, and to the right something else, before what else is taken."""
+    """A name on the left, and `right` on the right, where `taken` pixels at the edge are in use."""
     room = WIDTH - 2 * PAD - taken - (width_of(right, SMALL) + PAD if right else 0)
     write(group, fitted_name(name, room, NAME), PAD, FIRST, NAME, INK, bold=True)
     write(group, right, WIDTH - PAD - taken, FIRST, SMALL, FAINT, anchor="end")
 
 
 def square(group: ET.Element, x: float, y: float, part: float, width: float = SQUARE) -> None:
-    """A pass's mark, filled as far as the pass computes anew."""
+    """A pass's mark, filled in proportion to the nodes that the pass computes anew."""
     add(group, "rect", x=x, y=y, width=width, height=SQUARE, fill=PAPER, stroke=ANEW_EDGE)
     if part:
         add(group, "rect", x=x, y=y, width=width * part, height=SQUARE, fill=ANEW_EDGE)
 
 
 def _shares(group: ET.Element, drawing: Drawing, box: Box) -> None:
-    """The active shares of the first two tasks, and their overlap; the page changes them to those of others."""
+    """The active shares of the first two tasks, and their overlap; the page replaces them where others are chosen."""
     active = drawing.active_in(box)
     assert active is not None, "a gating site has counts"
     for i, colour in enumerate(task_colours(drawing)):
@@ -103,12 +102,12 @@ def _shares(group: ET.Element, drawing: Drawing, box: Box) -> None:
 
 
 def task_colours(drawing: Drawing) -> tuple[str, ...]:
-    """Of the tasks that are shown at a time: two, or the only one."""
+    """The colours of the tasks that are shown at a time: of two, or of the only one."""
     return TASKS[: len(drawing.tasks)]
 
 
 def told(drawing: Drawing, box: Box) -> str:
-    """What is said of a box to who points at it, or hears of it."""
+    """A box in words, for its tooltip and for screen readers."""
     last = box.nodes[-1]
     parts = [box.name, box.op if box.inside else last.call]
     parts += [f"output {sizes(last.shape)}"] if last.shape else []
@@ -156,7 +155,7 @@ def inlet(network: Network, kind: str) -> ET.Element:
 
 
 def wire(points: Sequence[Point], arrow: bool, td: bool = False) -> ET.Element:
-    """What one box hands to another."""
+    """A wire: a box hands a value to another."""
     return line(curve(points), TD_EDGE if td else LINE, arrow)
 
 
@@ -179,7 +178,7 @@ def badge(connection: Arc, x: float = 0, y: float = 0) -> ET.Element:
 
 
 def colour_of(connection: Arc) -> str:
-    """Of a feedback or skip connection."""
+    """The colour of a feedback or skip connection."""
     return FEEDBACK if connection.feedback else SKIP
 
 

@@ -1,7 +1,6 @@
 """What is drawn: a model's nodes, its connections, and what passes and instructions do at each node."""
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -207,7 +206,7 @@ def _add_passes(network: Network, model: FeedbackModel) -> None:
         if node.op.startswith("call") and is_named(node):
             passes.setdefault(name_of(node), set()).add(pass_of(node) or 1)
     for name, node in network.nodes.items():
-        # What evaluation mode leaves out, such as dropout, is as new as what it hands on.
+        # A node that evaluation mode leaves out, such as dropout, is computed in the passes that compute its inputs.
         inherited = frozenset({1}).union(*(network.nodes[source].computed for source in node.reads))
         node.computed = frozenset(passes[name]) if name in passes else inherited
 
@@ -254,25 +253,24 @@ def _instruction(network: Network, model: BUTD, graphs: Graphs) -> tuple[list[in
 
 
 def drawn_as(network: Network, node: fx.Node) -> str:
-    """The drawn node that a node of an opened graph, in whichever pass, is a part of.
+    """The drawn node to which a node of an opened graph, in any of its passes, belongs.
 
-    What a connection adds has a name of its own: it is a part of the destination, or before that of the source. '' for
-    what depends on neither.
+    A node that a connection adds has a name that no drawn node has, and belongs to what the first of its inputs belongs
+    to. '' if none of them belongs to a drawn node.
     """
     name = home(network, name_of(node) if is_named(node) else "")
     return name or next(filter(None, (drawn_as(network, source) for source in node.all_input_nodes)), "")
 
 
 def home(network: Network, name: str) -> str:
-    """The drawn node that a node of this name is a part of; '' where there is none."""
-    name = re.sub(r"\.pass\d+$", "", name)
+    """The drawn node of this name, or the one whose name this name continues, as layer4.1.relu.pass2; '' if none."""
     while name and name not in network.nodes:
         name = name.rpartition(".")[0]
     return name
 
 
 def count(parameters: Iterable[dict[str, tuple[int, ...]]]) -> int:
-    """How many numbers there are in parameters, each counted once whoever has it."""
+    """How many numbers the parameters have together; a parameter that several nodes share counts once."""
     shapes: dict[str, tuple[int, ...]] = {}
     for some in parameters:
         shapes |= some

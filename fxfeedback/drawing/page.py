@@ -7,7 +7,7 @@ from string import Template
 from typing import Any
 from xml.etree import ElementTree as ET
 
-from fxfeedback.drawing import marks, places
+from fxfeedback.drawing import lengths, marks
 from fxfeedback.drawing.boxes import Box
 from fxfeedback.drawing.effects import Map
 from fxfeedback.drawing.picture import ABOUT_MAPS, summary
@@ -15,12 +15,6 @@ from fxfeedback.drawing.read import Drawing
 from fxfeedback.drawing.rows import Rows
 from fxfeedback.drawing.svg import canvas
 from fxfeedback.drawing.text import sizes, thousands
-
-LENGTHS = (
-    *("WIDTH", "HEIGHT", "SITE_HEIGHT", "PASSAGE", "PORT", "GAP_X", "GAP_Y", "MARGIN", "TITLE", "INSET"),
-    *("LANE", "BEND", "SPREAD", "NUMBER_AT", "DISC", "LATERAL", "STUB"),
-)
-"""What the scripts take over from places.py."""
 
 
 def page(drawing: Drawing, opened: set[Box]) -> str:
@@ -48,9 +42,8 @@ def plan_of(drawing: Drawing, opened: set[Box]) -> dict[str, Any]:
     """Boxes by their number, outer before inner, with their rows and what is said of them."""
     plan, network, readers = drawing.plan, drawing.network, drawing.network.readers()
     index = {box: i for i, box in enumerate(plan.boxes)}
-    lengths = {name: getattr(places, name) for name in LENGTHS} | {"PAD": marks.PAD, "BAR": marks.BAR}
     return {
-        "lengths": lengths,
+        "lengths": lengths.ALL,
         "boxes": [
             {
                 "name": box.name,
@@ -133,7 +126,7 @@ def _icon(mark: ET.Element, left: int = 0) -> str:
 
 
 def _parts(drawing: Drawing) -> ET.Element:
-    """All boxes, wires and arcs, none in its place; what lies behind comes first."""
+    """All boxes, wires and arcs, hidden and not yet placed, from the background to the foreground."""
     plan, network = drawing.plan, drawing.network
     svg = canvas(0, 0, marks.ARROWS)
     svg.attrib |= {"role": "group", "aria-label": f"The graph of {network.title}"}

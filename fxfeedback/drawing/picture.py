@@ -9,25 +9,26 @@ import resvg_py
 from fxfeedback.drawing import marks
 from fxfeedback.drawing.boxes import Box
 from fxfeedback.drawing.effects import SIDE, Map
+from fxfeedback.drawing.lengths import LANE, MARGIN
 from fxfeedback.drawing.marks import FAINT, INK, NAME, SMALL
 from fxfeedback.drawing.network import count
-from fxfeedback.drawing.places import LANE, MARGIN, Places, Rect, place
+from fxfeedback.drawing.places import Places, Rect, place
 from fxfeedback.drawing.read import Drawing
 from fxfeedback.drawing.svg import NAMESPACE, add, canvas, write
 from fxfeedback.drawing.text import font_file, thousands, width_of, wrapped
 
 ZOOM = 2  # pixels of a PNG per pixel of the SVG
-AROUND = 20  # the parts of a picture
+AROUND = 20  # the margin of each part of a picture
 LEAST_WIDTH = 380
 TITLE, TEXT, HEADING = 18, 11.5, 13  # sizes of text
-MARK = 24  # what a mark takes before its meaning
+MARK = 24  # from the start of a mark to the start of its meaning
 GAP = 14  # between maps
 
 ABOUT_MAPS = (
     "Activations: the root mean square over channels, dark to bright. Modulation: the mean over channels, blue where "
     "it dampens, orange where it strengthens. Vectors: unit by unit, row after row."
 )
-"""What the maps of effects show."""
+"""The caption of the maps of effects."""
 
 
 def picture(drawing: Drawing, opened: set[Box]) -> ET.Element:
@@ -64,7 +65,7 @@ def put(group: ET.Element, part: ET.Element, x: float, y: float) -> None:
 
 
 def extent(drawing: Drawing, spots: Places) -> Rect:
-    """What the graph takes, with arcs, TD and what comes into it."""
+    """The area of the graph with its arcs, TD, and the boxes of instruction and error."""
     root = spots.rect(drawing.plan.root)
     left = -LANE * (1 + max(drawing.plan.lanes, default=-1)) - MARGIN
     top = min([root.top, *(box.top for box, _ in spots.inlets.values())])
@@ -75,7 +76,7 @@ def extent(drawing: Drawing, spots: Places) -> Rect:
 
 
 def graph(drawing: Drawing, spots: Places) -> ET.Element:
-    """What is seen of BU, TD and the connections: what lies behind comes first."""
+    """BU, TD and the connections, from the background to the foreground."""
     group, plan, axis = ET.Element("g"), drawing.plan, spots.axis
     for box, rect in spots.open.items():
         if box is not plan.root:

@@ -1,5 +1,6 @@
-// Boxes, wires and arcs at their places, for the boxes that are open: what places.py does, when a reader opens others.
-// `plan` is what page.py makes of a Plan: boxes by their number, outer before inner, and the lengths of places.py.
+// Where boxes, wires and arcs lie, for a given set of open boxes: in the page what places.py is for pictures. Change both
+// together; a test holds them equal. `plan` is what page.py makes of a Plan: boxes by their number, outer before inner,
+// and the lengths of lengths.py.
 "use strict";
 
 function place(plan, isOpen) {

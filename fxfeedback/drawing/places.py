@@ -1,27 +1,20 @@
-"""Boxes, wires and arcs at their places, for the boxes that are open; places.js does so when a reader opens others.
+"""Where boxes, wires and arcs lie, for a given set of open boxes.
 
-Lengths are pixels, y runs down, and (0, 0) is the upper left corner of the BU graph.
+Lengths are pixels, y points down, and (0, 0) is the upper left corner of the BU graph.
+
+places.js computes the same in the page, where the reader opens and closes boxes; a test holds the two equal. Pictures
+do not run the JavaScript: mini-racer, in which the tests run it, takes 80 MB and, where the address space is limited
+(`ulimit -v`, common on clusters), aborts the whole Python process instead of raising an exception.
 """
 
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from fxfeedback.drawing import lengths as L
 from fxfeedback.drawing.boxes import Box
-from fxfeedback.drawing.network import Network
-from fxfeedback.drawing.rows import Item, Rows, in_rows
-
-WIDTH, HEIGHT, SITE_HEIGHT = 236.0, 36.0, 62.0  # of a closed box; of one with gating sites
-GAP_X, GAP_Y = 16.0, 17.0  # between boxes
-MARGIN, TITLE = 14.0, 20.0  # inside of an open box: at its sides, and above for its name
-PASSAGE = 10.0  # what a wire takes in a row that it passes
-PORT = WIDTH  # and at the edge of a box: there is room for a name beside it
-INSET = 16.0  # from a box's corner to the nearest wire
-LANE, BEND, SPREAD = 22.0, 8.0, 9.0  # between arcs; the radius of their bends; between those that end at one box
-NUMBER_AT = (0.5, 0.45, 0.55, 0.4, 0.6, 0.3, 0.7, 0.2, 0.8)  # of an arc's way: the first where no other crosses it
-DISC = 10.0  # around an arc's number
-LATERAL = 96.0  # between BU and TD
-STUB = 14.0  # of a lateral connection in whose way boxes lie
+from fxfeedback.drawing.plan import Plan
+from fxfeedback.drawing.rows import Item, Rows
 
 Point = tuple[float, float]
 
@@ -53,73 +46,6 @@ class Rect:
     def mirrored(self, axis: float) -> "Rect":
         """Where it lies in the mirror at x = axis."""
         return Rect(2 * axis - self.right, self.top, self.width, self.height)
-
-
-# -- what does not depend on which boxes are open ---------------------------------------------------------------------
-
-
-@dataclass
-class Plan:
-    """A network in boxes and rows.
-
-    boxes: all, outer before inner. rows: of those with others inside. around: the box that one lies in. at: the box of
-    a node. lanes: of the arcs. inlets: "error", "instruction" -> the node at which that TD pass starts.
-    """
-
-    network: Network
-    root: Box
-    boxes: list[Box]
-    rows: dict[Box, Rows]
-    around: dict[Box, Box]
-    at: dict[str, Box]
-    lanes: list[int]
-    inlets: dict[str, str]
-
-    def shown(self, node: str, opened: set[Box]) -> Box:
-        """The box in which a node is seen: its own, or the outermost closed one around it."""
-        box = found = self.at[node]
-        while box in self.around:
-            box = self.around[box]
-            if box not in opened:
-                found = box
-        return found
-
-
-def make_plan(network: Network, root: Box) -> Plan:
-    """Rows and columns of all boxes, and a lane for each arc."""
-    readers, inlets = network.readers(), _inlets(network)
-    ends = {name for arc in network.arcs for name in (arc.source, arc.destination)} | set(inlets.values())
-    boxes = list(root.walk())
-    return Plan(
-        network,
-        root,
-        boxes,
-        rows={box: in_rows(box, network, readers, ends) for box in boxes if box.inside},
-        around={inner: box for box in boxes for inner in box.inside},
-        at={box.name: box for box in boxes if not box.inside},
-        lanes=_lanes(network),
-        inlets=inlets,
-    )
-
-
-def _lanes(network: Network) -> list[int]:
-    """A lane for each arc: the shortest lies next to the boxes, and none meets another in its lane."""
-    order = {name: i for i, name in enumerate(network.nodes)}
-    spans = [sorted((order[arc.source], order[arc.destination])) for arc in network.arcs]
-    lanes: dict[int, int] = {}
-    for i in sorted(range(len(spans)), key=lambda i: spans[i][1] - spans[i][0]):
-        taken = {lanes[j] for j in lanes if spans[j][0] <= spans[i][1] and spans[i][0] <= spans[j][1]}
-        lanes[i] = next(lane for lane in range(len(spans)) if lane not in taken)
-    return [lanes[i] for i in range(len(spans))]
-
-
-def _inlets(network: Network) -> dict[str, str]:
-    crossed = [name for name, node in network.nodes.items() if "error" in node.roles]
-    inlets = {"error": crossed[-1]} if crossed else {}
-    return inlets | ({"instruction": network.instruction[1]} if network.instruction else {})
-
-
-# -- what does --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -175,7 +101,7 @@ class _Placing:
     def run(self) -> Places:
         """Everything, in the order in which one needs the other."""
         width, _ = self.measure(self.plan.root)
-        self.places.axis = width + LATERAL / 2 - MARGIN
+        self.places.axis = width + L.LATERAL / 2 - L.MARGIN
         self.put(self.plan.root, 0, 0)
         self.places.wires = {box: self.wires(box) for box in self.places.open}
         self.places.arcs = self.arcs()
@@ -190,7 +116,7 @@ class _Placing:
         if box in self.opened:
             self.sizes[box] = self.measure_open(box)
         else:
-            self.sizes[box] = WIDTH, SITE_HEIGHT if box.is_site else HEIGHT
+            self.sizes[box] = L.WIDTH, L.SITE_HEIGHT if box.is_site else L.HEIGHT
         return self.sizes[box]
 
     def measure_open(self, box: Box) -> Point:
@@ -203,21 +129,21 @@ class _Placing:
             heights[item.row] = max(heights[item.row], height)
         right = max(columns[item.column] + width / 2 for item, (width, _) in zip(rows.items, sizes, strict=True))
         above, below = self.margins(box)
-        return right + MARGIN, above + sum(heights) + GAP_Y * (len(heights) - 1) + below
+        return right + L.MARGIN, above + sum(heights) + L.GAP_Y * (len(heights) - 1) + below
 
     def measure_item(self, rows: Rows, i: int) -> Point:
         """Width and height of what lies in a row."""
         box = rows.items[i].box
         if box is not None:
             return self.measure(box)
-        return PORT if i in (rows.enter, rows.leave) else PASSAGE, 0
+        return L.PORT if i in (rows.enter, rows.leave) else L.PASSAGE, 0
 
     def margins(self, box: Box) -> Point:
         """Of an open box, above and below its rows."""
         rows = self.plan.rows[box]
         if box is self.plan.root:
             return 0, 0
-        return TITLE + (GAP_Y if rows.leave is None else 0), GAP_Y if rows.enter is None else 0
+        return L.TITLE + (L.GAP_Y if rows.leave is None else 0), L.GAP_Y if rows.enter is None else 0
 
     # -- places, from the outside in
 
@@ -241,7 +167,7 @@ class _Placing:
         y = self.places.open[box].bottom - self.margins(box)[1]
         for height in self.heights[box]:
             edges.append((y - height, y))
-            y -= height + GAP_Y
+            y -= height + L.GAP_Y
         return edges
 
     def x_of(self, box: Box, item: Item) -> float:
@@ -290,7 +216,7 @@ class _Placing:
         """Where a wire meets a box: at its port if it is open, else as near to x as the box reaches."""
         rect = self.places.rect(box)
         if box not in self.opened:
-            return min(max(x, rect.left + INSET), rect.right - INSET)
+            return min(max(x, rect.left + L.INSET), rect.right - L.INSET)
         rows = self.plan.rows[box]
         port = rows.leave if leave else rows.enter
         assert port is not None, "a wire ends at a box that takes or gives nothing"
@@ -311,17 +237,17 @@ class _Placing:
 
         def end(i: int, side: int) -> Point:
             rect, own = self.places.rect(pairs[i][side]), ends[pairs[i][side]]
-            return rect.left, rect.middle[1] + SPREAD * (own.index((i, side)) - (len(own) - 1) / 2)
+            return rect.left, rect.middle[1] + L.SPREAD * (own.index((i, side)) - (len(own) - 1) / 2)
 
         ways = []
         for i, lane in enumerate(self.plan.lanes):
-            x, start, stop = -LANE * (lane + 1), end(i, 0), end(i, 1)
+            x, start, stop = -L.LANE * (lane + 1), end(i, 0), end(i, 1)
             ways.append(Way([start, (x, start[1]), (x, stop[1]), stop]))
         crossings = [y for way in ways for y in (way.points[0][1], way.points[-1][1])]
         for way in ways:
             (x, y1), (_, y2) = way.points[1:3]
-            candidates = [y1 + (y2 - y1) * part for part in NUMBER_AT]
-            free = [y for y in candidates if all(abs(y - other) > DISC for other in crossings)]
+            candidates = [y1 + (y2 - y1) * part for part in L.NUMBER_AT]
+            free = [y for y in candidates if all(abs(y - other) > L.DISC for other in crossings)]
             way.number_at = x, [*free, candidates[0]][0]
         return ways
 
@@ -340,10 +266,10 @@ class _Placing:
         axis, inlets = self.places.axis, {}
         for level, (kind, node) in enumerate(self.plan.inlets.items(), 1):
             target = self.places.rect(self.plan.shown(node, self.opened)).mirrored(axis)
-            box = Rect(target.left, -level * (HEIGHT + GAP_Y), WIDTH, HEIGHT)
+            box = Rect(target.left, -level * (L.HEIGHT + L.GAP_Y), L.WIDTH, L.HEIGHT)
             points = [(box.middle[0], box.bottom), (target.middle[0], target.top)]
             if kind == "instruction":
-                (_, y1), (_, y2), x = box.middle, target.middle, 2 * axis + LANE
+                (_, y1), (_, y2), x = box.middle, target.middle, 2 * axis + L.LANE
                 points = [(box.right, y1), (x, y1), (x, y2), (target.right, y2)]
             inlets[kind] = box, Way(points)
         return inlets
@@ -357,7 +283,7 @@ def spread(rows: Rows, widths: Sequence[float]) -> list[float]:
         least = [columns[column - 1] if column else 0.0]
         for i in group:
             left = rows.items[i].left
-            edge = MARGIN if left is None else columns[rows.items[left].column] + widths[left] / 2 + GAP_X
+            edge = L.MARGIN if left is None else columns[rows.items[left].column] + widths[left] / 2 + L.GAP_X
             least.append(edge + widths[i] / 2)
         columns[column] = max(least)
     return columns

@@ -11,7 +11,7 @@ from fxfeedback.butd import BUTD
 from fxfeedback.drawing.boxes import Box, in_boxes, opened
 from fxfeedback.drawing.effects import Effect, Map, read_effects
 from fxfeedback.drawing.network import Network, converted, read_network
-from fxfeedback.drawing.places import Plan, make_plan
+from fxfeedback.drawing.plan import Plan, make_plan
 from fxfeedback.drawing.tasks import Active, active_units
 from fxfeedback.errors import OptionError
 from fxfeedback.feedback import FeedbackModel
@@ -53,9 +53,9 @@ def read_drawing(
     """What is drawn of a model, and which boxes are open; the arguments are those of `draw`."""
     model = converted(model)
     if x is not None and not isinstance(model, FeedbackModel):
-        raise OptionError("x= belongs to a model that add_feedback returned: it shows what connections do to an image")
+        raise OptionError("x= is for a model that add_feedback returned: it shows what connections do to an image")
     if tasks is not None and not isinstance(model, BUTD):
-        raise OptionError("tasks= belongs to a network that to_butd returned")
+        raise OptionError("tasks= is for a network that to_butd returned")
     with torch.no_grad(), eval_mode(model):
         network = read_network(model, input_size, example_inputs)
         root = in_boxes(network)

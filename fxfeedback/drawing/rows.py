@@ -14,10 +14,10 @@ from fxfeedback.drawing.boxes import Box
 from fxfeedback.drawing.network import Network
 
 DENSE = 3
-"""With more wires per item than this only the shortest ones are drawn: those that no way through others replaces."""
+"""With more wires per item than this, those are left out that a path through other items replaces."""
 
 APART = 0.001
-"""Between two columns, of which the nearest boxes are 1 apart for igraph."""
+"""The least distance of two columns, in the units of igraph, which puts neighbouring boxes 1 apart."""
 
 IN, OUT = "in", "out"
 
@@ -61,8 +61,8 @@ def in_rows(box: Box, network: Network, readers: dict[str, list[str]], ends: set
         box: with others inside.
         network: of which it is a part.
         readers: node name -> names of the nodes that read it.
-        ends: names of nodes at which connections begin or end: their boxes come first in their rows, so that arcs find
-            their way to the left.
+        ends: names of nodes at which connections begin or end: their boxes come first in their rows, so that no box
+            is between them and the arcs on the left.
     """
     graph = _graph(box, network, readers)
     thinned = graph.number_of_edges() > DENSE * len(graph)
@@ -103,7 +103,7 @@ def _graph(box: Box, network: Network, readers: dict[str, list[str]]) -> "nx.DiG
 def _levels(box: Box, graph: "nx.DiGraph") -> dict[object, int]:
     """The row of each box, and of IN and OUT below and above all: as low as its sources allow.
 
-    What depends on no input, such as a parameter, comes right below its reader.
+    What depends on no input, such as a parameter, is directly below its reader.
     """
     inner = graph.subgraph(box.inside)
     levels: dict[object, int] = {}

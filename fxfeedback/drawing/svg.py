@@ -4,7 +4,8 @@ import itertools
 from collections.abc import Sequence
 from xml.etree import ElementTree as ET
 
-from fxfeedback.drawing.places import BEND, STUB, Point
+from fxfeedback.drawing.lengths import BEND, STUB
+from fxfeedback.drawing.places import Point
 from fxfeedback.drawing.text import FAMILY, width_of
 
 NAMESPACE = "http://www.w3.org/2000/svg"
@@ -68,7 +69,7 @@ def curve(points: Sequence[Point]) -> str:
         half = (y + y2) / 2
         if abs(x - x2) > 0.1:
             path += f"C{x:.1f},{half:.1f} {x2:.1f},{half:.1f} {x2:.1f},{y2:.1f}"
-        elif abs(y - y2) > 0.1:  # an arrowhead on nothing would point anywhere
+        elif abs(y - y2) > 0.1:  # an arrowhead on a line without length would have no direction
             path += f"V{y2:.1f}"
     return path
 

@@ -11,7 +11,7 @@ from fxfeedback.drawing.network import Network, drawn_as
 from fxfeedback.errors import OptionError
 
 MOST_TASKS = 10
-"""So many tasks are drawn where the user does not choose some."""
+"""How many tasks are drawn if the user chooses none."""
 
 
 @dataclass(frozen=True)

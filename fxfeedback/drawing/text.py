@@ -1,4 +1,4 @@
-"""How wide a text is, in the font that matplotlib brings along, so that every machine draws the same."""
+"""How wide a text is, in the font that matplotlib ships, so that every machine draws the same."""
 
 import functools
 from collections.abc import Iterable
