@@ -21,7 +21,6 @@ from fxfeedback.deploy.program import SPATIAL, Input, Program
 from fxfeedback.deploy.trials import Network, Trial
 from fxfeedback.deploy.writing import check_target, write
 from fxfeedback.errors import InputError, OptionError
-from fxfeedback.feedback import FeedbackModel, bottom_up_of, links_of, looks_at_sizes
 from fxfeedback.graph.bottom_up import has_effect
 from fxfeedback.graph.nodes import (
     find_node,
@@ -34,6 +33,7 @@ from fxfeedback.graph.nodes import (
     tell,
 )
 from fxfeedback.instructed.graphs import Graphs
+from fxfeedback.lrm.feedback_model import FeedbackModel, bottom_up_of, links_of, looks_at_sizes
 from fxfeedback.rewrite import Unroller, Unrolling
 from fxfeedback.tracing.modes import eval_mode
 from fxfeedback.tracing.wrapper import Wrapper, call_as_example, fetch_of, like_of, root_of

@@ -7,7 +7,7 @@ had in an earlier pass; otherwise both passes share it. What nobody needs is dro
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +31,7 @@ class Link:
     activation: str
 
 
-@dataclass(frozen=True)
-class Unrolling:
+class Unrolling(NamedTuple):  # no dataclass: torch.compile has to take it as a constant
     """What is unrolled.
 
     passes: how many; all_outputs: whether every pass returns its output, or only the last.

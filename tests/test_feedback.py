@@ -15,6 +15,7 @@ import fxfeedback
 from fxfeedback import Connection, Steering
 from fxfeedback.errors import ActivationWarning, InputError, NodeNameError, OptionError, TraceError
 from fxfeedback.graph.bottom_up import never_negative
+from fxfeedback.lrm.connections import legal_ends
 from marks import long_but
 from networks import Attention, build
 
@@ -765,7 +766,7 @@ MISTAKES = {
     ),
     "one name": ([("8",)], {}, OptionError, r"give \(source, destination\), a dict or a Connection"),
     "misspelt key": ([{"source": "8", "dest": "4"}], {}, OptionError, r"dest.*give \(source, destination\)"),
-    "a number": ([3], {}, OptionError, r"3 is no connection"),
+    "a number": ([3], {}, OptionError, r"3 is not a connection"),
     "no string": ([(8, 4)], {}, fxfeedback.Error, r"8"),
     "no passes": (FEEDBACK, {"passes": 0}, OptionError, r"passes=0: give a whole number from 1 on"),
     "half a pass": (FEEDBACK, {"passes": 1.5}, OptionError, r"passes=1.5"),
@@ -1012,7 +1013,7 @@ def destinations(net, size):
     """The names of all destinations, and those which the model rectifies."""
     graph = fxfeedback.feedback.FeedbackModel(net, [], 2, [torch.empty(1, *size)])._bottom_up().graph
     rectified = never_negative(graph)
-    legal = [node for node in graph.nodes if node in fxfeedback.feedback.legal_ends(graph)[1]]
+    legal = [node for node in graph.nodes if node in legal_ends(graph)[1]]
     return [node.meta["name"] for node in legal], [node.meta["name"] for node in legal if node in rectified]
 
 

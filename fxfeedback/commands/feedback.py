@@ -86,8 +86,8 @@ def _computed(graph: Any, passes: int) -> list[list[str]]:
 
 def _connections(network: Any) -> list[dict[str, Any]]:
     from fxfeedback.commands.networks import parameters
-    from fxfeedback.feedback import bottom_up_of
     from fxfeedback.graph.nodes import find_node
+    from fxfeedback.lrm.feedback_model import bottom_up_of
 
     graph = bottom_up_of(network).graph
     order = list(graph.nodes)

@@ -75,9 +75,9 @@ def _traced(model: Any, examples: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
 
 def _nodes(part: str, module: Any, examples: Sequence[Any]) -> Iterator[dict[str, Any]]:
     """What is said of each node of a model's or a part's graph."""
-    from fxfeedback.feedback import legal_ends
     from fxfeedback.graph.shapes import annotate_shapes
     from fxfeedback.graph.specs import Spec
+    from fxfeedback.lrm.connections import legal_ends
     from fxfeedback.tracing.names import op_name
 
     annotate_shapes(module, examples)

@@ -16,9 +16,9 @@ from torch import fx
 
 from fxfeedback.drawing.network import Arc, Network
 from fxfeedback.errors import InputError, OptionError
-from fxfeedback.feedback import FeedbackModel, bottom_up_of
 from fxfeedback.graph.layout import layout_of
 from fxfeedback.graph.nodes import find_node
+from fxfeedback.lrm.feedback_model import FeedbackModel, bottom_up_of
 from fxfeedback.tracing.wrapper import example_of, like_of, stand_ins_of
 
 SIDE = 112

@@ -9,12 +9,12 @@ from torch import fx, nn
 
 from fxfeedback.butd import BUTD, graphs_of
 from fxfeedback.errors import OptionError
-from fxfeedback.feedback import FeedbackModel, bottom_up_of
 from fxfeedback.graph.bottom_up import BottomUp
 from fxfeedback.graph.nodes import find_node, is_named, name_of, pass_of, specs_of
 from fxfeedback.graph.shapes import annotate_shapes
 from fxfeedback.graph.specs import Spec
 from fxfeedback.instructed.graphs import Graphs
+from fxfeedback.lrm.feedback_model import FeedbackModel, bottom_up_of
 from fxfeedback.tracing.arguments import example_form
 from fxfeedback.tracing.examples import examples_of
 from fxfeedback.tracing.names import op_name

@@ -1,0 +1,298 @@
+"""A model with LRM connections, which `add_feedback` makes."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxfeedback.checks import check_passes
+from fxfeedback.errors import InputError, NodeNameError
+from fxfeedback.graph.nodes import find_node, name_of
+from fxfeedback.graph.specs import size_of
+from fxfeedback.lrm.connections import Connection, arrow, block_name, check_connections, link, make_block
+from fxfeedback.lrm.modulation import Modulation
+from fxfeedback.lrm.plan import GraphKey, Plan, PlanKey, Sizes, make_plan, name_by_pass, opened, steps
+from fxfeedback.lrm.readout import Readout, without_names
+from fxfeedback.lrm.steering import State, Steering, read_state, read_steering, steering_tensors
+from fxfeedback.rewrite import Link, Unrolling, unroll
+from fxfeedback.tracing.arguments import Form, example_form
+from fxfeedback.tracing.modes import eval_mode
+from fxfeedback.tracing.saved import own_part
+from fxfeedback.tracing.stand_ins import Shaped
+from fxfeedback.tracing.verify import verify_graph
+from fxfeedback.tracing.wrapper import Wrapper
+
+
+class FeedbackModel(Wrapper):
+    """A model with LRM connections, made by `add_feedback`.
+
+    Parameters and buffers of the user's model are attributes under their own names; the connections' blocks lie under
+    `modulations`.
+    """
+
+    OWN = ("modulations",)
+    OPTIONS = ("passes", "state", "steering", "steer_first_pass", "return_all", "keep_graph")
+    connections: tuple[Connection, ...]
+    passes: int
+    return_all: bool
+    checkpoint: bool
+    _by_size = False  # whether a graph serves inputs of one size only
+
+    def __init__(
+        self,
+        model: nn.Module,
+        connections: Sequence[Connection],
+        passes: int,
+        examples: Sequence[Any] | Mapping[str, Any],
+        return_all: bool = True,
+        checkpoint: bool = False,
+        verify: bool = False,
+    ) -> None:
+        super().__init__(model, examples)
+        check_passes(passes)
+        vars(self).update(  # past nn.Module, for which a child of the model may have such a name
+            connections=tuple(connections), passes=passes, return_all=return_all, checkpoint=checkpoint
+        )
+        bu = self._bottom_up().graph
+        check_connections(bu, self.connections)
+        if verify:
+            with eval_mode(self):
+                verify_graph(self._bottom_up(), self._net, *example_form(self._net, examples))
+        makers = {block_name(one): functools.partial(make_block, bu, one) for one in self.connections}
+        blocks = {name: own_part(f"modulations.{name}", make).to(self._like()) for name, make in makers.items()}
+        self.modulations = nn.ModuleDict(blocks)
+
+    def forward(
+        self,
+        *inputs: torch.Tensor,
+        passes: int | None = None,
+        steering: Any = (),
+        steer_first_pass: bool = False,
+        return_all: bool | None = None,
+        **named: Any,
+    ) -> Any:
+        """The model's output of every pass, a list; with return_all=False that of the last pass.
+
+        Args:
+            inputs: the model's own.
+            passes: how many; default as the model was made.
+            steering: a `Steering` or a dict, or several; applied after every pass.
+            steer_first_pass: apply it also before the first pass.
+            named: the model's own inputs by name, and its other arguments, of which each value has graphs of its own.
+
+        Raises:
+            InputError: arguments that the model does not take, a steering activation of the wrong shape.
+            NodeNameError: a steered node that is not a source.
+        """
+        return_all = self.return_all if return_all is None else return_all
+        what = Unrolling(self._passes(passes), return_all, steer_first=steer_first_pass)
+        return self._run(inputs, named, what, steering=steering)[0]
+
+    def unroll(
+        self,
+        *inputs: torch.Tensor,
+        passes: int | None = None,
+        state: State | None = None,
+        steering: Any = (),
+        steer_first_pass: bool = False,
+        return_all: bool = True,
+        keep_graph: bool = False,
+        **named: Any,
+    ) -> tuple[Any, State]:
+        """As the call, continuing from the state of an earlier call; returns (outputs, state).
+
+        Args:
+            inputs, passes, steering, steer_first_pass, return_all, named: as in the call.
+            state: what an earlier call returned; None: there is no signal yet.
+            keep_graph: whether gradients flow through the returned state, for backpropagation through time: all values
+                of this call then live as long as the state does, and those of the calls before it. By default the state
+                has no history, so that a loop of any length needs the memory of one call.
+        """
+        what = Unrolling(self._passes(passes), return_all, steer_first=steer_first_pass)
+        outputs, state, _ = self._run(inputs, named, what, state, steering)
+        return outputs, state if keep_graph else {name: value.detach() for name, value in state.items()}
+
+    def readout(self, *inputs: Any, passes: int | None = None, **named: Any) -> list[dict[str, Readout]]:
+        """Node name -> `Readout`, for every pass.
+
+        Args:
+            inputs: the model's own, and after them the names of the nodes, one by one or in a list; a module's name
+                stands for its last node.
+            passes, named: as in the call.
+
+        Raises:
+            NodeNameError: no names, or one that no node has.
+        """
+        own, names = without_names(inputs)
+        graph = self._bottom_up().graph
+        found = {name: name_of(find_node(graph, name)) for name in names}
+        destinations = {name_of(find_node(graph, c.destination)) for c in self.connections}
+        steering, steer_first = named.pop("steering", ()), named.pop("steer_first_pass", False)
+        what = Unrolling(self._passes(passes), steer_first=steer_first, readout=tuple(found.values()))
+        read = self._run(own, named, what, steering=steering)[2]
+
+        def at(node: str, value: torch.Tensor, before: torch.Tensor, modulation: torch.Tensor | None) -> Readout:
+            return Readout(value, before, modulation, value) if node in destinations else Readout(value)
+
+        return [{name: at(node, *one_pass[node]) for name, node in found.items()} for one_pass in read]
+
+    def unrolled(self, passes: int | None = None) -> fx.GraphModule:
+        """The flat graph of this many passes: inputs -> (outputs, state, readouts)."""
+        return self._unrolled(Unrolling(self._passes(passes)))
+
+    def modulation(self, source: str, destination: str) -> Modulation:
+        """The block of one connection."""
+        for connection in self.connections:
+            if (connection.source, connection.destination) == (source, destination):
+                return self.modulations[block_name(connection)]  # type: ignore[return-value]
+        known = ", ".join(map(arrow, self.connections))
+        raise NodeNameError(f"there is no connection {source} -> {destination}; there are: {known}")
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Set `checkpoint`, as timm's models do."""
+        vars(self)["checkpoint"] = enable
+
+    def as_graph(
+        self, args: Sequence[Any], named: Mapping[str, Any], tensors: Any = torch.Tensor
+    ) -> tuple[fx.GraphModule, list[Any]]:
+        """A call as a graph with names, for whoever traces a model that has this one inside, and the graph's inputs.
+
+        What a later pass n computes anew is called as in the first, followed by `.pass{n}`.
+
+        Args:
+            args, named: of the call; tensors without data, or proxies.
+            tensors: their classes.
+        """
+        options = {name: named[name] for name in self.OPTIONS if name in named}
+        for name in options.keys() - {"passes", "return_all"}:
+            raise ValueError(f"a model with connections takes no {name}= inside another one")
+        return_all = options.get("return_all")
+        what = Unrolling(self._passes(options.get("passes")), self.return_all if return_all is None else return_all)
+        found, inputs = self._bind(args, {name: named[name] for name in named if name not in options}, tensors)
+        form = None if found == self._form else found
+        sizes = self._sizes([_known(x) for x in inputs], form) if looks_at_sizes(self) or form else None
+        module = self._unrolled(what, sizes, form)
+        name_by_pass(module)
+        return module, inputs
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _passes(self, passes: int | None) -> int:
+        """How many passes a call makes."""
+        passes = self.passes if passes is None else passes
+        check_passes(passes)
+        return passes
+
+    def _run(
+        self,
+        inputs: Sequence[Any],
+        named: Mapping[str, Any],
+        what: Unrolling,
+        state: State | None = None,
+        steering: Any = (),
+    ) -> tuple[Any, State, list[dict[str, Any]]]:
+        """(outputs, state, readouts) of a call; `what` says all of it but for the state and the steering."""
+        if taken := [name for name in self.OPTIONS if name in named]:
+            raise InputError(f"{taken[0]}= is an option of unroll, and not of this call")
+        form, inputs = self._called(inputs, named)
+        if form is None:
+            _check_inputs(inputs, self._examples)
+        state, several = read_state(state), read_steering(steering)
+        what = what._replace(state=tuple(state), steered=tuple([one.source for one in several]))
+        plan = self._plan(inputs, what, form)
+        signals = self._signals(plan, inputs, state, several, form is None)
+        try:
+            return plan.run(self._root, *inputs, *signals)
+        except (RuntimeError, TypeError, ValueError) as error:
+            expected, found = _shown(self._stand_ins()), _shown(inputs)
+            if state:
+                expected = f"{expected}, state in {self._like().dtype}"
+                found = f"{found}, state in {signals[0].dtype}"
+            if isinstance(error, torch.OutOfMemoryError) or found == expected:
+                raise
+            raise InputError(f"the model does not run on {found}, as it was made for {expected}: {error}") from error
+
+    def _signals(
+        self, plan: Plan, inputs: Sequence[torch.Tensor], state: State, several: Sequence[Steering], as_example: bool
+    ) -> list[torch.Tensor]:
+        """State and steering as the plan takes them."""
+        exact = as_example and all(x.shape[1:] == y.shape[1:] for x, y in zip(inputs, self._examples, strict=True))
+        batch, like = next(len(x) for x in inputs if x.ndim), self._like()
+        for value, source in zip(state.values(), plan.state, strict=True):
+            source.check_state(value, batch)
+        signals = list(state.values())
+        for one, source in zip(several, plan.steered, strict=True):
+            signals += steering_tensors(one, source, batch, exact, like)
+        return signals
+
+    def _sizes(self, inputs: Sequence[torch.Tensor], form: Form | None) -> Sizes | None:
+        """The sizes and dtypes for which a graph is made; None: a graph serves all."""
+        if form is None and not self._by_size:
+            return None
+        return tuple([(size_of(x), x.dtype) for x in inputs])
+
+    def _bottom_up(self, sizes: Sizes | None = None, form: Form | None = None) -> fx.GraphModule:
+        """The opened graph in the present mode, with shapes: for these sizes and this form; None: see `GraphKey`."""
+        return self._kept(GraphKey(self._fingerprint(), sizes, form))
+
+    def _unrolled(self, what: Unrolling, sizes: Sizes | None = None, form: Form | None = None) -> fx.GraphModule:
+        bu = self._bottom_up(sizes, form)
+        return unroll(bu, self._root, [link(bu.graph, connection) for connection in self.connections], what)
+
+    def _plan(self, inputs: Sequence[torch.Tensor], what: Unrolling, form: Form | None) -> Plan:
+        """What a call of this form runs; made once."""
+        by_size, sizes = self._by_size, self._sizes(inputs, form)
+        plan = self._kept(PlanKey(GraphKey(self._fingerprint(), sizes, form), what, steps(self.checkpoint)))
+        return plan if by_size == self._by_size else self._plan(inputs, what, form)  # the first that looks at sizes
+
+    def _build(self, key: Any) -> Any:
+        if isinstance(key, PlanKey):
+            return make_plan(self._bottom_up(key.graph.sizes, key.graph.form), self._root, self.connections, key)
+        module, by_size = opened(self._net, self._stand_ins(), key.sizes, key.form or self._form)
+        self._by_size |= by_size
+        return module
+
+
+# -- what the rest of the package asks of a model with connections ----------------------------------------------------
+
+
+def bottom_up_of(model: FeedbackModel) -> fx.GraphModule:
+    """Its opened graph for one pass in the present mode, with shapes, at the example's size."""
+    return model._bottom_up()
+
+
+def links_of(model: FeedbackModel) -> list[Link]:
+    """Its connections, between nodes of `bottom_up_of(model)`."""
+    graph = bottom_up_of(model).graph
+    return [link(graph, connection) for connection in model.connections]
+
+
+def looks_at_sizes(model: FeedbackModel) -> bool:
+    """Whether a graph of it serves inputs of one size only."""
+    bottom_up_of(model)  # which finds out
+    return model._by_size
+
+
+# -- calls ------------------------------------------------------------------------------------------------------------
+
+
+def _shown(inputs: Sequence[torch.Tensor]) -> str:
+    """(batch, 3, 224, 224) in torch.float32, of each input"""
+    return ", ".join(f"({', '.join(map(str, ('batch', *x.shape[1:])))}) in {x.dtype}" for x in inputs)
+
+
+def _known(x: Any) -> torch.Tensor:
+    """A tensor with the size and the dtype of an input of a traced call."""
+    if isinstance(x, fx.Proxy) and not isinstance(x, Shaped):
+        raise ValueError("a model with connections inside another one looks at the size of its input")
+    return x.small if isinstance(x, Shaped) else x
+
+
+def _check_inputs(inputs: Sequence[torch.Tensor], examples: Sequence[torch.Tensor]) -> None:
+    """Tensors with as many dimensions as their examples."""
+    for x, example in zip(inputs, examples, strict=True):
+        if x.ndim != example.ndim:
+            wanted = ", ".join(["batch", *map(str, example.shape[1:])])
+            raise InputError(f"an input of shape {tuple(x.shape)} has not the dimensions of ({wanted})")
