@@ -235,7 +235,7 @@ class FeedbackModel(Wrapper):
 
     def _bottom_up(self, sizes: Sizes | None = None, form: Form | None = None) -> fx.GraphModule:
         """The opened graph in the present mode, with shapes: for these sizes and this form; None: see `GraphKey`."""
-        return self._kept(GraphKey(self._fingerprint(), sizes, form))
+        return self._kept(("bottom up", GraphKey(self._fingerprint(), sizes, form)))
 
     def _unrolled(self, what: Unrolling, sizes: Sizes | None = None, form: Form | None = None) -> fx.GraphModule:
         bu = self._bottom_up(sizes, form)
@@ -244,13 +244,15 @@ class FeedbackModel(Wrapper):
     def _plan(self, inputs: Sequence[torch.Tensor], what: Unrolling, form: Form | None) -> Plan:
         """What a call of this form runs; made once."""
         by_size, sizes = self._by_size, self._sizes(inputs, form)
-        plan = self._kept(PlanKey(GraphKey(self._fingerprint(), sizes, form), what, steps(self.checkpoint)))
+        graph = GraphKey(self._fingerprint(), sizes, form)
+        plan = self._kept(("plan", PlanKey(graph, what, steps(self.checkpoint))))
         return plan if by_size == self._by_size else self._plan(inputs, what, form)  # the first that looks at sizes
 
-    def _build(self, key: Any) -> Any:
-        if isinstance(key, PlanKey):
-            return make_plan(self._bottom_up(key.graph.sizes, key.graph.form), self._root, self.connections, key)
-        module, by_size = opened(self._net, self._stand_ins(), key.sizes, key.form or self._form)
+    def _build(self, key: tuple[str, Any]) -> Any:
+        kind, how = key
+        if kind == "plan":
+            return make_plan(self._bottom_up(how.graph.sizes, how.graph.form), self._root, self.connections, how)
+        module, by_size = opened(self._net, self._stand_ins(), how.sizes, how.form or self._form)
         self._by_size |= by_size
         return module
 
