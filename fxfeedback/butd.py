@@ -1,6 +1,5 @@
 """`to_butd`: an instructed BU-TD network around any traceable model."""
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -8,20 +7,20 @@ import torch
 from torch import fx, nn
 
 from fxfeedback.errors import InputError
-from fxfeedback.graph.bottom_up import operand
 from fxfeedback.graph.nodes import name_of
 from fxfeedback.graph.specs import of_size, size_of
-from fxfeedback.instructed import td_state
+from fxfeedback.instructed.autocast import autocast_dtype
 from fxfeedback.instructed.autograd_bridge import CounterHebb, refuse_transforms
 from fxfeedback.instructed.graphs import Graphs
 from fxfeedback.instructed.instruction import distinct, read_instruction
+from fxfeedback.instructed.last_gates import last_gates
 from fxfeedback.instructed.options import Lateral, Options
-from fxfeedback.instructed.task_heads import TaskHeads
+from fxfeedback.instructed.owner import Owner
+from fxfeedback.instructed.parts import make_instruction_head, make_task_heads, make_td_parts
 from fxfeedback.one_task.select_task import select_task
 from fxfeedback.tracing.arguments import Form, describe, example_form
 from fxfeedback.tracing.examples import examples_of
 from fxfeedback.tracing.modes import eval_mode
-from fxfeedback.tracing.saved import check_saved, own_part
 from fxfeedback.tracing.verify import verify_graph
 from fxfeedback.tracing.while_tracing import building
 from fxfeedback.tracing.wrapper import Wrapper
@@ -52,7 +51,7 @@ def to_butd(
 ) -> "BUTD":
     """Derive an instructed bottom-up/top-down network from a plain model.
 
-    The result is called like the model, with an instruction behind the inputs: `butd(x, task)`. An instruction pass
+    The result is called like the model, with an instruction after the inputs: `butd(x, task)`. An instruction pass
     down the transposed network opens the gates of a sub-network, on which the input is then processed; with shared
     weights and GaLU gates `loss.backward()` gives exactly backpropagation's gradients, by Counter-Hebb learning
     ("Biologically Inspired Learning Model for Instructed Vision", NeurIPS 2024, arXiv:2306.02415).
@@ -76,7 +75,7 @@ def to_butd(
         td_init: "kaiming", or "symmetric": a copy of the BU weights times 1 + td_noise * randn.
         update_noise: each weight's update is multiplied by one draw of 1 + update_noise * randn.
         td_bias: biases in the instruction pass, after every transposed linear op and in the instruction head.
-        norm: "separate" gives TD batch norms of its own in the instruction pass, behind each transposed convolution.
+        norm: "separate" gives TD batch norms of its own in the instruction pass, after each transposed convolution.
         lateral: "galu" v [c > 0], "multiply" v c, "add" v + c, or a function of (value, counter value).
         gating: "unit", or "channel": a channel is on when its counter neurons' mean over positions is positive.
         heads: "shared", or "per_task": one prediction head per task, each starting as the model's own.
@@ -110,41 +109,19 @@ class BUTD(Wrapper):
         vars(self)["options"] = options  # past nn.Module, and not the model's
         if verify:
             with eval_mode(self):
-                verify_graph(self._graphs(self._stand_ins()).bu, self._net, *example_form(self._net, example_inputs))
+                verify_graph(graphs_of(self).bu, self._net, *example_form(self._net, example_inputs))
         self._add_td_state()
-        self._graphs(self._stand_ins()).check()
+        graphs_of(self).check()
 
     def _add_td_state(self) -> None:
         """Make the parameters and modules that the options ask for."""
-        options, graphs = self.options, self._graphs(self._stand_ins())
-        learns = options.learning == "counter_hebb"
-        if options.n_tasks is not None:
-            size, features = options.instruction_size or options.n_tasks, td_state.in_channels(graphs.head)
-            make = functools.partial(td_state.instruction_head, size, options.embedding, features, options.td_bias)
-            given = isinstance(options.embedding, nn.Module)
-            self.instruction_head = self._frozen(make() if given else own_part("instruction_head", make))
-        if options.heads == "per_task":
-            graphs.require_head_of_its_own()
-            weight, bias = (operand(graphs.head, name) for name in ("weight", "bias"))
-            outputs, *rest = self._of(weight).shape
-            check_saved("task_heads.weight", (outputs * (options.n_tasks or 0), *rest))
-            self.task_heads = TaskHeads(self._of(weight), self._of(bias) if bias else None, options.n_tasks or 0)
-            self._cache.clear()
-            graphs = self._graphs(self._stand_ins())
-        state = {
-            'weights="separate"': options.weights == "separate",
-            "td_bias=True": options.td_bias,
-            'norm="separate"': options.norm == "separate",
-        }
-        for option in (option for option, given in state.items() if given):
-            graphs.require_weights_of_layers(option)
-        if options.weights == "separate":
-            mirrored = learns and options.td_learning == "mirror"
-            self.td_weights = td_state.twins(graphs.weights, self._fetch, options.td_init, options.td_noise, mirrored)
-        if options.td_bias:
-            self.td_biases = td_state.td_biases(graphs.weights, self._fetch, learns)
-        if options.norm == "separate":
-            self.td_norms = self._frozen(td_state.td_norms(graphs.bottom_up, graphs.weights))
+        if self.options.n_tasks is not None:
+            self.instruction_head = self._frozen(make_instruction_head(graphs_of(self)))
+        if self.options.heads == "per_task":
+            self.task_heads = make_task_heads(graphs_of(self))
+            self._cache.clear()  # its graphs have one head
+        for name, part in make_td_parts(graphs_of(self)).items():
+            setattr(self, name, self._frozen(part) if name == "td_norms" else part)
 
     def _frozen(self, module: nn.Module) -> nn.Module:
         """`module` in our dtype, on our device, in our mode; no gradient flows in the instruction pass."""
@@ -156,8 +133,8 @@ class BUTD(Wrapper):
         """What the model returns, from the sub-network that the instruction selects.
 
         Args:
-            inputs: the model's own, batch first. Behind as many as the example had, `task` may follow; what the model
-                takes further is given by name.
+            inputs: the model's own, batch first. After as many as the example had, `task` may follow; what else the
+                model takes is given by name.
             task: (B,) integer ids or one integer; or (B, instruction size) floats; None: no instruction, no gates.
             named: the model's own, by name. Tensors are inputs; of other values each has graphs of its own.
 
@@ -180,15 +157,15 @@ class BUTD(Wrapper):
 
     def counter_neurons(self, task: Any) -> dict[str, torch.Tensor]:
         """Site name -> counter neurons of the instruction pass, (B, ...) like the site's value; B is 1 for one id."""
-        graphs = self._graphs(self._stand_ins())
+        graphs = graphs_of(self)
         with torch.no_grad():
             return graphs.instruct(self._instruction(task, graphs, None)[0])
 
     def select(self, task: Any, input_size: Sequence[int] | None = None) -> fx.GraphModule:
         """One task's network: the model's inputs in, what `self(*inputs, task)` returns in evaluation mode out.
 
-        The instruction pass is done now, so that the gates are constants; channels that are off, and those that nobody
-        reads, are removed from the weights. Above all with gating="channel" the network is smaller.
+        The instruction pass is done now, so that the gates are constants; channels that are off, and those that are
+        unused, are removed from the weights. Above all with gating="channel" the network is smaller.
 
         Args:
             task: an id, or an instruction vector (1, instruction size).
@@ -216,29 +193,29 @@ class BUTD(Wrapper):
 
         A part of the model's that is called so is `get_submodule("head")`.
         """
-        graphs = self._graphs(self._stand_ins())
+        graphs = graphs_of(self)
         return None if graphs.no_head else name_of(graphs.head)
 
     @property
     def bu(self) -> fx.GraphModule:
         """The BU graph in functional ops, in the present mode, at the example's size."""
-        return self._graphs(self._stand_ins()).bu
+        return graphs_of(self).bu
 
     @property
     def td(self) -> fx.GraphModule:
         """The instruction pass: instruction -> counter neurons at every site."""
-        return self._graphs(self._stand_ins()).td
+        return graphs_of(self).td
 
     @property
     def learner(self) -> fx.GraphModule:
         """BU pass (gated, if there are sites), error pass and one update node per learning parameter, in one graph."""
-        graphs = self._graphs(self._stand_ins())
+        graphs = graphs_of(self)
         return graphs.learner(graphs.can_instruct, graphs.learning_parameters())
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _without_task(self, inputs: tuple[Any, ...], task: Any) -> tuple[tuple[Any, ...], Any]:
-        """The model's own positional arguments, and the instruction, which may be behind them."""
+        """The model's own positional arguments, and the instruction, which may follow them."""
         own = self._form.n_positional
         if task is not None or len(inputs) <= own or all(isinstance(value, (bool, str)) for value in inputs[own:]):
             return inputs, task  # no bool or string is an instruction
@@ -256,10 +233,8 @@ class BUTD(Wrapper):
         wanted = frozenset([name for name, tensor in tensors.items() if tensor.requires_grad])
         learns = self.options.learning == "counter_hebb" and 0 not in values[0].shape  # kernels refuse an empty batch
         if wanted and torch.is_grad_enabled() and learns:
-            device = values[0].device.type
-            autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
             refuse_transforms()
-            halves = graphs.halves(instructed, by_row, wanted, autocast)
+            halves = graphs.halves(instructed, by_row, wanted, autocast_dtype(values[0]) is not None)
             values += [tensors[name] for name in halves.attributes]
             return halves.structure(None, *CounterHebb.apply(halves, (*call.inputs, *halves.attributes), *values))
         return call.run(None, *values, *[tensors[name] for name in call.attributes])
@@ -268,28 +243,15 @@ class BUTD(Wrapper):
     def _gates(
         self, graphs: Graphs, instruction: torch.Tensor, ids: torch.Tensor | None, batch: int
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The gates of the distinct instructions, and before them, if there are several, which one each sample has."""
+        """The gates of the distinct instructions; before them, if there are several, which one each sample has."""
         if self._instructions_mix() or not graphs.gating().batch_first:
             return [], graphs.gates(instruction)
         instructions, rows = distinct(instruction, ids, batch)
-        return [] if rows is None else [rows], self._kept_gates(graphs, instructions)
-
-    def _kept_gates(self, graphs: Graphs, instructions: torch.Tensor) -> list[torch.Tensor]:
-        """The gates of `instructions`; in evaluation mode the last call's, where all that they depend on is the same.
-
-        Weights are compared with a copy, value by value: torch's version counter does not see `p.data.copy_(...)` and
-        NumPy. With ResNet-18 on one CPU core that takes 8 ms in every call and 45 MB, an instruction pass 57 ms.
-        """
+        which = [] if rows is None else [rows]
         if not self._may_keep_gates():
-            return graphs.gates(instructions)
+            return which, graphs.gates(instructions)
         weights = [*self.parameters(), *self.buffers(), *(self._fetch(name) for name in graphs.gating().attributes)]
-        weights = list({id(weight): weight for weight in weights}.values())
-        state, values = (graphs, torch.is_inference_mode_enabled(), _autocast(instructions)), [instructions, *weights]
-        kept = self._cache.get("gates")
-        if kept is None or kept[0] != state or not _equal(kept[1], values):
-            values = [value.detach().clone() for value in values]
-            kept = self._cache["gates"] = state, values, graphs.gates(instructions)
-        return kept[2]
+        return which, last_gates(self._cache, graphs, instructions, weights)
 
     def _may_keep_gates(self) -> bool:
         """Not where the instruction pass may draw random numbers or count, nor while others rewrite the call."""
@@ -310,19 +272,14 @@ class BUTD(Wrapper):
         takes_ids = self.options.instruction_size is None
         return read_instruction(task, graphs.gating().size, batch, self._like(), takes_ids)
 
-    def _of(self, node: fx.Node) -> torch.Tensor:
-        return self._fetch(str(node.target))
-
     def _graphs(self, inputs: Sequence[torch.Tensor], form: Form | None = None) -> Graphs:
-        """The graphs for inputs of this size and dtype in the present mode of every module; built once.
-
-        form: of the call; None: the example's.
-        """
+        """The graphs for inputs of this size and dtype and this form of call (None: the example's), built once."""
         return self._kept((self._fingerprint(), tuple([(size_of(x), x.dtype) for x in inputs]), form))
 
     def _build(self, key: tuple[Any, ...]) -> Graphs:
         _, sizes, form = key
-        return Graphs(self, [of_size(size, dtype) for size, dtype in sizes], form or self._form)
+        owner = Owner(self._net, self._root, self._fetch, self.options)
+        return Graphs(owner, [of_size(size, dtype) for size, dtype in sizes], form or self._form)
 
 
 # -- what the rest of the package asks of a BU-TD network ------------------------------------------------------------
@@ -340,18 +297,3 @@ def instruction_of(butd: BUTD, task: Any) -> torch.Tensor:
         InputError: an id out of range, a vector of the wrong shape.
     """
     return butd._instruction(task, graphs_of(butd), 1)[0]
-
-
-def _autocast(tensor: torch.Tensor) -> torch.dtype | None:
-    """The dtype of autocast on the tensor's device, where that is on."""
-    device = tensor.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if on else None
-
-
-def _equal(kept: Sequence[torch.Tensor], now: Sequence[torch.Tensor]) -> bool:
-    if len(kept) != len(now):
-        return False
-    return all(
-        a.dtype == b.dtype and a.device == b.device and torch.equal(a, b) for a, b in zip(kept, now, strict=True)
-    )

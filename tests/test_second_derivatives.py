@@ -18,8 +18,9 @@ from fxfeedback.errors import GradientError
 from fxfeedback.feedback import FeedbackModel
 from fxfeedback.graph.bottom_up import rectifies
 from fxfeedback.graph.shapes import annotate_shapes
-from fxfeedback.instructed.autograd_bridge import CounterHebb, cut
+from fxfeedback.instructed.autograd_bridge import CounterHebb
 from fxfeedback.instructed.check_rule import Call
+from fxfeedback.instructed.halves import cut
 from fxfeedback.rules import RULES, roles, rule
 from fxfeedback.tracing.open_modules import open_modules
 from fxfeedback.tracing.trace import trace

@@ -1,183 +1,19 @@
 """Let `loss.backward()` run the learner.
 
-`cut` halves the learner's graph where the errors enter; `CounterHebb` is the autograd function whose forward is the
-first half and whose backward is the second. With create_graph=True backward runs on values that replay.py computes
-again, so that autograd can differentiate the updates.
+`CounterHebb` is the autograd function whose forward is a learner's first half and whose backward is the second (see
+halves.py). With create_graph=True backward runs on values that replay.py computes again, so that autograd can
+differentiate the updates.
 """
 
 import contextlib
-import functools
-import operator
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
 
-from fxfeedback.counter_hebb_pass import INPUT, key_of
 from fxfeedback.errors import GradientError
-from fxfeedback.graph.bottom_up import has_effect
-from fxfeedback.graph.nodes import gate_of, identifier, is_error
-from fxfeedback.graph.shapes import is_structure, leaves_of
-from fxfeedback.instructed.replay import Replay, replay, with_masks
-
-
-@dataclass
-class Halves:
-    """A learner cut in two.
-
-    attributes: the parameters and buffers, by name, that both halves take as inputs.
-    forward: (None, *inputs, *attributes) -> (tensors of the model's output, values for the error pass).
-    backward: (None, list of those values and of the errors) -> list of updates; it empties the list.
-    updates: names of the updates, in order.
-    reached: for each update the numbers of the errors that come to it; None where it needs no error.
-    kept: which of the values are inputs, attributes or outputs: they exist anyway, and the user may write into them.
-    structure: (None, *tensors of the model's output) -> the output as the model returns it.
-    replay: how the values are computed again where updates are to be differentiated.
-    """
-
-    attributes: list[str]
-    forward: Callable[..., Any]
-    backward: Callable[..., Any]
-    updates: list[str]
-    reached: list[frozenset[int] | None]
-    kept: list[bool]
-    structure: Callable[..., Any]
-    replay: Replay
-
-
-def lift(module: fx.GraphModule, more: Sequence[str] = ()) -> tuple[fx.GraphModule, list[str]]:
-    """Make parameters and buffers inputs of the graph, behind its own: (graph, their names)."""
-    graph = fx.Graph()
-    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
-    names = list(dict.fromkeys([str(node.target) for node in module.graph.nodes if node.op == "get_attr"] + list(more)))
-    copies = {node: graph.node_copy(node) for node in inputs}
-    taken = {str(node.target) for node in inputs}
-    lifted = {}
-    for name in names:
-        free = identifier(name)
-        while free in taken:  # an input of the model may be called like a parameter
-            free += "_"
-        taken.add(free)
-        lifted[name] = graph.placeholder(free)
-    for node in module.graph.nodes:
-        if node.op == "get_attr":
-            copies[node] = lifted[str(node.target)]
-        elif node not in copies:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-    return fx.GraphModule(module, graph), names
-
-
-def cut(joint: fx.GraphModule, inexact: str = "") -> Halves:
-    """Cut a learner where the errors enter: everything that the model's output needs, and everything else.
-
-    inexact: the option with which the learner's updates are not gradients, if there is one.
-    """
-    _, updates = joint.graph.output_node().args[0]  # type: ignore[misc]
-    module, attributes = lift(joint, [name for name in updates if not name.startswith(INPUT)])
-    with_masks(module.graph)
-    nodes = list(module.graph.nodes)
-    outputs, updates = nodes[-1].args[0]  # type: ignore[misc]
-    leaves = leaves_of(outputs)
-
-    errors = [node for node in nodes if node.op == "placeholder" and is_error(node)]
-    late = _closure(set(errors), nodes, lambda node: node.all_input_nodes)
-    needed = set(leaves) | {node for node in nodes[:-1] if has_effect(node) and node not in late}
-    early = _closure(needed, nodes[::-1], lambda node: list(node.users))
-    # A tuple crosses the cut as the elements that are read: it would keep the others, too.
-    early |= {node for node in nodes if _is_picked(node) and node.args[0] in early}
-    crossing = [
-        node
-        for node in nodes
-        if node in early and any(user not in early for user in node.users if user is not nodes[-1])
-    ]
-    crossing += [node for node in updates.values() if node in early and node not in crossing]
-    inputs = [node for node in nodes if node.op == "placeholder" and node not in errors]
-    own = [key_of(node) for node in inputs[: len(inputs) - len(attributes)]]
-    learning = {node for node, name in zip(inputs, [*own, *attributes], strict=True) if name in updates}
-    again, crossing = replay(module, crossing, learning)
-    if inexact:
-        again = again._replace(refused=NOT_EXACT.format(inexact))
-
-    downstream = [_closure({entry}, nodes, lambda node: node.all_input_nodes) for entry in errors]
-    return Halves(
-        attributes,
-        _first_half(module, early, leaves, crossing),
-        _second_half(module, early, [*crossing, *errors], list(updates.values())),
-        list(updates),
-        [
-            frozenset(i for i, reached in enumerate(downstream) if node in reached) if node in late else None
-            for node in updates.values()
-        ],
-        [node in leaves or (node.op == "placeholder" and gate_of(node) is None) for node in crossing],
-        _structure(outputs, leaves),
-        again,
-    )
-
-
-NOT_EXACT = (
-    "with {} the updates are not gradients and have no derivatives: call to_butd without it, or with "
-    'learning="backprop", for gradient penalties, Hessian-vector products and the like'
-)
-
-
-def _first_half(
-    module: fx.GraphModule, early: set[fx.Node], leaves: Sequence[fx.Node], crossing: Sequence[fx.Node]
-) -> Callable[..., Any]:
-    """See `Halves.forward`."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in module.graph.nodes:
-        if node in early:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(([copies[node] for node in leaves], [copies[node] for node in crossing]))
-    return type(fx.GraphModule(module, graph, "Forward")).forward
-
-
-def _second_half(
-    module: fx.GraphModule, early: set[fx.Node], given: Sequence[fx.Node], updates: Sequence[fx.Node]
-) -> Callable[..., Any]:
-    """See `Halves.backward`."""
-    graph = fx.Graph()
-    values = graph.placeholder("values")
-    copies = {node: graph.call_function(operator.getitem, (values, i)) for i, node in enumerate(given)}
-    graph.call_method("clear", (values,))  # each value dies with its last use
-    for node in module.graph.nodes:
-        if node.op != "output" and node not in early and node not in copies:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output([copies[node] for node in updates])
-    return type(fx.GraphModule(module, graph, "Backward")).forward
-
-
-def _structure(outputs: Any, leaves: Sequence[fx.Node]) -> Callable[..., Any]:
-    """See `Halves.structure`."""
-    graph = fx.Graph()
-    places = {leaf: graph.placeholder(leaf.name) for leaf in leaves}
-
-    def rebuild(node: fx.Node) -> fx.Node:
-        if not is_structure(node):
-            return places[node]
-        return graph.call_function(node.target, *fx.map_arg((node.args, node.kwargs), rebuild))
-
-    graph.output(fx.map_arg(outputs, rebuild))
-    return type(fx.GraphModule(nn.Module(), graph, "Output")).forward
-
-
-def _is_picked(node: fx.Node) -> bool:
-    """Whether the node is one element of a tuple, or one row."""
-    return node.target is operator.getitem and isinstance(node.args[1], int)
-
-
-def _closure(
-    start: set[fx.Node], order: Sequence[fx.Node], before: Callable[[fx.Node], Sequence[fx.Node]]
-) -> set[fx.Node]:
-    """`start` and, walking in `order`, every node next to one that is in already."""
-    reached = set(start)
-    for node in order:
-        if node.op != "output" and any(neighbour in reached for neighbour in before(node)):
-            reached.add(node)
-    return reached
+from fxfeedback.instructed.autocast import same_autocast
+from fxfeedback.instructed.halves import Halves
 
 
 def _unchanged(values: Sequence[Any], versions: Sequence[int]) -> Sequence[Any]:
@@ -198,14 +34,6 @@ def _unchanged(values: Sequence[Any], versions: Sequence[int]) -> Sequence[Any]:
 
 def _version(value: Any) -> int:
     return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else 0
-
-
-def _autocast(device: str) -> Callable[..., Any]:
-    """What makes the present autocast again; without its cache, in which weights have lost their history."""
-    if not torch.amp.is_autocast_available(device):
-        return lambda enabled=False: contextlib.nullcontext()
-    dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-    return functools.partial(torch.autocast, device, dtype=dtype, enabled=enabled, cache_enabled=False)
 
 
 def _recorded(ctx: Any, saved: Sequence[Any]) -> list[Any]:
@@ -244,7 +72,7 @@ class CounterHebb(torch.autograd.Function):
         if not compiling:
             inputs = [values[i] for i in halves.replay.inputs]
             ctx.inputs = inputs, [_version(value) for value in inputs]  # before a buffer advances
-            ctx.autocast = _autocast(values[0].device.type)
+            ctx.autocast = same_autocast(values[0].device.type)
         outputs, saved = halves.forward(None, *values)
         ctx.halves, ctx.names = halves, names
         kept = halves.kept

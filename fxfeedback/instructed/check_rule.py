@@ -15,7 +15,8 @@ from fxfeedback.graph.bottom_up import BottomUp
 from fxfeedback.graph.nodes import spec_of
 from fxfeedback.graph.shapes import annotate_shapes
 from fxfeedback.graph.values import Emitter, Unknown, batch_size
-from fxfeedback.instructed.autograd_bridge import CounterHebb, cut
+from fxfeedback.instructed.autograd_bridge import CounterHebb
+from fxfeedback.instructed.halves import cut
 from fxfeedback.rules import Rule
 from fxfeedback.rules.examples import C, Example, T
 from fxfeedback.td_graph import Walk

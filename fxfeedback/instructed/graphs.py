@@ -3,7 +3,7 @@
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import fx
@@ -15,9 +15,10 @@ from fxfeedback.graph.channels import channels_of, positions_of
 from fxfeedback.graph.nodes import find_node, name_of, spec_of, user_line
 from fxfeedback.graph.shapes import annotate_shapes
 from fxfeedback.instructed import td_state
-from fxfeedback.instructed.autograd_bridge import Halves, cut, lift
 from fxfeedback.instructed.gates import gate_sites
-from fxfeedback.instructed.task_heads import TaskHeads, put_task_heads
+from fxfeedback.instructed.halves import Halves, cut, lift
+from fxfeedback.instructed.owner import Owner
+from fxfeedback.instructed.task_heads import put_task_heads
 from fxfeedback.rules.gating import gate
 from fxfeedback.td_graph import Instructing, instruct
 from fxfeedback.tracing.arguments import Form
@@ -25,28 +26,43 @@ from fxfeedback.tracing.open_modules import open_modules
 from fxfeedback.tracing.trace_at_size import trace_for
 from fxfeedback.tracing.while_tracing import building, forget, settled
 
-if TYPE_CHECKING:
-    from fxfeedback.butd import BUTD
+Method = TypeVar("Method", bound=Callable[..., Any])
+MAKERS: dict[str, Callable[..., Any]] = {}
+"""The methods of `Graphs` that are `kept`, by name."""
+
+
+def kept(make: Method) -> Method:
+    """A method of `Graphs` with positional arguments only, whose result is made once, under the tracers' lock.
+
+    To torch.compile, which could not trace it, the making is a constant.
+    """
+    name = make.__name__
+    MAKERS[name] = make
+
+    @functools.wraps(make)
+    def get(self: "Graphs", *how: Any) -> Any:
+        self.make_once(name, how)
+        return self.made[name][how]
+
+    return get  # type: ignore[return-value]
 
 
 class Graphs:
     """All graphs of a BU-TD network for one input size and mode; each is built when it is first used."""
 
-    def __init__(self, butd: "BUTD", examples: Sequence[torch.Tensor], form: Form) -> None:
-        self.butd, self.options = butd, butd.options
-        traced, _ = trace_for(butd._net, examples, form)
-        self.bu = open_modules(traced, example_inputs=examples, owner=butd._net)
-        task_heads = butd._modules.get("task_heads")
-        if isinstance(task_heads, TaskHeads):
+    def __init__(self, owner: Owner, examples: Sequence[torch.Tensor], form: Form) -> None:
+        self.owner, self.options = owner, owner.options
+        traced, _ = trace_for(owner.net, examples, form)
+        self.bu = open_modules(traced, example_inputs=examples, owner=owner.net)
+        task_heads = owner.task_heads
+        if task_heads is not None:
             annotate_shapes(self.bu, examples)
             put_task_heads(self.bu, task_heads, self.options.head)
             examples = [*examples, examples[0].new_empty(1, task_heads.n_tasks)]
         annotate_shapes(self.bu, examples)
         self.bottom_up = BottomUp(self.bu.graph)
-        # By kind, as torch.compile sees no change of a dict that it has looked into.
-        self._kept: dict[str, dict[Any, Any]] = {
-            kind: {} for kind in ("predicting", "learner", "call", "gating", "halves")
-        }
+        # A dict for each, as torch.compile sees no change of a dict that it has looked into.
+        self.made: dict[str, dict[tuple[Any, ...], Any]] = {name: {} for name in MAKERS}
         try:
             self.head, self.no_head = self.bottom_up.find_head(self.options.head), None
         except Error as error:
@@ -113,20 +129,20 @@ class Graphs:
                 )
 
     def require_head_of_its_own(self) -> None:
-        """One head per task replaces the head's weights: refuse where forward reads them elsewhere, too."""
+        """One head per task replaces the head's weights: refuse where forward also reads them elsewhere."""
         for source in (operand(self.head, name) for name in ("weight", "bias")):
             others = [node for node in source.users if node is not self.head] if isinstance(source, fx.Node) else []
             if isinstance(source, fx.Node) and (others or source.op != "get_attr"):
                 where = others[0] if others else source
                 raise OptionError(
                     f'heads="per_task": the weights of the head {name_of(self.head)!r} are read or computed at '
-                    f"{name_of(where)!r}{user_line(where)} too, which would not follow the task: pass another head="
+                    f"{name_of(where)!r}{user_line(where)} as well, which would not follow the task: pass another head="
                 )
 
     def _td_names(self, kind: str, names: Sequence[str]) -> dict[str, str]:
         """Weight name -> qualified name of its TD twin, bias or norm, where there is one."""
-        owned = self.butd._modules.get(kind)
-        if not isinstance(owned, td_state.ByName):
+        owned = self.owner.td_part(kind)
+        if owned is None:
             return {}
         keys = {name: name if kind == "td_weights" else td_state.module_of(name) for name in names}
         return {name: f"{kind}.{key}" for name, key in keys.items() if key in owned}
@@ -150,8 +166,8 @@ class Graphs:
 
     def learning_parameters(self) -> frozenset[str]:
         """The names of those that ask for an update."""
-        with settled(self.butd._net), torch.enable_grad():  # of a parametrized one, as its own parameters do
-            return frozenset(name for name in self.attributes if self.butd._fetch(name).requires_grad)
+        with settled(self.owner.net), torch.enable_grad():  # of a parametrized one, as its own parameters do
+            return frozenset(name for name in self.attributes if self.owner.fetch(name).requires_grad)
 
     # -- the graphs ---------------------------------------------------------------------------------------------------
 
@@ -167,53 +183,24 @@ class Graphs:
             td_norms=self._td_names("td_norms", list(self.weights)),
             by_channel=self.options.gating == "channel",
         )
-        return instruct(self.bu, self.butd._root, how)
+        return instruct(self.bu, self.owner.root, how)
 
     def predicting(self, instructed: bool, by_row: bool = False) -> fx.GraphModule:
         """The BU graph, gated at the sites where it is instructed (see `gate_sites`)."""
-        return self._get("predicting", instructed, by_row)
+        return self._predicting(instructed, by_row)
 
-    def learner(self, instructed: bool, wanted: Iterable[str], **how: Any) -> fx.GraphModule:
-        """BU pass, error pass and updates of `wanted` (see `counter_hebb_pass.learner`)."""
-        return self._get("learner", instructed, False, frozenset(wanted), tuple(how.items()))
-
-    def gating(self) -> "Gating":
-        """The instruction pass, as a call runs it."""
-        return self._get("gating")
-
-    def call(self, instructed: bool, by_row: bool) -> "Call":
-        """What a call without learning runs."""
-        return self._get("call", instructed, by_row)
-
-    def halves(self, instructed: bool, by_row: bool, wanted: frozenset[str], autocast: bool) -> Halves:
-        """What a call with learning runs."""
-        return self._get("halves", instructed, by_row, wanted, autocast)
-
-    def check(self) -> None:
-        """Build what every use needs, so that errors come early."""
-        self.learner(self.can_instruct, self.learning_parameters())
-        if self.can_instruct:
-            _ = self.td
-
-    def _get(self, kind: str, *how: Any) -> Any:
-        """What the method `_make_{kind}` returns; made once."""
-        self._make(kind, *how)
-        return self._kept[kind][how]
-
-    @torch.compiler.assume_constant_result  # making a graph is nothing that torch.compile could trace
-    def _make(self, kind: str, *how: Any) -> None:
-        if how not in self._kept[kind]:
-            with building(self.butd._net) as sources:
-                weakref.finalize(self, forget, sources)
-                if how not in self._kept[kind]:
-                    self._kept[kind][how] = getattr(self, f"_make_{kind}")(*how)
-
-    def _make_predicting(self, instructed: bool, by_row: bool) -> fx.GraphModule:
+    @kept
+    def _predicting(self, instructed: bool, by_row: bool) -> fx.GraphModule:
         if not instructed:
             return self.bu
         return gate_sites(self.bu, self.sites, gate if self.options.exact else self.options.lateral_function, by_row)
 
-    def _make_learner(
+    def learner(self, instructed: bool, wanted: Iterable[str], **how: Any) -> fx.GraphModule:
+        """BU pass, error pass and updates of `wanted` (see `counter_hebb_pass.learner`)."""
+        return self._learner(instructed, False, frozenset(wanted), tuple(how.items()))
+
+    @kept
+    def _learner(
         self, instructed: bool, by_row: bool, wanted: frozenset[str], how: tuple[tuple[str, Any], ...]
     ) -> fx.GraphModule:
         learning = Learning(
@@ -225,30 +212,51 @@ class Graphs:
             sites=frozenset(name_of(site) for site in self.sites),
             **dict(how),
         )
-        return learner(self.predicting(instructed, by_row), self.butd._root, learning)
+        return learner(self._predicting(instructed, by_row), self.owner.root, learning)
 
-    def _make_halves(self, instructed: bool, by_row: bool, wanted: frozenset[str], autocast: bool) -> Halves:
+    @kept
+    def halves(self, instructed: bool, by_row: bool, wanted: frozenset[str], autocast: bool) -> Halves:
+        """What a call with learning runs."""
         how = (("autocast", True),) if autocast else ()
-        return cut(self._get("learner", instructed, by_row, wanted, how), self.options.inexact)
+        return cut(self._learner(instructed, by_row, wanted, how), self.options.inexact)
 
-    def _make_call(self, instructed: bool, by_row: bool) -> "Call":
-        module = self.predicting(instructed, by_row)
+    @kept
+    def call(self, instructed: bool, by_row: bool) -> "Call":
+        """What a call without learning runs."""
+        module = self._predicting(instructed, by_row)
         names = [key_of(node) for node in module.graph.nodes if node.op == "placeholder"]
         lifted, attributes = lift(module)
         return Call(tuple(names), type(lifted).forward, attributes, self.attributes)
 
-    def _make_gating(self) -> "Gating":
+    @kept
+    def gating(self) -> "Gating":
+        """The instruction pass, as a call runs it."""
         lifted, attributes = lift(self.td)
         positions = [positions_of(site) if self.options.gating == "channel" else [] for site in self.sites]
         batch_first = all(spec_of(site).per_sample[:1] == (1,) for site in self.sites)
         return Gating(self.instruction_size, type(lifted).forward, attributes, positions, batch_first)
+
+    def check(self) -> None:
+        """Build what every use needs, so that errors come early."""
+        self.learner(self.can_instruct, self.learning_parameters())
+        if self.can_instruct:
+            _ = self.td
+
+    @torch.compiler.assume_constant_result
+    def make_once(self, name: str, how: tuple[Any, ...]) -> None:
+        """Make what the `kept` method of this name returns for these arguments."""
+        if how not in self.made[name]:
+            with building(self.owner.net) as sources:
+                weakref.finalize(self, forget, sources)
+                if how not in self.made[name]:
+                    self.made[name][how] = MAKERS[name](self, *how)
 
     # -- the instruction pass at run time -----------------------------------------------------------------------------
 
     def instruct(self, instruction: torch.Tensor) -> dict[str, torch.Tensor]:
         """Site name -> counter neurons."""
         gating = self.gating()
-        return gating.run(self.butd._root, instruction, *[self.butd._fetch(name) for name in gating.attributes])
+        return gating.run(self.owner.root, instruction, *[self.owner.fetch(name) for name in gating.attributes])
 
     def gates(self, instruction: torch.Tensor) -> list[torch.Tensor]:
         """What the lateral connections take: counter neurons, of each unit or channel; GaLU needs only their sign."""

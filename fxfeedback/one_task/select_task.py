@@ -99,7 +99,7 @@ class _Folding:
         elif gate_of(node) is not None:
             self.constants[node] = self.gates[str(gate_of(node))]
         elif node.op == "get_attr":
-            self.constants[node] = self.graphs.butd._fetch(str(node.target))
+            self.constants[node] = self.graphs.owner.fetch(str(node.target))
         elif self.is_constant(node):
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.constants.__getitem__)
             self.constants[node] = node.target(*args, **kwargs)  # type: ignore[operator]
@@ -151,7 +151,7 @@ class _Folding:
 
     def one_head(self, copy: fx.Node) -> None:
         """In the place of the stacked heads of all tasks: their sum, weighted by the instruction."""
-        heads, (weights,) = self.graphs.butd.task_heads, self.instruction
+        heads, (weights,) = self.graphs.bu.task_heads, self.instruction
         for name in ("weight", "bias"):
             source = operand(copy, name)
             if source is not None:

@@ -1,0 +1,23 @@
+"""Automatic mixed precision, as it is at work now."""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
+    """The dtype of autocast on the tensor's device, where that is on."""
+    device = tensor.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
+
+
+def same_autocast(device: str) -> Callable[..., Any]:
+    """What makes the present autocast again; without its cache, in which weights have lost their history."""
+    if not torch.amp.is_autocast_available(device):
+        return lambda enabled=False: contextlib.nullcontext()
+    dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+    return functools.partial(torch.autocast, device, dtype=dtype, enabled=enabled, cache_enabled=False)

@@ -1,0 +1,62 @@
+"""The parameters and modules that the options of a BU-TD network ask for, made for its graphs."""
+
+import functools
+
+import torch
+from torch import nn
+
+from fxfeedback.graph.bottom_up import operand
+from fxfeedback.instructed import td_state
+from fxfeedback.instructed.graphs import Graphs
+from fxfeedback.instructed.task_heads import TaskHeads
+from fxfeedback.tracing.saved import check_saved, own_part
+
+
+def make_instruction_head(graphs: Graphs) -> nn.Module:
+    """The instruction head, or the user's module (see `td_state.instruction_head`)."""
+    options, features = graphs.options, td_state.in_channels(graphs.head)
+    size = options.instruction_size or options.n_tasks or 0
+    make = functools.partial(td_state.instruction_head, size, options.embedding, features, options.td_bias)
+    return make() if isinstance(options.embedding, nn.Module) else own_part("instruction_head", make)
+
+
+def make_task_heads(graphs: Graphs) -> TaskHeads:
+    """One prediction head per task.
+
+    Raises:
+        OptionError: the head's weights are also read elsewhere.
+    """
+    graphs.require_head_of_its_own()
+    n_tasks = graphs.options.n_tasks or 0
+    nodes = (operand(graphs.head, name) for name in ("weight", "bias"))
+    weight, bias = (None if node is None else graphs.owner.fetch(str(node.target)) for node in nodes)
+    assert isinstance(weight, torch.Tensor)  # a head has one
+    outputs, *rest = weight.shape
+    check_saved("task_heads.weight", (outputs * n_tasks, *rest))
+    return TaskHeads(weight, bias, n_tasks)
+
+
+def make_td_parts(graphs: Graphs) -> dict[str, td_state.ByName]:
+    """TD's own weights, biases and norms, as far as the options ask for them, by the names of their attributes.
+
+    Raises:
+        OptionError: a layer that cannot have them.
+    """
+    options = graphs.options
+    learns = options.learning == "counter_hebb"
+    asked = {
+        'weights="separate"': options.weights == "separate",
+        "td_bias=True": options.td_bias,
+        'norm="separate"': options.norm == "separate",
+    }
+    for option in (option for option, given in asked.items() if given):
+        graphs.require_weights_of_layers(option)
+    parts, weights, fetch = {}, graphs.weights, graphs.owner.fetch
+    if options.weights == "separate":
+        mirrored = learns and options.td_learning == "mirror"
+        parts["td_weights"] = td_state.twins(weights, fetch, options.td_init, options.td_noise, mirrored)
+    if options.td_bias:
+        parts["td_biases"] = td_state.td_biases(weights, fetch, learns)
+    if options.norm == "separate":
+        parts["td_norms"] = td_state.td_norms(graphs.bottom_up, weights)
+    return parts
