@@ -23,7 +23,7 @@ from fxfeedback.tracing.examples import examples_of
 from fxfeedback.tracing.modes import eval_mode
 from fxfeedback.tracing.verify import verify_graph
 from fxfeedback.tracing.while_tracing import building
-from fxfeedback.tracing.wrapper import Wrapper
+from fxfeedback.tracing.wrapper import Wrapper, stand_ins_of
 
 
 def to_butd(
@@ -287,7 +287,7 @@ class BUTD(Wrapper):
 
 def graphs_of(butd: BUTD) -> Graphs:
     """Its graphs in the present mode, at the example's size."""
-    return butd._graphs(butd._stand_ins())
+    return butd._graphs(stand_ins_of(butd))
 
 
 def instruction_of(butd: BUTD, task: Any) -> torch.Tensor:

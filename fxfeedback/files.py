@@ -27,14 +27,14 @@ ABANDONED = 24 * 3600
 """Seconds after which a folder is nobody's of which no lock says so: one of an earlier version or another machine."""
 
 
-def as_path(given: str | os.PathLike[str]) -> Path:
-    """A path that a user gave.
+def as_path(given: str | os.PathLike[str], name: str = "path") -> Path:
+    """A path that a user gave as the argument of this name.
 
     Raises:
         OptionError: it is not a path.
     """
     if not isinstance(given, (str, os.PathLike)):
-        raise OptionError(f"path={given!r}: give a string or a pathlib.Path")
+        raise OptionError(f"{name}={given!r}: give a string or a pathlib.Path")
     return Path(given)
 
 

@@ -465,6 +465,19 @@ def test_a_plain_model_that_does_not_fit_stays_as_it_was(tmp_path):
     assert all(torch.equal(before[name], tensor) for name, tensor in other.state_dict().items())
 
 
+def test_what_is_not_a_path_or_not_a_model_is_said(tmp_path):
+    model = lrm()
+    fxfeedback.save(model, tmp_path)
+    for call, says in (
+        (lambda: fxfeedback.save(model, None), "directory=None: give a string"),
+        (lambda: fxfeedback.save(None, tmp_path), "model=None: give what add_feedback"),
+        (lambda: fxfeedback.load(None), "directory=None: give a string"),
+        (lambda: fxfeedback.load(tmp_path, "alexnet"), "model='alexnet': give the plain model"),
+    ):
+        with pytest.raises(OptionError, match=says):
+            call()
+
+
 def test_a_plain_model_is_not_saved(tmp_path):
     with pytest.raises(OptionError, match="state_dict"):
         fxfeedback.save(Small(), tmp_path)

@@ -22,7 +22,7 @@ from torch import nn
 from fxfeedback.butd import BUTD
 from fxfeedback.errors import CheckpointError, Error, OptionError
 from fxfeedback.feedback import FeedbackModel
-from fxfeedback.files import replace_whole
+from fxfeedback.files import as_path, replace_whole
 from fxfeedback.instructed.options import Options
 from fxfeedback.storage.building import build
 from fxfeedback.storage.describing import NotDescribed, check_levels, describe, encode
@@ -41,11 +41,15 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
     Args:
         model: on any device; with connections or options, weights, buffers, modes and what is frozen.
-        directory: made where it does not exist; a model saved there before is replaced, whole or not at all.
+        directory: made where it does not exist; a model saved there before is replaced atomically.
 
     Raises:
-        OptionError: neither `add_feedback` nor `to_butd` made the model, or an option cannot be stored.
+        OptionError: neither `add_feedback` nor `to_butd` made the model, an option cannot be stored, or `directory` is
+            not a path.
     """
+    path = as_path(directory, "directory") / FILE
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"model={model!r}: give what add_feedback or to_butd returned")
     plain, wrappers = unwrap(model)
     if not wrappers:
         raise OptionError(f"a {type(model).__name__} has neither connections nor instructions: save its state_dict()")
@@ -57,7 +61,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     except (NotDescribed, CheckpointError) as error:
         net, reason = None, str(error)
         warnings.warn(
-            f"{reason}: the weights are saved, the architecture is not; fxfeedback.load will need the plain model, too",
+            f"{reason}: the weights are saved, the architecture is not; fxfeedback.load will also need the plain model",
             stacklevel=2,
         )
     about = {
@@ -70,8 +74,8 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
         "training": [name for name, module in model.named_modules() if module.training],
     }
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    replace_whole(Path(directory, FILE), lambda path: save_file(tensors, path, {"fxfeedback": json.dumps(about)}))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_whole(path, lambda new: save_file(tensors, new, {"fxfeedback": json.dumps(about)}))
 
 
 def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> Any:
@@ -84,10 +88,13 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> A
             only in modules that are imported already.
 
     Raises:
+        OptionError: `directory` is not a path, or `model` not a module.
         CheckpointError: there is no such file; it is damaged, not ours or of a later version, and the message says
             which field; it does not fit `model`, which then is as it was.
     """
-    path = Path(directory, FILE)
+    path = as_path(directory, "directory") / FILE
+    if not isinstance(model, (nn.Module, type(None))):
+        raise OptionError(f"model={model!r}: give the plain model, a torch.nn.Module, or None")
     about, tensors = _read(path)
     try:
         return _made(about, tensors, model, path)
