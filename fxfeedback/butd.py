@@ -189,7 +189,7 @@ class BUTD(Wrapper):
 
     @property
     def head(self) -> str | None:
-        """The name of the prediction head's node; None where there is none, and with it no instruction.
+        """The name of the prediction head's node; None where there is none, and so no instruction.
 
         A part of the model's that is called so is `get_submodule("head")`.
         """

@@ -12,7 +12,7 @@ def is_count(value: Any) -> bool:
 
 
 def check_passes(passes: Any) -> None:
-    """Refuse a number of passes that is none.
+    """Refuse what is not a number of passes.
 
     Raises:
         OptionError: it is not a whole number from 1 on.

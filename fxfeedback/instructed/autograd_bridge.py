@@ -20,7 +20,7 @@ def _unchanged(values: Sequence[Any], versions: Sequence[int]) -> Sequence[Any]:
     """The values.
 
     Raises:
-        GradientError: somebody wrote into one of them since it had its version.
+        GradientError: one of them was written into since it had its version.
     """
     for value, version in zip(values, versions, strict=True):
         if _version(value) != version:

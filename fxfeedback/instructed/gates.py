@@ -12,7 +12,7 @@ from fxfeedback.graph.nodes import name_of, spec_of, tell
 def gate_sites(
     module: fx.GraphModule, sites: Sequence[fx.Node], lateral: Callable[[Any, Any], Any], by_row: bool = False
 ) -> fx.GraphModule:
-    """The BU graph with `lateral(value, gate)` behind every site; the gates are inputs, behind the model's own.
+    """The BU graph with `lateral(value, gate)` after every site; the gates are inputs, after the model's own.
 
     With `by_row` the gates are those of a few instructions, and an input before them says which one each sample has.
     """

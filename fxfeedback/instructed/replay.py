@@ -84,7 +84,7 @@ def _stays(node: fx.Node) -> bool:
 
 
 def _masks(node: Any) -> list[fx.Node]:
-    """The masks of a dropout, which it returns behind its value."""
+    """The masks of a dropout, which it returns after its value."""
     if node.target is not torch.native_dropout:
         return []
     return [user for user in node.users if user.target is operator.getitem and user.args[1] == 1]

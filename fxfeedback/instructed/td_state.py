@@ -75,7 +75,7 @@ def twins(
 
 
 def td_biases(weights: Mapping[str, fx.Node], fetch: Callable[[str], torch.Tensor], learn: bool) -> ByName:
-    """A bias per input channel behind the transpose of every linear layer and convolution, drawn as torch draws it."""
+    """A bias per input channel after the transpose of every linear layer and convolution, drawn as torch draws it."""
 
     def draw(weight: torch.Tensor, node: fx.Node) -> torch.Tensor:
         bound = 1 / math.sqrt(math.prod(weight.shape[1:]))
@@ -86,7 +86,7 @@ def td_biases(weights: Mapping[str, fx.Node], fetch: Callable[[str], torch.Tenso
 
 
 def td_norms(bu: BottomUp, weights: Mapping[str, fx.Node]) -> ByName:
-    """A batch norm behind the transpose of every convolution that a batch norm follows, over its input channels."""
+    """A batch norm after the transpose of every convolution that a batch norm follows, over its input channels."""
     normed = [weight for weight in dict.fromkeys(map(batch_norm_of, bu.nodes)) if weight is not None]
     kinds = {name: BATCH_NORM[len(spec_of(weights[name]).shape)] for name in normed}
     return ByName({module_of(name): kind(in_channels(weights[name])) for name, kind in kinds.items()})

@@ -297,4 +297,4 @@ def _check_inputs(inputs: Sequence[torch.Tensor], examples: Sequence[torch.Tenso
     for x, example in zip(inputs, examples, strict=True):
         if x.ndim != example.ndim:
             wanted = ", ".join(["batch", *map(str, example.shape[1:])])
-            raise InputError(f"an input of shape {tuple(x.shape)} has not the dimensions of ({wanted})")
+            raise InputError(f"an input of shape {tuple(x.shape)} does not have the dimensions of ({wanted})")

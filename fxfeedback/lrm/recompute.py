@@ -65,7 +65,7 @@ def _modulate(graph: fx.Graph, root: nn.Module) -> None:
 
 
 def _blocks(modulation: Any, root: nn.Module) -> list[fx.Node]:
-    """The calls of blocks that Σ m is the sum of; none where it is no such sum."""
+    """The calls of blocks that Σ m is the sum of; none where it is not such a sum."""
     if not isinstance(modulation, fx.Node):
         return []
     if modulation.op == "call_module":
@@ -122,7 +122,7 @@ def segmented(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _segments(graph: fx.Graph) -> Iterator[list[fx.Node]]:
-    """Consecutive nodes that compute, cut where fewer bytes are alive than before and behind."""
+    """Consecutive nodes that compute, cut where fewer bytes are alive than before and after."""
     last_reader = {source: node for node in graph.nodes for source in node.all_input_nodes}
     segment: list[fx.Node] = []
     falling = False

@@ -46,7 +46,7 @@ class Source(NamedTuple):
         """A signal has the source's dimensions, channels and batch; its map may have another size.
 
         Raises:
-            InputError: it has not.
+            InputError: it does not have these.
         """
         shape, sizes = tuple(value.shape), self.spec.sizes
         samples = (1, batch * self.spec.per_sample[0])

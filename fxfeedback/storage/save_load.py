@@ -224,7 +224,7 @@ def _read(path: Path) -> tuple[Saved, dict[str, torch.Tensor]]:
     try:
         with safetensors.safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get("fxfeedback", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 it is no dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 it is not a dict
     except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged or cannot be read: {error}") from error
     if not isinstance(about, dict) or "format" not in about:
