@@ -1,4 +1,5 @@
-"""The block of a connection, and how passes are run when they are trained or have no need for gradients.
+"""Long-range modulation: connections and steering as users give them, the block of a connection, how passes are run
+with and without gradients, and the model that has all of it.
 
 Built on `fxfeedback.rewrite`; used by `fxfeedback.feedback`, whose `add_feedback` is the way in.
 """
