@@ -200,7 +200,8 @@ class FeedbackModel(Wrapper):
         if form is None:
             _check_inputs(inputs, self._examples)
         state, several = read_state(state), read_steering(steering)
-        what = what._replace(state=tuple(state), steered=tuple([one.source for one in several]))
+        steered = tuple([one.source for one in several])
+        what = Unrolling(what.passes, what.all_outputs, tuple(state), steered, what.steer_first, what.readout)
         plan = self._plan(inputs, what, form)
         signals = self._signals(plan, inputs, state, several, form is None)
         try:
@@ -244,8 +245,7 @@ class FeedbackModel(Wrapper):
     def _plan(self, inputs: Sequence[torch.Tensor], what: Unrolling, form: Form | None) -> Plan:
         """What a call of this form runs; made once."""
         by_size, sizes = self._by_size, self._sizes(inputs, form)
-        graph = GraphKey(self._fingerprint(), sizes, form)
-        plan = self._kept(("plan", PlanKey(graph, what, steps(self.checkpoint))))
+        plan = self._kept(("plan", PlanKey(GraphKey(self._fingerprint(), sizes, form), what, steps(self.checkpoint))))
         return plan if by_size == self._by_size else self._plan(inputs, what, form)  # the first that looks at sizes
 
     def _build(self, key: tuple[str, Any]) -> Any:
@@ -275,9 +275,6 @@ def looks_at_sizes(model: FeedbackModel) -> bool:
     """Whether a graph of it serves inputs of one size only."""
     bottom_up_of(model)  # which finds out
     return model._by_size
-
-
-# -- calls ------------------------------------------------------------------------------------------------------------
 
 
 def _shown(inputs: Sequence[torch.Tensor]) -> str:
