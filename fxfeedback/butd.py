@@ -9,7 +9,7 @@ from torch import fx, nn
 from fxfeedback.errors import InputError
 from fxfeedback.graph.nodes import name_of
 from fxfeedback.graph.specs import of_size, size_of
-from fxfeedback.instructed.autocast import autocast_dtype
+from fxfeedback.instructed.autocast import is_autocast
 from fxfeedback.instructed.autograd_bridge import CounterHebb, refuse_transforms
 from fxfeedback.instructed.graphs import Graphs
 from fxfeedback.instructed.instruction import distinct, read_instruction
@@ -234,7 +234,7 @@ class BUTD(Wrapper):
         learns = self.options.learning == "counter_hebb" and 0 not in values[0].shape  # kernels refuse an empty batch
         if wanted and torch.is_grad_enabled() and learns:
             refuse_transforms()
-            halves = graphs.halves(instructed, by_row, wanted, autocast_dtype(values[0]) is not None)
+            halves = graphs.halves(instructed, by_row, wanted, is_autocast(values[0]))
             values += [tensors[name] for name in halves.attributes]
             return halves.structure(None, *CounterHebb.apply(halves, (*call.inputs, *halves.attributes), *values))
         return call.run(None, *values, *[tensors[name] for name in call.attributes])

@@ -8,11 +8,15 @@ from typing import Any
 import torch
 
 
+def is_autocast(tensor: torch.Tensor) -> bool:
+    """Whether autocast is on, on the tensor's device."""
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
     """The dtype of autocast on the tensor's device, where that is on."""
-    device = tensor.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if on else None
+    return torch.get_autocast_dtype(tensor.device.type) if is_autocast(tensor) else None
 
 
 def same_autocast(device: str) -> Callable[..., Any]:
