@@ -33,11 +33,11 @@ PYTHONS = {"_getframe", "_is_owned", "_replace"}
 """Of Python's own, public ones of named tuples among them."""
 
 LONGEST_FILE, LONGEST_FUNCTION = 300, 50
-LONG_TABLES = {"rules/elementwise.py", "rules/indexing.py", "rules/reduction.py", "one_task/step_table.py"}
+LONG_TABLES = {"rules/indexing.py", "rules/normalization.py", "rules/reduction.py"}
 """Tables of rules, which are as long as there are ops."""
-LONG_FILES: dict[str, int] = {}
+LONG_FILES = {"tracing/open_modules.py": 440, "tracing/wrapper.py": 337}
 """What remains to be split, and how long it is: a file that is not here, or longer than here, is refused."""
-LONG_FUNCTIONS: dict[str, int] = {}
+LONG_FUNCTIONS = {"td_graph.py:instruct": 61}
 """As `LONG_FILES`, of functions."""
 
 
