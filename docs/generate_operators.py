@@ -466,27 +466,27 @@ INTRODUCTION = """\
 
 <!-- made by `{command}`; do not edit -->
 
-{rules} rules for {ops} ops, one section per file of `fxfeedback/rules`. `tests/test_law.py` holds all of them to
-autograd's gradients in float64, to 1e-9; [CONTRIBUTING.md](../CONTRIBUTING.md#adding-a-rule) says how one is added.
+{rules} rules for {ops} ops, one section per file of `fxfeedback/rules`. `tests/test_law.py` compares all of them with
+autograd's gradients in float64, to 1e-9. [CONTRIBUTING.md](../CONTRIBUTING.md#adding-a-rule) says how to add one.
 
-**Operands.** How the counter neuron of an op's output comes to its operands:
+**Operands.** How the counter neuron of an op's output is passed to its operands:
 
-- *transpose*: the op is linear in this operand; one counterpart serves instruction and error.
-- *roles*: the error takes the exact derivative, and the instruction, for which no BU value exists yet, passes in
-  another way: *as it is* (summed where the operand was broadcast), *averaged* over what the operand was broadcast
+- *transpose*: the op is linear in this operand; its transpose serves both instruction and error.
+- *roles*: the error is passed by the exact derivative. The instruction, for which no BU value exists yet, is passed
+  in another way: *as it is* (summed where the operand was broadcast), *averaged* over what the operand was broadcast
   over, *evenly* to all the values that the output was made from, *scaled* by a weight or number, or *in its own way*.
   *Of two BU values* says what holds where the other operand is not a weight.
-- *update*: a parameter; the error is summed into what it learns, and an instruction does not pass.
+- *update*: a parameter; the error is summed into its update, and an instruction does not pass.
 - *error only*: an instruction does not pass.
 
-**Site**: the output is a gating site. **Fused**: in eager mode PyTorch's own kernel stands in for the rule.
+**Site**: the output is a gating site. **Fused**: in eager mode PyTorch's own kernel replaces the rule.
 **ONNX**: the learner of every example, in plain form (`fused=False`), exports with `torch.onnx.export(dynamo=True)` and
-a dynamic batch, passes `onnx.checker` and gives torch's results in ONNX Runtime, but for random draws; a number points
-to what does not.
+a dynamic batch, passes `onnx.checker` and gives torch's results in ONNX Runtime, except for random draws. A number
+refers to the exceptions below the table.
 
 **torchvision**: the model families that need the rule, in evaluation or in training mode, found by tracing the models
-of `torchvision.models.list_models()` but the quantized ones; [below](#torchvision) the other way round, and how many
-were traced.
+of `torchvision.models.list_models()` except the quantized ones. The [last section](#torchvision) lists the rules by
+family, and how many models were traced.
 """
 
 
@@ -642,11 +642,10 @@ def openings() -> str:
         names = [spelled(node.target) for node in nodes if node.op == "call_function"]
         rows.append([f"`{spelled(target)}`", listed(names)])
     return (
-        "## Openings\nModules of `torch.nn` open by their own forward into functions, in-place ops become out-of-place "
-        "ones, and functions of\nthe model's own open op by op. What opens otherwise, by "
-        "`fxfeedback/tracing/openings.py` (in training\nmode; "
-        "dropout that is off is the input itself; a convolution or pooling of a map without a batch "
-        f"gets one, and loses\nit again):\n\n{table(['what', 'into'], rows)}"
+        "## Openings\nModules of `torch.nn` open into functions by their own forward, in-place ops become out-of-place "
+        "ones, and the model's\nown functions open op by op. `fxfeedback/tracing/openings.py` opens the following. "
+        "The table shows training mode;\ndropout that is off is the input itself. A convolution or pooling of a map "
+        f"without a batch adds a batch dimension\nand removes it again.\n\n{table(['what', 'into'], rows)}"
     )
 
 

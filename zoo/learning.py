@@ -10,10 +10,10 @@ besides the part's own law the losses of the whole model must have the same grad
 blocks than they have, and their rows say so.
 
 Instruction: at a random start, the active share of a gating site, the fraction of its counter neurons above zero, lies
-between 5 and 95 percent: for one of ten tasks, and for one of the model's own classes. Only positions count that the
-output uses: a vision transformer reads nothing but its class token from the last block. And there is no upper limit
-where all readers of a site are gated themselves, as DenseNet's first ReLU is read by seven others through batch norms:
-its counter neurons are sums of theirs, of which none is negative. A unit is on there if any reader asks for it.
+between 5 and 95 percent: for one of ten tasks, and for one of the model's own classes. Only positions that the
+output uses are counted: of its last block, a vision transformer uses only the class token. There is no upper limit for
+a site whose output reaches only other sites. An example is DenseNet's first ReLU, which reaches seven others through
+batch norms. Its counter neurons are sums of theirs, none of which is negative, so a unit is on if any of theirs is.
 """
 
 import copy

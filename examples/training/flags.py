@@ -36,7 +36,7 @@ def training_flags(parser: argparse.ArgumentParser, out: str) -> None:
     group = parser.add_argument_group("training")
     add = group.add_argument
     add("--config", metavar="NAME", help=f"settings from a file, or one of {', '.join(published())}; flags override it")
-    add("--epochs", type=size, help="times through the training samples")
+    add("--epochs", type=size, help="passes over the training samples")
     add("--batch-size", type=size, help="samples per step, of all processes together")
     add("--accumulate", type=size, default=1, help="parts of a batch, one after the other (default %(default)s)")
     add("--optimizer", choices=OPTIMIZERS, help="(default here: %(default)s)")
@@ -52,7 +52,7 @@ def training_flags(parser: argparse.ArgumentParser, out: str) -> None:
         "--channels-last",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="weights and images lie in memory pixel by pixel, which convolutions are faster with (default)",
+        help="store weights and images pixel by pixel (channels last), which is faster for convolutions (default)",
     )
     add("--sync-norms", action=argparse.BooleanOptionalAction, default=False, help="batch statistics of all processes")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of weights and training (default %(default)s)")
@@ -62,7 +62,7 @@ def training_flags(parser: argparse.ArgumentParser, out: str) -> None:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default here: %(default)s)")
     add("--workers", type=number(int, 0, 1000), default=0, help="processes that read data (default here: %(default)s)")
     add("--out", type=Path, default=Path("runs", out), help="folder for the results (default %(default)s)")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
+    add("--resume", action="store_true", help="continue from the checkpoint in --out, if there is one")
     add(
         "--checkpoint-steps",
         type=size,
