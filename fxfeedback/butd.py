@@ -57,19 +57,19 @@ def to_butd(
     ("Biologically Inspired Learning Model for Instructed Vision", NeurIPS 2024, arXiv:2306.02415).
 
     Args:
-        model: any module that torch.fx can trace. It stays as it is; its parameters are shared, not copied,
-            its attributes and modes are copied, not shared.
+        model: any module that torch.fx can trace. It is not changed. Its parameters are shared with the result; its
+            attributes and modes are copied.
         n_tasks: how many tasks there are; None: an instruction is a vector over the model's own outputs.
         embedding: the hidden sizes of the instruction head (None, one or several), or a module that takes the
             instruction (B, n_tasks) to the features of the prediction head.
         head: name of the prediction head's node; None finds the last linear layer or convolution that every path to the
-            output crosses. Of several outputs the one called "out" or "logits" counts; where none is, and they have
-            heads of their own, say which.
+            output crosses. Of several outputs, the one called "out" or "logits" is taken. If there is none and the
+            outputs have heads of their own, the head must be named.
         sites: names of the gating sites; None: every rectifying activation that the instruction reaches.
         input_size: size of one input without its batch; default 224 by 224 with the first convolution's channels.
         example_inputs: instead of input_size, for several inputs: tensors with a batch dimension; a dict gives them by
             name.
-        instruction_size: length of the instruction vector where it is not one-hot over tasks.
+        instruction_size: length of the instruction vector, if it is not one-hot over tasks.
         weights: "shared", or "separate": TD has its own weight per BU weight, in `td_weights`.
         td_learning: "mirror" gives TD weights the BU weights' updates, "fixed" none (feedback alignment).
         td_init: "kaiming", or "symmetric": a copy of the BU weights times 1 + td_noise * randn.
@@ -80,14 +80,15 @@ def to_butd(
         gating: "unit", or "channel": a channel is on when its counter neurons' mean over positions is positive.
         heads: "shared", or "per_task": one prediction head per task, each starting as the model's own.
         learning: "counter_hebb", or "backprop": autograd differentiates the gated network.
-        verify: compare the graph with the model once, on one random sample in evaluation mode. It costs three forward
-            passes of that sample.
+        verify: compare the graph with the model once, on one random sample in evaluation mode, at the cost of three
+            forward passes of that sample.
 
     Raises:
-        TraceError: torch.fx cannot trace the model, it does not run at this size, or its graph computes something else.
+        TraceError: torch.fx cannot trace the model, the model does not run at this size, or its graph computes
+            something else.
         RuleError: an op has no rule.
-        NodeNameError: a name that no node has, or no prediction head where instructions need one.
-        OptionError: options that do not exist or do not go together.
+        NodeNameError: a name that no node has, or no prediction head although instructions need one.
+        OptionError: options that do not exist or cannot be combined.
     """
     options = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
     return BUTD(model, Options(**options), examples_of(model, input_size, example_inputs), verify)
@@ -96,8 +97,8 @@ def to_butd(
 class BUTD(Wrapper):
     """An instructed BU-TD network, made by `to_butd`.
 
-    Parameters and buffers of the user's model are attributes under their own names. Further state lies, where options
-    ask for it, under `instruction_head`, `td_weights`, `td_biases`, `td_norms` and `task_heads`.
+    Parameters and buffers of the user's model are attributes under their own names. Further state, if
+    options ask for it, is under `instruction_head`, `td_weights`, `td_biases`, `td_norms` and `task_heads`.
     """
 
     OPTIONS = ("task",)
@@ -136,7 +137,7 @@ class BUTD(Wrapper):
             inputs: the model's own, batch first. After as many as the example had, `task` may follow; what else the
                 model takes is given by name.
             task: (B,) integer ids or one integer; or (B, instruction size) floats; None: no instruction, no gates.
-            named: the model's own, by name. Tensors are inputs; of other values each has graphs of its own.
+            named: the model's own, by name. Tensors are inputs; every other value has graphs of its own.
 
         Raises:
             InputError: arguments that the model does not take, an instruction of the wrong shape, an id out of range.
@@ -169,10 +170,10 @@ class BUTD(Wrapper):
 
         Args:
             task: an id, or an instruction vector (1, instruction size).
-            input_size: size of one input without its batch, for which the gates are made; default as the network was.
+            input_size: size of one input without its batch, for which the gates are made; default: the example's.
 
         Returns:
-            A module with tensors of its own, under the model's names. Later changes of this network do not reach it.
+            A module with tensors of its own, under the model's names. Later changes of this network do not affect it.
 
         Raises:
             InputError: an id out of range, a vector of the wrong shape, or several inputs and an input_size.

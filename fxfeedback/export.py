@@ -1,7 +1,7 @@
 """Write what `add_feedback` or `to_butd` returned as an ONNX file, for ONNX Runtime.
 
-The passes lie in the file as one flat graph in the standard ONNX domain, with every weight stored once. The steps:
-a `Program` here (a torch.fx graph with labels for its nodes, and what its inputs are); deploy/ does the rest.
+The passes are one flat graph in the standard ONNX domain, with every weight stored once. This module makes a `Program`:
+a torch.fx graph with labels for its nodes and descriptions of its inputs. `deploy/` does the rest.
 """
 
 import functools
@@ -51,39 +51,39 @@ def export(
 ) -> None:
     """Write a model with connections, or an instructed BU-TD network, as an ONNX file.
 
-    What is exported is the model in its own eval mode, in its dtype, at its example's size and called as the example
-    calls it: flags have their defaults. The file's inputs and outputs:
+    The model is exported in its own eval mode and its dtype, at its example's size and called as the example calls it,
+    with flags at their defaults. The file's inputs and outputs:
 
     - `add_feedback`: the model's own inputs in; `output_1`, `output_2`, ...: each pass's output. With steerable=True
       also for each source, named as in the connection, `<source>.activation` (B or 1, ...), `<source>.alpha` () and
-      `<source>.strength` (2,), negative and positive: these may be left out, and then do not steer.
+      `<source>.strength` (2,), negative and positive. These may be left out; the source is then not steered.
     - `to_butd`: the model's own inputs and `instruction` (B or 1, instruction size), floats, in; `output` out.
     - `to_butd` with task=k: the model's own inputs in, `output` out: the network that `model.select(k)` returns.
 
     An output that is a dict or a tuple becomes several: `output.out`, `output_1`, ... Nodes are named after the pass
     and the model's node: `pass2/features.8`, `bu/layer1.0.relu`, `td/layer1.0.conv1`. `metadata_props` has connections,
-    passes, tasks, the version and a checksum of the weights. Above 2 GB the weights lie in a second file, beside the
+    passes, tasks, the version and a checksum of the weights. Above 2 GB the weights are in a second file beside the
     first. ONNX Runtime's CPU provider has no float64 convolutions: convert a float64 model with `.float()` first.
 
     Args:
-        model: what `add_feedback` or `to_butd` returned; it stays as it is.
-        path: the file, replaced whole or not at all.
+        model: what `add_feedback` or `to_butd` returned; it is not changed.
+        path: the file, replaced atomically.
         steerable: whether the sources of the connections can be steered, after every pass.
         task: an id, or an instruction vector (1, size), whose sub-network is exported.
-        passes: how many passes; default as the model was made.
+        passes: how many passes; default: the model's own number.
         dynamic_batch: whether the batch size is free; otherwise it is 1.
-        dynamic_size: whether height and width are free, too, for a model with connections whose code allows it;
+        dynamic_size: whether height and width are also free, for a model with connections whose code allows it;
             otherwise they are the example's.
-        check: compare the file with torch, in ONNX Runtime, before it takes its place: for random inputs at batch 3 and
-            1 where the batch is free, and where sizes are, at two sizes other than the example's; without and with
-            steering, with ids and vectors as instructions. Equal is what float32's rounding explains. It takes as long
-            as two to eight calls of batch 3 in both (ResNet-18 with two passes: 2 s of a CPU core, beside 5 s for the
-            export), and another copy of the weights in memory. False: no comparison.
+        check: compare the file with torch, in ONNX Runtime, before it takes its place: for random inputs, at batch 3
+            and 1 if the batch is free, at two sizes other than the example's if sizes are free, without and with
+            steering, with ids and with vectors as instructions. Differences that float32's rounding explains are
+            accepted. The check takes as long as two to eight calls of batch 3 in both (ResNet-18 with two passes: 2 s
+            of a CPU core, in addition to 5 s for the export), and needs another copy of the weights in memory.
 
     Raises:
-        OptionError: options that do not belong to this model, or a task that there is not.
+        OptionError: options that do not apply to this model, or a task that does not exist.
         ExportError: an op has no ONNX form, and the message names its node; or the file does not compute what torch
-            does, or cannot be run here, and the message names the output, batch and size. There is no new file then.
+            computes, or cannot be run here, and the message names the output, batch and size. No file is written.
         ImportError: the packages onnx and onnxscript are missing: pip install 'fxfeedback[onnx]'; or, with check=True,
             onnxruntime: pip install 'fxfeedback[runtime]'.
     """
@@ -204,7 +204,7 @@ def _unrolled(model: FeedbackModel, passes: int, steerable: bool, any_size: bool
 
 
 def _instructed(butd: BUTD) -> Program:
-    """The instruction pass and, behind it, the gated BU graph."""
+    """The instruction pass and, after it, the gated BU graph."""
     graphs, graph = _graphs(butd), fx.Graph()
     labels: dict[fx.Node, str] = {}
     predicting = graphs.predicting(True).graph
@@ -268,7 +268,7 @@ def _predict(
     instruction: fx.Node,
     gates: Mapping[str, fx.Node],
 ) -> None:
-    """Copy the gated BU graph behind what gives it its gates."""
+    """Copy the gated BU graph after the nodes that compute its gates."""
     copies = dict(copies)
     for node in predicting.nodes:
         if node.op == "output":

@@ -31,16 +31,16 @@ def add_feedback(
 ) -> Any:
     """Add long-range modulatory connections to a model and run it in several passes.
 
-    In each pass a destination y becomes relu(y + y Σ m), where m comes from its sources' values: of the previous pass
-    for a source that runs later (feedback), of the present pass for one that runs earlier (skip). A destination without
-    a signal is left alone, so the first pass of a feedback-only model is the model ("Cognitive Steering in Deep Neural
-    Networks via Long-Range Modulatory Feedback Connections", NeurIPS 2023).
+    In each pass a destination y becomes relu(y + y Σ m). m is computed from its sources' values: those of the previous
+    pass for a source that runs later (feedback), of the present pass for one that runs earlier (skip). A destination
+    without a signal is not changed, so the first pass of a feedback-only model is the model ("Cognitive
+    Steering in Deep Neural Networks via Long-Range Modulatory Feedback Connections", NeurIPS 2023).
 
     Args:
-        model: any module that torch.fx can trace. It stays as it is; its parameters are shared, not copied,
-            its attributes and modes are copied, not shared.
+        model: any module that torch.fx can trace. It is not changed. Its parameters are shared with the result; its
+            attributes and modes are copied.
         connections: pairs (source, destination), dicts, or `Connection`s; names as `node_names` gives them.
-        passes: how many passes a call makes unless it says otherwise.
+        passes: how many passes a call makes by default.
         input_size: size of one input without its batch; default 224 by 224 with the first convolution's channels.
         example_inputs: instead of input_size, for several inputs: tensors with a batch dimension; a dict gives them by
             name.

@@ -43,10 +43,10 @@ def alexnet_lrm1(
     """AlexNet with two feedback connections: from the output to conv 4, from conv 4 to conv 1.
 
     Args:
-        weights: None: random; else a checkpoint's path or URL, as `load_lrm_steering` takes them. `WEIGHTS` has the
-            published ones.
-        passes: how many passes a call makes unless it says otherwise.
-        unsafe_without_hash: take a URL whose file's name has no hash, whatever it holds.
+        weights: a checkpoint's path or URL, as `load_lrm_steering` takes them (`WEIGHTS` has the published ones); None:
+            random.
+        passes: how many passes a call makes by default.
+        unsafe_without_hash: accept a URL whose file name has no hash.
 
     Returns:
         A model, in training mode: images (B, 3, H, W) -> a list of logits (B, 1000), one per pass.
@@ -86,7 +86,7 @@ def transforms() -> dict[str, Callable[[Any], Any]]:
 
     Returns:
         "train_transform", "val_transform", "test_transform": PIL image, RGB -> normalised tensor (3, 224, 224), for the
-        test (3, 256, 256): the whole of a square picture, the centre of another. "inv_transform": `picture`.
+        test (3, 256, 256): the whole of a square picture, the centre of any other. "inv_transform": `picture`.
     """
     tensor = [T.ToTensor(), T.Normalize(MEAN, DEVIATION)]
     return {
@@ -98,7 +98,7 @@ def transforms() -> dict[str, Callable[[Any], Any]]:
 
 
 def picture(image: torch.Tensor) -> Image.Image:
-    """The RGB picture of a normalised image (3, H, W), to look at; what lies outside a picture's range is clipped."""
+    """The RGB picture of a normalised image (3, H, W), to look at; values outside a picture's range are clipped."""
     mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, DEVIATION))
     pixels = image.detach().cpu().float() * deviation + mean
     return T.functional.to_pil_image(pixels.clamp(0, 1).mul(255).round().byte())

@@ -26,8 +26,8 @@ class Connection:
     order: "norm-squash-resize", or "resize-norm-squash"; norm: "layer", or "channel"; resize: "bilinear", "bicubic" or
     "area" (see `Modulation`). activation: "relu" or "none" after the modulated destination; "auto": ReLU for vectors
     and channel-first maps, as published, none for tokens and channel-last maps. A pass without a signal has no such
-    ReLU: choose a destination that is rectified anyway, the ReLU after a convolution rather than the convolution, or
-    "none"; with "auto" `add_feedback` warns of others.
+    ReLU. Choose a destination that is rectified anyway (the ReLU after a convolution, not the convolution), or "none";
+    with "auto", `add_feedback` warns of other destinations.
     """
 
     source: str

@@ -28,7 +28,7 @@ from fxfeedback.tracing.wrapper import Wrapper
 class FeedbackModel(Wrapper):
     """A model with LRM connections, made by `add_feedback`.
 
-    Parameters and buffers of the user's model are attributes under their own names; the connections' blocks lie under
+    Parameters and buffers of the user's model are attributes under their own names; the connections' blocks are under
     `modulations`.
     """
 
@@ -77,7 +77,7 @@ class FeedbackModel(Wrapper):
 
         Args:
             inputs: the model's own.
-            passes: how many; default as the model was made.
+            passes: how many; default: the model's own number.
             steering: a `Steering` or a dict, or several; applied after every pass.
             steer_first_pass: apply it also before the first pass.
             named: the model's own inputs by name, and its other arguments, of which each value has graphs of its own.
@@ -105,7 +105,7 @@ class FeedbackModel(Wrapper):
 
         Args:
             inputs, passes, steering, steer_first_pass, return_all, named: as in the call.
-            state: what an earlier call returned; None: there is no signal yet.
+            state: what an earlier call returned; None: start without a signal.
             keep_graph: whether gradients flow through the returned state, for backpropagation through time: all values
                 of this call then live as long as the state does, and those of the calls before it. By default the state
                 has no history, so that a loop of any length needs the memory of one call.

@@ -18,7 +18,7 @@ State = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Steering:
-    """What a source hands on instead of its own activation: alpha * activation + (1 - alpha) * its signal.
+    """What a source passes on instead of its own activation: alpha * activation + (1 - alpha) * its signal.
 
     activation: shaped like the source's, or with batch 1. strength: factor on the connection's scales, one number or
     (negative, positive).
