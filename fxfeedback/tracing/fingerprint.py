@@ -7,7 +7,7 @@ branches on. Users change them; a graph is right as long as the modules have the
 import argparse
 import itertools
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fxfeedback.errors import OptionError
+from fxfeedback.tracing.buffers import READ
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 """What nn.Module's call runs, and a graph does not."""
@@ -60,6 +61,7 @@ class Fingerprint:
         self._kept: list[Any] = []  # what equals them as long as nothing changes
         self._orders: list[tuple[Any, list[str]]] = []  # of children; dicts are equal in any order
         self._objects: list[Any] = []
+        self._buffers: list[tuple[nn.Module, dict[str, Any]]] = []  # with what was kept of them
         self._known: set[int] = set()
         self._tensors: dict[int, _Tensor] = {}
         self._value(traced)
@@ -70,10 +72,13 @@ class Fingerprint:
         self._look_into(n_traced, (*GROUPS, *HOOKS))
         self._types = [type(one) for one in self._objects]
         self._hash = hash(tuple([one.training for one in self._objects if isinstance(one, nn.Module)]))
+        self._hold_read(lambda buffer, then: buffer.detach().clone())
         del self._known, self._tensors
 
     def holds(self) -> bool:
         """Whether all is as it was."""
+        if self._n_read != READ.count:
+            self._hold_read(lambda buffer, then: then)
         return (
             self._kept == self._live  # in this order: a tensor on the left would be slow
             and [type(one) for one in self._objects] == self._types
@@ -92,6 +97,15 @@ class Fingerprint:
     def _content(self) -> list[Any]:
         return [{k: v for k, v in kept.items() if not _is_constant(k)} for kept in self._kept]
 
+    def _hold_read(self, value: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        """Buffers whose values are in graphs count with a value, made of the present one and that in the graph."""
+        self._n_read = READ.count
+        for module, kept in self._buffers:
+            for name, then in READ.values.get(module, {}).items():
+                record, buffer = kept.get(name), module._buffers.get(name)
+                if isinstance(record, _Tensor) and buffer is not None and record.held is None:
+                    record.held = value(buffer, then)
+
     def _look_into(self, first: int, groups: tuple[str, ...]) -> None:
         """Add what is in the objects from number `first` on, and in those that are found there."""
         for one in itertools.islice(self._objects, first, None):
@@ -100,6 +114,7 @@ class Fingerprint:
                 continue
             for group in groups:  # other tensors may come to stand for parameters, as in torch.func.functional_call
                 self._add(vars(one)[group], replaceable=group in ("_parameters", "_buffers"))
+            self._buffers.append((one, self._kept[-1 - groups[::-1].index("_buffers")]))
             self._add(vars(one), MACHINERY)
             if one._modules:
                 self._orders.append((one._modules, list(one._modules)))

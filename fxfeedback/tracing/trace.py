@@ -32,6 +32,7 @@ from fxfeedback.graph.writable import refuse_unwritable
 from fxfeedback.rules.ops import without_gradient
 from fxfeedback.tracing.arguments import PROXIES, Form, form_of
 from fxfeedback.tracing.attributes import CONSTANT, Stage, difference, meaning, noting_lines, state_is_kept
+from fxfeedback.tracing.buffers import FromBuffers, noted
 from fxfeedback.tracing.draws import random_states, refusing_draws, watching_draws
 from fxfeedback.tracing.while_tracing import recording_sized, running_on_proxies, untraced
 
@@ -48,6 +49,7 @@ class PathTracer(NodePathTracer):
         self.thread = threading.get_ident()
         self.without_gradient: dict[fx.Node, fx.Node | None] = {}
         self.given: dict[int, torch.Tensor] = {}
+        self.from_buffers = FromBuffers({})
         self.constants: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.calling: nn.Module | None = None
         self.called: dict[fx.Node, nn.Module | None] = {}  # with other attributes than the model has
@@ -95,8 +97,10 @@ class PathTracer(NodePathTracer):
 
     # A graph knows no torch.no_grad(): what is computed under it passes no gradient on where it is used outside.
 
-    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
-        node = super().create_node(kind, *args, **kwargs)
+    def create_node(self, kind: str, target: Any, args: Any, *rest: Any, **kwargs: Any) -> fx.Node:
+        if args and isinstance(args[0], fx.Node) and args[0].op == "get_attr" and _name_of(target).endswith("_"):
+            self.from_buffers.use_all(self)
+        node = super().create_node(kind, target, args, *rest, **kwargs)
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             raise ValueError("it switches autocast on, which a graph cannot hold: call what is returned under autocast")
         if kind.startswith("call") and not torch.is_grad_enabled():
@@ -108,7 +112,9 @@ class PathTracer(NodePathTracer):
     def trace(self, root: Any, *args: Any, **kwargs: Any) -> fx.Graph:
         self.given = {id(tensor): tensor for tensor in (*root.parameters(), *root.buffers())}
         buffers = dict(root.named_buffers())
-        graph = super().trace(root, *args, **kwargs)
+        self.from_buffers = FromBuffers(buffers)
+        with self.from_buffers:
+            graph = super().trace(root, *args, **kwargs)
         for path, module in root.named_modules():
             for name, value in module._buffers.items():
                 target = f"{path}.{name}" if path else name
@@ -118,7 +124,8 @@ class PathTracer(NodePathTracer):
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, torch.Tensor) and not issubclass(type(a), fx.Proxy) and id(a) not in self.given:
-            a = self.constant(a)
+            computed = self.from_buffers.use(self, a)
+            a = self.constant(a) if computed is None else computed
         arg = a.node if issubclass(type(a), fx.Proxy) else super().create_arg(built_in(a))
         if not isinstance(arg, fx.Node) or arg not in self.without_gradient or not torch.is_grad_enabled():
             return arg
@@ -183,6 +190,7 @@ def trace_with(make: Callable[[Form], PathTracer], model: nn.Module, form: Form)
     for name in [name for name in vars(stage.copy) if name.startswith(CONSTANT)]:
         value = vars(stage.copy)[name]
         model.register_buffer(name, value.clone() if value.is_inference() else value, persistent=False)
+    noted(list(stage.originals.items()), tracer.from_buffers.read, stage.copy)
     stage.forget()
     refuse_unwritable(graph)
     module = fx.GraphModule(model, graph, identifier(type(model).__name__))
@@ -265,7 +273,11 @@ def _has_effect(node: fx.Node, module: nn.Module | None) -> bool:
     if module is not None:
         counts = module.training and getattr(module, "running_mean", None) is not None  # a norm that nothing reads
         return counts or bool(getattr(module, "inplace", False))
-    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    name = _name_of(node.target)
     in_place = name.endswith("_") or bool(node.kwargs.get("inplace")) or is_operator_in_place(node.target)
     in_place |= is_users(node.target)  # who knows
     return in_place or node.op in ("placeholder", "output")
+
+
+def _name_of(target: Any) -> str:
+    return target if isinstance(target, str) else getattr(target, "__name__", "")
