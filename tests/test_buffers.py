@@ -126,3 +126,68 @@ def test_what_is_computed_from_a_buffer_follows_it(read, change):
     change(butd)  # tensors are shared
     agree(butd, feedback, model, x)
     agree(copy.deepcopy(butd), copy.deepcopy(feedback), model, x)
+
+
+@pytest.mark.parametrize("convert", [fxfeedback.to_butd, lambda m, **k: fxfeedback.add_feedback(m, [], **k)])
+def test_constants_do_not_pile_up(convert):
+    """Graphs that are made again use the constants that are there."""
+
+    class Constant(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.k = nn.Linear(6, 3), 1.0
+
+        def forward(self, x):
+            return self.fc(x * torch.arange(6)) * self.k
+
+    network, x = convert(Constant(), input_size=(6,)), torch.randn(2, 6)
+    n_buffers = len(list(network.buffers()))
+    for k in range(5):
+        network.k = float(k)
+        network(x)
+    assert len(list(network.buffers())) == n_buffers
+
+
+def decayed(m, x):
+    for p in m.parameters():
+        p.data.mul_(0.9)
+    return m[0](x)
+
+
+def decayed_together(m, x):
+    torch._foreach_mul_([p.detach() for p in m.parameters()], 0.9)
+    return m[0](x)
+
+
+def normalized(m, x):
+    with torch.no_grad():
+        nn.init.zeros_(next(m.parameters()))
+    return m[0](x)
+
+
+@pytest.mark.parametrize("forward", [decayed, decayed_together, normalized])
+def test_a_forward_that_writes_into_parameters_by_the_way_is_refused(forward):
+    """And has not done so to the user's model."""
+
+    class Writes(nn.Sequential):
+        def forward(self, x):
+            return forward(self, x)
+
+    model = Writes(nn.Linear(6, 3))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(fxfeedback.errors.TraceError, match=r"writes into the parameter '0\.weight'"):
+        fxfeedback.to_butd(model, input_size=(6,))
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_a_model_that_is_its_own_copy_may_have_constants():
+    class Single(nn.Linear):
+        def __deepcopy__(self, memo):
+            return self
+
+        def forward(self, x):
+            return super().forward(x) * torch.ones(3)
+
+    model, x = Single(4, 3), torch.randn(2, 4)
+    expected = model(x)
+    torch.testing.assert_close(fxfeedback.to_butd(model, input_size=(4,))(x), expected)

@@ -55,7 +55,7 @@ class Stage:
         """The data that the modules' classes have, which forward may change as well."""
         kinds = [owner for owner in self.paths if isinstance(owner, type)]
         data = [(kind, name, value) for kind in kinds for name, value in vars(kind).items()]
-        return [each for each in data if isinstance(each[2], (int, float, str, list, dict, set, deque, type(None)))]
+        return [each for each in data if _is_data(each[2])]
 
     def state(self) -> dict[Any, dict[str, Any]]:
         """The attributes of every module and of their classes, to be compared with those of another time."""
@@ -219,6 +219,18 @@ def _proxies_in(value: Any) -> Iterator[Any]:
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, deque)) else ()
     for part in parts:
         yield from _proxies_in(part)
+
+
+def attributes_of(model: nn.Module) -> list[Any]:
+    """Of a model's modules and their classes: the attributes that are neither tensors of theirs nor children."""
+    own = [_plain({k: v for k, v in vars(m).items() if k not in NOT_THEIR_OWN}) for m in model.modules()]
+    kinds = {kind for module in model.modules() for kind in _classes(type(module))}
+    data = [[vars(kind)[name] for name in vars(kind) if _is_data(vars(kind)[name])] for kind in sorted(kinds, key=id)]
+    return [own, _plain(data)]
+
+
+def _is_data(value: Any) -> bool:
+    return isinstance(value, (int, float, str, list, dict, set, deque, type(None)))
 
 
 def settings(module: nn.Module) -> list[dict[str, Any]]:

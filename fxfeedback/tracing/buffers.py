@@ -94,11 +94,11 @@ class FromBuffers(TorchFunctionMode):
         self.read: set[str] = set()  # names of the buffers whose values the code has looked at
         self._made: dict[int, Made] = {}
         self._kept: list[Any] = [*buffers.values()]  # or an id could become another's
-        self._sources = {_memory(buffer): {name} for name, buffer in buffers.items()}
+        self._sources = {memory(buffer): {name} for name, buffer in buffers.items()}
 
     def sources(self, tensor: torch.Tensor) -> set[str]:
         """The names of the buffers that the tensor's values come from."""
-        return self._sources.get(_memory(tensor), set())
+        return self._sources.get(memory(tensor), set())
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -117,7 +117,7 @@ class FromBuffers(TorchFunctionMode):
         written = [t for t, version in zip(given, versions, strict=True) if _version(t) != version]
         for tensor in (*results, *written):
             self._kept.append(tensor)
-            self._sources[_memory(tensor)] = sources | self.sources(tensor)
+            self._sources[memory(tensor)] = sources | self.sources(tensor)
         for i, part in enumerate(value if issubclass(type(value), (tuple, list)) else [value]):
             if _is_tensor(part) and all(part is not tensor for tensor in given):
                 self._made[id(part)] = Made(part, func, args, kwargs, None if part is value else i)
@@ -157,7 +157,7 @@ class FromBuffers(TorchFunctionMode):
         try:
             with torch.no_grad():
                 size = made.again(lambda value: value.to("meta") if _is_tensor(value) else value).shape
-                return size == made.tensor.shape and (made.tensor.is_meta or _is_same(made.again(), made.tensor))
+                return size == made.tensor.shape and (made.tensor.is_meta or is_same(made.again(), made.tensor))
         except Exception:
             return False
         finally:
@@ -181,13 +181,14 @@ def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if (a.shape, a.dtype) != (b.shape, b.dtype):
+def is_same(a: torch.Tensor | None, b: torch.Tensor) -> bool:
+    """Whether both hold the same values, in the same dtype and place; False where that cannot be seen."""
+    if a is None or (a.shape, a.dtype, a.device, a.layout) != (b.shape, b.dtype, b.device, torch.strided) or a.is_meta:
         return False
     return torch.equal(a, b) or (a.is_floating_point() and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))
 
 
-def _memory(tensor: torch.Tensor) -> Any:
+def memory(tensor: torch.Tensor) -> Any:
     """What tensors have in common that are views of one."""
     try:
         return tensor.untyped_storage()._cdata

@@ -5,7 +5,7 @@ import pickle
 import random
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fxfeedback.tracing.buffers import memory
 from fxfeedback.tracing.while_tracing import replaced
 
 DRAWS = (
@@ -22,15 +23,18 @@ DRAWS = (
 )
 
 
-class _RefusingDraws(TorchDispatchMode):
+class _Refusing(TorchDispatchMode):
     """While a model is traced: no op of this thread's draws random numbers, but on the meta device for its shape.
 
-    generators: those of the model's own that last from call to call.
+    And none writes into the model's parameters, which are the user's own.
+
+    generators: those of the model's own that last from call to call. parameters: by name.
     """
 
-    def __init__(self, generators: list[torch.Generator]) -> None:
+    def __init__(self, generators: list[torch.Generator], parameters: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
         self.generators = [*generators, torch.default_generator, None]
+        self.names = {memory(p): name for name, p in parameters.items() if p.numel() and not p.is_meta}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -41,15 +45,33 @@ class _RefusingDraws(TorchDispatchMode):
             device = torch.device(kwargs.get("device") or "cpu")
             if device.type != "meta" and not any(tensor.is_meta for tensor in tensors):
                 raise ValueError(DRAWS)
+        if func._schema.is_mutable:
+            self.check_writing(func._schema.arguments, args, kwargs)
         return func(*args, **kwargs)
+
+    def check_writing(self, arguments: Any, args: Any, kwargs: Any) -> None:
+        """Refuse to write into a parameter: it would be done once, in tracing, and to the user's model."""
+        given = {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs
+        written = [given.get(argument.name) for argument in arguments if argument.is_write]
+        for tensor in tree_leaves(written):
+            name = self.names.get(memory(tensor)) if isinstance(tensor, torch.Tensor) else None
+            if name is not None:
+                raise ValueError(
+                    f"its forward writes into the parameter {name!r}, and not by its name: write with an op in place, "
+                    "as self.weight.copy_(...) under torch.no_grad(), or do it outside of forward"
+                )
 
 
 @contextmanager
-def refusing_draws(model: nn.Module) -> Iterator[None]:
-    """While a model is traced: a random number of torch's, or of a new generator of numpy's, is an error."""
+def refusing_draws(model: nn.Module, parameters: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """While a model is traced: a random number of torch's, or of a new generator of numpy's, is an error.
+
+    And so is an op that writes into one of these parameters.
+    """
     values = [value for module in model.modules() for value in vars(module).values()]
     numpy = {module: {"default_rng": _seeded(module.default_rng)} for module in _numpys()}
-    with _RefusingDraws([value for value in values if isinstance(value, torch.Generator)]), replaced(numpy):
+    generators = [value for value in values if isinstance(value, torch.Generator)]
+    with _Refusing(generators, parameters), replaced(numpy):
         yield
 
 

@@ -32,7 +32,7 @@ from fxfeedback.graph.writable import refuse_unwritable
 from fxfeedback.rules.ops import without_gradient
 from fxfeedback.tracing.arguments import PROXIES, Form, form_of
 from fxfeedback.tracing.attributes import CONSTANT, Stage, difference, meaning, noting_lines, state_is_kept
-from fxfeedback.tracing.buffers import FromBuffers, noted
+from fxfeedback.tracing.buffers import FromBuffers, is_same, noted
 from fxfeedback.tracing.draws import random_states, refusing_draws, watching_draws
 from fxfeedback.tracing.while_tracing import recording_sized, running_on_proxies, untraced
 
@@ -187,15 +187,25 @@ def trace_with(make: Callable[[Form], PathTracer], model: nn.Module, form: Form)
     finally:
         stage.restore_classes()
     stage = tracer.stage
-    for name in [name for name in vars(stage.copy) if name.startswith(CONSTANT)]:
-        value = vars(stage.copy)[name]
-        model.register_buffer(name, value.clone() if value.is_inference() else value, persistent=False)
+    _keep_constants(graph, stage.copy, model)
     noted(list(stage.originals.items()), tracer.from_buffers.read, stage.copy)
     stage.forget()
     refuse_unwritable(graph)
     module = fx.GraphModule(model, graph, identifier(type(model).__name__))
     _put_as_called(module, tracer)
     return module
+
+
+def _keep_constants(graph: fx.Graph, copy: nn.Module, model: nn.Module) -> None:
+    """Constants that tracing left on the copy become buffers of the model; one that the model has is used again."""
+    for name in [name for name in vars(copy) if name.startswith(CONSTANT)]:
+        value = vars(copy).pop(name)
+        known = [other for other in model._buffers if other.startswith(CONSTANT)]
+        found = next((other for other in known if is_same(model._buffers[other], value)), name)
+        if found == name:
+            model.register_buffer(name, value.clone() if value.is_inference() else value, persistent=False)
+        for node in graph.find_nodes(op="get_attr", target=name):
+            node.target = found
 
 
 def _traced(
@@ -208,7 +218,7 @@ def _traced(
     tracer, states = make(form), random_states()
     tracer.stage = stage
     watch = watching_draws() if watching else nullcontext()
-    draws = refusing_draws(stage.copy)
+    draws = refusing_draws(stage.copy, dict(stage.model.named_parameters()))
     with stage.performed(), running_on_proxies(), recording_sized(), draws, watch:
         graph = tracer.trace(stage.copy)
     if not watching and random_states() != states:  # was it the model, or another thread?
