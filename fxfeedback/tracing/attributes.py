@@ -6,21 +6,16 @@ reads; and a module that is called twice may have other attributes each time. `S
 
 import copy
 import itertools
-import linecache
-import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from fxfeedback.errors import TraceError
-from fxfeedback.graph.nodes import is_torchs
 from fxfeedback.tracing.share import tensors_of
 
 NOT_THEIR_OWN = set(vars(nn.Module())) - {"training"}
@@ -61,7 +56,7 @@ class Stage:
         """The attributes of every module and of their classes, to be compared with those of another time."""
         state: dict[Any, dict[str, Any]] = {module: _attributes(module) for module in self.originals}
         for kind, name, value in self._class_attributes():
-            state.setdefault(kind, {})[name] = _plain(value)
+            state.setdefault(kind, {})[name] = plain_value(value)
         return state
 
     def restore_classes(self) -> None:
@@ -162,10 +157,10 @@ def _classes(kind: type) -> list[type]:
 def _attributes(module: nn.Module) -> dict[str, Any]:
     """Every attribute of a module as plain data that can be compared; parameters, buffers and children by identity."""
     own = {name: value for name, value in vars(module).items() if name not in NOT_THEIR_OWN}
-    plain = {name: _plain(value) for name, value in own.items() if not name.startswith(CONSTANT)}
+    plain = {name: plain_value(value) for name, value in own.items() if not name.startswith(CONSTANT)}
     for name, value in [*module._parameters.items(), *module._buffers.items(), *module._modules.items()]:
         tensor = isinstance(value, torch.Tensor) and not _is_proxy(value)
-        plain[name] = ("tensor", id(value), _version(value)) if tensor else _plain(value)  # type: ignore[arg-type]
+        plain[name] = ("tensor", id(value), _version(value)) if tensor else plain_value(value)  # type: ignore[arg-type]
     return plain
 
 
@@ -177,7 +172,7 @@ def _is_proxy(value: Any) -> bool:
     return issubclass(type(value), fx.Proxy)  # isinstance may take one for a tensor
 
 
-def _plain(value: Any, within: tuple[int, ...] = ()) -> Any:
+def plain_value(value: Any, within: tuple[int, ...] = ()) -> Any:
     """A value as plain data; all proxies are one."""
     if id(value) in within or len(within) > 20:
         return "within itself"
@@ -190,10 +185,12 @@ def _plain(value: Any, within: tuple[int, ...] = ()) -> Any:
         return (type(value), id(value))
     if isinstance(value, dict):
         return [
-            (_plain(k, within), _plain(v, within)) for k, v in value.items() if not any(True for _ in _proxies_in(k))
+            (plain_value(k, within), plain_value(v, within))
+            for k, v in value.items()
+            if not any(True for _ in _proxies_in(k))
         ]
     if isinstance(value, (list, tuple, deque)):
-        return (type(value).__name__, [_plain(part, within) for part in value])
+        return (type(value).__name__, [plain_value(part, within) for part in value])
     if isinstance(value, (set, frozenset, itertools.count, float)):
         return (type(value).__name__, repr(value))  # NaN is another than itself
     if hasattr(value, "tobytes"):
@@ -203,7 +200,7 @@ def _plain(value: Any, within: tuple[int, ...] = ()) -> Any:
     if callable(value):
         return (type(value), getattr(value, "__qualname__", ""))
     if hasattr(value, "__dict__"):
-        return (type(value), _plain(vars(value), within))
+        return (type(value), plain_value(vars(value), within))
     return value
 
 
@@ -223,10 +220,10 @@ def _proxies_in(value: Any) -> Iterator[Any]:
 
 def attributes_of(model: nn.Module) -> list[Any]:
     """Of a model's modules and their classes: the attributes that are neither tensors of theirs nor children."""
-    own = [_plain({k: v for k, v in vars(m).items() if k not in NOT_THEIR_OWN}) for m in model.modules()]
+    own = [plain_value({k: v for k, v in vars(m).items() if k not in NOT_THEIR_OWN}) for m in model.modules()]
     kinds = {kind for module in model.modules() for kind in _classes(type(module))}
     data = [[vars(kind)[name] for name in vars(kind) if _is_data(vars(kind)[name])] for kind in sorted(kinds, key=id)]
-    return [own, _plain(data)]
+    return [own, plain_value(data)]
 
 
 def _is_data(value: Any) -> bool:
@@ -246,66 +243,3 @@ def _setting(module: nn.Module) -> dict[str, Any]:
 
 def _says_proxy(plain: Any) -> bool:
     return plain == PROXY or (isinstance(plain, (list, tuple)) and any(map(_says_proxy, plain)))
-
-
-# -- the next call ----------------------------------------------------------------------------------------------------
-
-
-def difference(first: Sequence[Any], second: Sequence[Any]) -> fx.Node | None:
-    """The first node of the second of two graphs, given by `meaning`, that the first graph has not."""
-    for (one, _), (other, node) in zip(first, second, strict=False):
-        if one != other:
-            return node
-    longer = max(first, second, key=len)
-    return longer[min(len(first), len(second))][1] if len(first) != len(second) else None
-
-
-def meaning(
-    graph: fx.Graph, root: nn.Module, given: Sequence[torch.Tensor], called: dict[fx.Node, nn.Module | None]
-) -> list[tuple[str, fx.Node]]:
-    """What each node of a graph computes, to compare graphs of one model.
-
-    given: the model's own tensors, which go by their names; what forward put in their places goes by its values.
-    called: the modules that are called with other attributes than `root` has.
-    """
-    rows: list[tuple[str, fx.Node]] = []
-    numbers: dict[fx.Node, str] = {}
-    own = {id(tensor) for tensor in given}
-    for node in graph.nodes:
-        args = fx.map_arg((node.args, node.kwargs), numbers.__getitem__)
-        what: Any = getattr(node.target, "__qualname__", node.target)
-        if node.op == "get_attr":
-            path, _, leaf = str(node.target).rpartition(".")
-            tensor = getattr(root.get_submodule(path), leaf)
-            what = what if id(tensor) in own else _plain(tensor)
-        changed = called.get(node)
-        state = settings(changed) if changed is not None else None
-        numbers[node] = f"node {len(rows)}"
-        rows.append((repr((node.op, what, args, state)), node))
-    return rows
-
-
-@contextmanager
-def noting_lines() -> Iterator[dict[tuple[int, str], str]]:
-    """(id of a module, name of an attribute) -> where the user's code set it."""
-    original, lines = nn.Module.__setattr__, {}
-
-    def note(module: nn.Module, name: str, value: Any) -> None:
-        frame = sys._getframe(1)
-        while frame.f_back is not None and is_torchs(frame.f_code.co_filename):
-            frame = frame.f_back
-        file, number = frame.f_code.co_filename, frame.f_lineno
-        lines[id(module), name] = f", set at {file}:{number}: {linecache.getline(file, number).strip()}"
-        original(module, name, value)
-
-    with mock.patch.object(nn.Module, "__setattr__", note):
-        yield lines
-
-
-def state_is_kept(names: Sequence[str], where: str) -> TraceError:
-    """What is wrong with a forward that leaves something to the next call."""
-    return TraceError(
-        f"the model's forward keeps state from call to call, in {' or '.join(map(repr, names[:3]))}{where}, which a "
-        "graph would drop: make it an input and return it, or a buffer that forward writes into in place "
-        "(register_buffer, then self.name.copy_(...) or .add_(1))"
-    )

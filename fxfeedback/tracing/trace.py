@@ -31,9 +31,10 @@ from fxfeedback.graph.nodes import (
 from fxfeedback.graph.writable import refuse_unwritable
 from fxfeedback.rules.ops import without_gradient
 from fxfeedback.tracing.arguments import PROXIES, Form, form_of
-from fxfeedback.tracing.attributes import CONSTANT, Stage, difference, meaning, noting_lines, state_is_kept
+from fxfeedback.tracing.attributes import CONSTANT, Stage
 from fxfeedback.tracing.buffers import FromBuffers, is_same, noted
 from fxfeedback.tracing.draws import random_states, refusing_draws, watching_draws
+from fxfeedback.tracing.next_call import difference, meaning, noting_lines, state_is_kept
 from fxfeedback.tracing.while_tracing import recording_sized, running_on_proxies, untraced
 
 

@@ -1,7 +1,5 @@
 """What every module that fxfeedback returns has in common: it holds a model's tensors as its own, and traces it."""
 
-import itertools
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
@@ -11,32 +9,21 @@ from torch import fx, nn
 from fxfeedback.errors import InputError, OptionError
 from fxfeedback.graph.specs import at_batch
 from fxfeedback.tracing.arguments import Form, arguments_of, bind, example_form
-from fxfeedback.tracing.fingerprint import Cache, Fingerprint, refuse_hooks
+from fxfeedback.tracing.fingerprint import Cache, refuse_hooks
+from fxfeedback.tracing.kept_graphs import KeepsGraphs
 from fxfeedback.tracing.saved import without_prefixes
 from fxfeedback.tracing.share import share
-from fxfeedback.tracing.while_tracing import building, forget
-
-_NUMBERS = itertools.count()
-FACTS = (bool, int, float, str, type(None))
 
 
-class Wrapper(nn.Module):
+class Wrapper(KeepsGraphs):
     """A module with the parameters, buffers and submodules of a user's model, under their own names.
 
     The user's model is neither changed nor kept: `_net` is a copy of its modules that shares its tensors. Graphs made
     from it are kept in `_cache`, by the modules' fingerprint and whatever else they depend on.
     """
 
-    max_graphs = 32
-    """How many graphs are kept, one per input size, mode and set of attributes; the least recently used go first."""
-
-    OWN: tuple[str, ...] = ()
-    """Names of the submodules that the wrapper adds."""
     OPTIONS: tuple[str, ...] = ()
     """Names of the call's arguments that are not the model's own."""
-
-    _net: nn.Module  # like the user's model, with the same tensors and our modes
-    _root: nn.Module  # our tensors and modules without our methods, whose names the model's children may have, too
 
     def __init__(self, model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any]) -> None:
         super().__init__()
@@ -122,75 +109,6 @@ class Wrapper(nn.Module):
         """Tensors without data like the example inputs, in our present dtype."""
         like = self._like()
         return [x.to(like.dtype) if x.is_floating_point() else x for x in self._examples]
-
-    # -- graphs -------------------------------------------------------------------------------------------------------
-
-    def _fingerprint(self) -> int:
-        """A number for the modules' modes and attributes: the same for the same ones.
-
-        Raises:
-            OptionError: a module has a hook, which would not run.
-        """
-        number = self._number()
-        return self._number(self._watched()) if torch.compiler.is_compiling() else number
-
-    def _watched(self) -> int:
-        """How many of the plain attributes are as they are: read so that torch.compile looks at each in every call."""
-        same = 0
-        for module in [*self.modules(), *self._net.modules()]:  # a child may be exchanged in either
-            for name, value in _plain(module):
-                if getattr(module, name) == value:
-                    same += 1
-        return same
-
-    @torch.compiler.assume_constant_result
-    def _number(self, watched: int = 0) -> int:
-        if self._cache.present is None or not self._cache.present[0].holds():
-            self._follow()
-            now = Fingerprint(self._net, self._modules)
-            if len(self._cache.numbers) > 4 * self.max_graphs:
-                self._cache.numbers.clear()
-            self._cache.present = now, self._cache.numbers.setdefault(now, next(_NUMBERS))
-        fingerprint, number = self._cache.present
-        if any(fingerprint.hooks):
-            refuse_hooks("", self._net)
-        return number
-
-    def _follow(self) -> None:
-        """Children that were exchanged, here or by the model's own methods, are exchanged in the other place, too."""
-        net, ours = self._net, {name: child for name, child in self._modules.items() if name not in self.OWN}
-        if ours != self._children:
-            net._modules.clear()
-            net._modules.update(ours)
-        elif net._modules != self._children:
-            own = {name: child for name, child in self._modules.items() if name in self.OWN}
-            self._modules.clear()
-            self._modules.update({**net._modules, **own})
-        self._children = dict(net._modules)
-        vars(self._root).update((name, value) for name, value in vars(net).items() if isinstance(value, torch.Tensor))
-
-    def _kept(self, key: tuple[Any, ...]) -> Any:
-        """What `_build` makes for this key; made once, and kept as long as it is one of the last that were used."""
-        self._make(key)
-        kept = self._cache.get(key)
-        return self._kept(key) if kept is None else kept  # another thread may have cleared the cache
-
-    @torch.compiler.assume_constant_result  # making a graph is nothing that torch.compile could trace
-    def _make(self, key: tuple[Any, ...]) -> None:
-        kept = self._cache.pop(key, None)
-        if kept is None:
-            with building(self._net) as sources:
-                kept = self._cache.pop(key, None)
-                if kept is None:
-                    kept = self._build(key)
-                    weakref.finalize(kept, forget, sources)
-        self._cache[key] = kept
-        graphs = [key for key in list(self._cache) if key != "gates"]
-        for oldest in graphs[: -self.max_graphs]:
-            self._cache.pop(oldest, None)
-
-    def _build(self, key: tuple[Any, ...]) -> Any:
-        raise NotImplementedError
 
     def _like(self) -> torch.Tensor:
         """A tensor of our dtype, on our device."""
@@ -310,12 +228,6 @@ def call_as_example(wrapper: Wrapper, inputs: Sequence[torch.Tensor], **options:
     """Call a wrapper in the form of its example, with these inputs."""
     args, named = wrapper._form.fill(inputs)
     return wrapper(*args, **named, **options)
-
-
-@torch.compiler.assume_constant_result
-def _plain(module: nn.Module) -> tuple[tuple[str, Any], ...]:
-    """The module's mode, numbers and words, by name."""
-    return tuple([(name, value) for name, value in vars(module).items() if isinstance(value, FACTS)])
 
 
 def not_finite(tensor: torch.Tensor) -> bool:

@@ -1,0 +1,101 @@
+"""The graphs that a network keeps, and which of them is right for the modules as they are."""
+
+import itertools
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxfeedback.tracing.fingerprint import Cache, Fingerprint, refuse_hooks
+from fxfeedback.tracing.while_tracing import building, forget
+
+_NUMBERS = itertools.count()
+FACTS = (bool, int, float, str, type(None))
+
+
+class KeepsGraphs(nn.Module):
+    """Makes a graph where it has none for a key, and keeps it. A key has the modules' fingerprint, as a number."""
+
+    max_graphs = 32
+    """How many graphs are kept, one per input size, mode and set of attributes; the least recently used go first."""
+
+    OWN: tuple[str, ...] = ()
+    """Names of the submodules that the wrapper adds."""
+    _net: nn.Module  # like the user's model, with the same tensors and our modes
+    _root: nn.Module  # our tensors and modules without our methods, whose names the model's children may have, too
+    _cache: Cache
+    _children: dict[str, nn.Module | None]  # as they were when the two last agreed
+
+    def _fingerprint(self) -> int:
+        """A number for the modules' modes and attributes: the same for the same ones.
+
+        Raises:
+            OptionError: a module has a hook, which would not run.
+        """
+        number = self._number()
+        return self._number(self._watched()) if torch.compiler.is_compiling() else number
+
+    def _watched(self) -> int:
+        """How many of the plain attributes are as they are: read so that torch.compile looks at each in every call."""
+        same = 0
+        for module in [*self.modules(), *self._net.modules()]:  # a child may be exchanged in either
+            for name, value in _plain(module):
+                if getattr(module, name) == value:
+                    same += 1
+        return same
+
+    @torch.compiler.assume_constant_result
+    def _number(self, watched: int = 0) -> int:
+        if self._cache.present is None or not self._cache.present[0].holds():
+            self._follow()
+            now = Fingerprint(self._net, self._modules)
+            if len(self._cache.numbers) > 4 * self.max_graphs:
+                self._cache.numbers.clear()
+            self._cache.present = now, self._cache.numbers.setdefault(now, next(_NUMBERS))
+        fingerprint, number = self._cache.present
+        if any(fingerprint.hooks):
+            refuse_hooks("", self._net)
+        return number
+
+    def _follow(self) -> None:
+        """Children that were exchanged, here or by the model's own methods, are exchanged in the other place, too."""
+        net, ours = self._net, {name: child for name, child in self._modules.items() if name not in self.OWN}
+        if ours != self._children:
+            net._modules.clear()
+            net._modules.update(ours)
+        elif net._modules != self._children:
+            own = {name: child for name, child in self._modules.items() if name in self.OWN}
+            self._modules.clear()
+            self._modules.update({**net._modules, **own})
+        self._children = dict(net._modules)
+        vars(self._root).update((name, value) for name, value in vars(net).items() if isinstance(value, torch.Tensor))
+
+    def _kept(self, key: tuple[Any, ...]) -> Any:
+        """What `_build` makes for this key; made once, and kept as long as it is one of the last that were used."""
+        self._make(key)
+        kept = self._cache.get(key)
+        return self._kept(key) if kept is None else kept  # another thread may have cleared the cache
+
+    @torch.compiler.assume_constant_result  # making a graph is nothing that torch.compile could trace
+    def _make(self, key: tuple[Any, ...]) -> None:
+        kept = self._cache.pop(key, None)
+        if kept is None:
+            with building(self._net) as sources:
+                kept = self._cache.pop(key, None)
+                if kept is None:
+                    kept = self._build(key)
+                    weakref.finalize(kept, forget, sources)
+        self._cache[key] = kept
+        graphs = [key for key in list(self._cache) if key != "gates"]
+        for oldest in graphs[: -self.max_graphs]:
+            self._cache.pop(oldest, None)
+
+    def _build(self, key: tuple[Any, ...]) -> Any:
+        raise NotImplementedError
+
+
+@torch.compiler.assume_constant_result
+def _plain(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """The module's mode, numbers and words, by name."""
+    return tuple([(name, value) for name, value in vars(module).items() if isinstance(value, FACTS)])
