@@ -287,7 +287,7 @@ def test_examples_by_name(tmp_path):
             output = network(*args, **named)
             close(output[0] if network is feedback else output, model(*args, **named))
     close(butd.select(1)(X, M), butd.eval()(X, M, task=1))
-    with pytest.raises(TraceError, match=r"by these names is no call of Mask: missing a required argument: 'x'"):
+    with pytest.raises(TraceError, match=r"by these names is not a call of Mask: missing a required argument: 'x'"):
         fxfeedback.to_butd(model, example_inputs={"z": X})
 
 

@@ -107,7 +107,9 @@ def example_form(model: nn.Module, examples: Sequence[Any] | Mapping[str, Any]) 
         try:
             return bind(model, (), examples)
         except InputError as error:
-            raise TraceError(f"example_inputs= by these names is no call of {type(model).__name__}: {error}") from None
+            raise TraceError(
+                f"example_inputs= by these names is not a call of {type(model).__name__}: {error}"
+            ) from None
     try:
         return bind(model, examples, {})
     except InputError as error:

@@ -184,11 +184,8 @@ def plain_value(value: Any, within: tuple[int, ...] = ()) -> Any:
     if isinstance(value, (nn.Module, type)):
         return (type(value), id(value))
     if isinstance(value, dict):
-        return [
-            (plain_value(k, within), plain_value(v, within))
-            for k, v in value.items()
-            if not any(True for _ in _proxies_in(k))
-        ]
+        kept = [(k, v) for k, v in value.items() if not any(True for _ in _proxies_in(k))]
+        return [(plain_value(k, within), plain_value(v, within)) for k, v in kept]
     if isinstance(value, (list, tuple, deque)):
         return (type(value).__name__, [plain_value(part, within) for part in value])
     if isinstance(value, (set, frozenset, itertools.count, float)):

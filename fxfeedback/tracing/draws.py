@@ -104,7 +104,7 @@ def random_states() -> tuple[Any, ...]:
 
 @contextmanager
 def watching_draws() -> Iterator[None]:
-    """To find out who changes these: to do so in this thread is an error. Python's profiler sees every call."""
+    """Find out who changes these generators: doing so in this thread is an error. Python's profiler sees every call."""
     shared = (random.random.__self__, torch.default_generator)  # type: ignore[attr-defined]
 
     def watch(frame: Any, event: str, called: Any) -> None:

@@ -166,7 +166,7 @@ class _Tensor:
         self.facts = tensor.shape, tensor.dtype, tensor.device
         self.number, self.places = number, 0
         self.only: torch.Tensor | None = None
-        self.held: torch.Tensor | None = None  # of an attribute that is no buffer: its values become constants
+        self.held: torch.Tensor | None = None  # of one whose values are constants of a graph
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, torch.Tensor):
@@ -190,7 +190,7 @@ _ANY = _Any()
 
 
 class _Same:
-    """An object that is compared by identity, and by what it holds where that is no attribute."""
+    """An object that is compared by identity, and by what it holds where that is not an attribute."""
 
     def __init__(self, value: Any) -> None:
         self.value, self.held = value, _held(value)
@@ -224,9 +224,9 @@ def refuse_hooks(prefix: str, module: nn.Module) -> None:
             if getattr(inner, kind):
                 what = kind.strip("_").removesuffix("s").replace("_", " ")
                 hook = next(iter(getattr(inner, kind).values()))
-                who = getattr(hook, "__name__", type(hook).__name__)
+                called = getattr(hook, "__name__", type(hook).__name__)
                 raise OptionError(
-                    f"the module {path or type(inner).__name__!r} has a {what} ({who}), which would not run, as its "
+                    f"the module {path or type(inner).__name__!r} has a {what} ({called}), which would not run, as its "
                     "ops are nodes of a graph: remove it, and hook the converted model or its parameters, or read "
                     "values with readout() or counter_neurons(); for weight_norm and spectral_norm use "
                     "torch.nn.utils.parametrizations, for pruning prune.remove()"

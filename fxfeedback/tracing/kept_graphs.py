@@ -23,7 +23,7 @@ class KeepsGraphs(nn.Module):
     OWN: tuple[str, ...] = ()
     """Names of the submodules that the wrapper adds."""
     _net: nn.Module  # like the user's model, with the same tensors and our modes
-    _root: nn.Module  # our tensors and modules without our methods, whose names the model's children may have, too
+    _root: nn.Module  # our tensors and modules without our methods, whose names the model's children may have as well
     _cache: Cache
     _children: dict[str, nn.Module | None]  # as they were when the two last agreed
 
@@ -59,7 +59,7 @@ class KeepsGraphs(nn.Module):
         return number
 
     def _follow(self) -> None:
-        """Children that were exchanged, here or by the model's own methods, are exchanged in the other place, too."""
+        """Children that were exchanged, here or by the model's own methods, are exchanged in the other place as well."""
         net, ours = self._net, {name: child for name, child in self._modules.items() if name not in self.OWN}
         if ours != self._children:
             net._modules.clear()

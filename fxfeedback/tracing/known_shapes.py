@@ -56,7 +56,7 @@ class Shapes:
         self.device = next((p.device for p in root.parameters()), torch.device("cpu"))
 
     def run(self, node: fx.Node) -> None:
-        """Note what `node` is, as far as its arguments are known; who does not run here has no shape.
+        """Note what `node` is, as far as its arguments are known; a node that does not run here has no shape.
 
         Raises:
             RuntimeError: called while it runs: a proxy among the values makes nodes without end, each in a device mode.

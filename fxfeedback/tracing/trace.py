@@ -212,7 +212,7 @@ def _keep_constants(graph: fx.Graph, copy: nn.Module, model: nn.Module) -> None:
 def _traced(
     make: Callable[[Form], PathTracer], stage: Stage, form: Form, watching: bool = False
 ) -> tuple[PathTracer, fx.Graph]:
-    """A tracer, and the graph that it made of one call, with names and without what nobody needs.
+    """A tracer, and the graph that it made of one call, with names and without unused nodes.
 
     No parameter or buffer has been written and no random number drawn on the way.
     """
@@ -286,7 +286,7 @@ def _has_effect(node: fx.Node, module: nn.Module | None) -> bool:
         return counts or bool(getattr(module, "inplace", False))
     name = _name_of(node.target)
     in_place = name.endswith("_") or bool(node.kwargs.get("inplace")) or is_operator_in_place(node.target)
-    in_place |= is_users(node.target)  # who knows
+    in_place |= is_users(node.target)  # it may have
     return in_place or node.op in ("placeholder", "output")
 
 

@@ -176,7 +176,7 @@ class _Interpreter(fx.Interpreter):
         self.values: Values = {}
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
-        return plain(super().fetch_args_kwargs_from_env(n))  # the generated code has plain lists, too
+        return plain(super().fetch_args_kwargs_from_env(n))  # the generated code has plain lists as well
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -186,7 +186,7 @@ class _Interpreter(fx.Interpreter):
 
 
 def _run(function: Any, net: nn.Module, inputs: Sequence[torch.Tensor], seed: int) -> Any:
-    """A call, after which the buffers are as before: what it writes into them a graph writes, too."""
+    """A call, after which the buffers are as before: what it writes into them a graph writes as well."""
     torch.manual_seed(seed)
     before = [(buffer, buffer.clone()) for buffer in net.buffers()]
     try:
@@ -221,7 +221,7 @@ def _places(value: Any, place: str = "output") -> Iterator[tuple[str, Any]]:
 
 
 def _differences(expected: Values, found: Values) -> dict[Any, float]:
-    """Place -> relative difference, where that is more than rounding; infinite where there is no comparing."""
+    """Place -> relative difference, where that is more than rounding; infinite where they cannot be compared."""
     differences = {place: _difference(value, found.get(place)) for place, value in expected.items()}
     return {place: size for place, size in differences.items() if size > 0}
 

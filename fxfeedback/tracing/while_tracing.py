@@ -107,7 +107,7 @@ ISINSTANCE = isinstance
 def _isinstance_of(value: Any, kinds: Any, /) -> bool:
     """isinstance, to which a stand-in in the model's code is what it stands for.
 
-    A stand-in whose `__class__` said so would be a tensor to torch's C code, too, which looks for its memory then.
+    A stand-in whose `__class__` said so would be a tensor to torch's C code as well, which then looks for its memory.
     """
     if ISINSTANCE(value, kinds):
         return True
@@ -185,7 +185,7 @@ def forget(sources: Sequence[str]) -> None:
 
 @contextmanager
 def settled(module: nn.Module) -> Iterator[None]:
-    """Parametrizations in evaluation mode: to look at a weight is no step of training (spectral norm's iteration)."""
+    """Parametrizations in evaluation mode: looking at a weight is not a step of training (spectral norm's iteration)."""
     owners = [owner for owner in module.modules() if parametrize.is_parametrized(owner)]
     parametrizations = [owner.get_submodule("parametrizations") for owner in owners]
     inner = [m for each in parametrizations for m in each.modules() if m.training]
