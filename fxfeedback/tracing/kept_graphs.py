@@ -59,7 +59,7 @@ class KeepsGraphs(nn.Module):
         return number
 
     def _follow(self) -> None:
-        """Children that were exchanged, here or by the model's own methods, are exchanged in the other place as well."""
+        """Children that were exchanged, here or by the model's own methods, are so in the other place as well."""
         net, ours = self._net, {name: child for name, child in self._modules.items() if name not in self.OWN}
         if ours != self._children:
             net._modules.clear()

@@ -38,7 +38,7 @@ class StandIn(fx.Proxy):
         return super().__getattr__(name)
 
     def written(self, method: str, other: Any) -> Any:
-        """What is left of x += y: a buffer is written in the graph; of other tensors that are not parts a new one is made."""
+        """What is left of x += y: a buffer is written in the graph; other tensors, if not parts, are made anew."""
         if self.node.op == "get_attr":
             self.tracer.create_proxy("call_method", method, (self, other), {})
             return self

@@ -185,7 +185,7 @@ def forget(sources: Sequence[str]) -> None:
 
 @contextmanager
 def settled(module: nn.Module) -> Iterator[None]:
-    """Parametrizations in evaluation mode: looking at a weight is not a step of training (spectral norm's iteration)."""
+    """Parametrizations in evaluation mode: reading a weight is not a step of training (spectral norm's iteration)."""
     owners = [owner for owner in module.modules() if parametrize.is_parametrized(owner)]
     parametrizations = [owner.get_submodule("parametrizations") for owner in owners]
     inner = [m for each in parametrizations for m in each.modules() if m.training]
