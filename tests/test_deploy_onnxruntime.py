@@ -34,6 +34,7 @@ def test_the_products_of_a_network(tmp_path, capsys):
     assert torch.get_num_threads() == threads
 
 
+@pytest.mark.long  # passes in the small: tests/test_export.py
 def test_the_passes(tmp_path, capsys):
     assert job(tmp_path, "--only", "passes", "--batch", "1") == 0
     ((name, (difference, *_)),) = rows(capsys.readouterr().out).items()
