@@ -61,6 +61,7 @@ def test_the_instruction_tutorial():
     assert names["figure"].axes
 
 
+@pytest.mark.long  # README's blocks do much the same: tests/test_readme.py
 @pytest.mark.parametrize("page", sorted(page for page in PAGES if blocks(page, "python") and page not in PUBLISHED))
 def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
