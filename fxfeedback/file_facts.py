@@ -1,4 +1,4 @@
-"""What an ONNX file says of itself and where its data lies, checked: the file may be damaged, or somebody else's."""
+"""What an ONNX file says of itself and where its data lies, checked: the file may be damaged, or come from anybody."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -56,7 +56,7 @@ def _decoded(text: str, name: str, path: Any) -> Any:
 
 
 def check_texts(model: Any, path: Path) -> None:
-    """Refuse an ONNX file with names that are no text, which protobuf hands on as bytes.
+    """Refuse an ONNX file with names that are not text, which protobuf hands on as bytes.
 
     Raises:
         CheckpointError: there is one.
@@ -66,7 +66,7 @@ def check_texts(model: Any, path: Path) -> None:
     names += [name for node in graph.node for name in (*node.input, *node.output)]
     names += [text for entry in model.metadata_props for text in (entry.key, entry.value)]
     if not all(isinstance(name, str) for name in names):
-        raise CheckpointError(f"{str(path)!r} is damaged, or no ONNX file: a name in it is no text")
+        raise CheckpointError(f"{str(path)!r} is damaged, or no ONNX file: a name in it is not text")
 
 
 def data_files(model: Any, path: Path) -> list[Path]:

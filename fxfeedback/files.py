@@ -1,4 +1,4 @@
-"""Files that are replaced whole: a crash leaves the old one or the new one."""
+"""Files that are replaced atomically: a crash leaves the old one or the new one."""
 
 import contextlib
 import os
@@ -22,9 +22,9 @@ LARGEST = 2**31 - 2**24
 BESIDE, FORMERLY = ".saving-", ".exporting-"
 """How the names of folders begin in which files are made; in earlier versions also."""
 LOCK = "owner"
-"""The file in such a folder that is locked while somebody writes there, with the name of the machine."""
+"""The file in such a folder that is locked while a process writes there, with the name of the machine."""
 ABANDONED = 24 * 3600
-"""Seconds after which a folder is nobody's of which no lock says so: one of an earlier version or another machine."""
+"""Seconds after which a folder counts as abandoned where no lock tells: of an earlier version or another machine."""
 
 
 def as_path(given: str | os.PathLike[str], name: str = "path") -> Path:
@@ -48,7 +48,7 @@ def replace_whole(path: Path, write: Callable[[str], None]) -> None:
         try:
             write(str(new))
         except Exception as error:
-            if type(error).__name__ == "SafetensorError":  # a full disk is no OSError to safetensors
+            if type(error).__name__ == "SafetensorError":  # a full disk is not an OSError to safetensors
                 raise OSError(f"{path} cannot be written: {error}") from error
             raise
         sync(new).replace(path)
@@ -70,7 +70,7 @@ def beside(path: Path) -> Iterator[Path]:
 
 
 def _is_abandoned(folder: Path) -> bool:
-    """Whether nobody writes in a folder: whoever does holds the lock, also when several machines share the disk."""
+    """Whether no process writes in a folder: who does holds the lock, also where several machines share a disk."""
     with contextlib.suppress(OSError), Path(folder, LOCK).open("r+") as lock:
         locked = _locked(lock) if lock.read() == platform.node() else None
         if locked is not None:
@@ -81,7 +81,7 @@ def _is_abandoned(folder: Path) -> bool:
 
 
 def _locked(file: IO[Any]) -> bool | None:
-    """Lock a file until it is closed: whether nobody else has; None where the system knows no locks."""
+    """Lock a file until it is closed: whether no other process has; None where the system has no locks."""
     if fcntl is None:
         return None
     try:

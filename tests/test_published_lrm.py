@@ -232,7 +232,7 @@ FILES = {
     "code, not zipped": (lambda tensors: saved({**tensors, "a": Code()}, _use_new_zipfile_serialization=False), CODE),
     "a whole model": (lambda tensors: saved(nn.Linear(2, 2)), r"refers to torch.nn.*Linear: save a model's state_dict"),
     "empty": (lambda tensors: b"", "is damaged or no checkpoint: it ends too early"),
-    "text": (lambda tensors: b"<html>404</html>", "no plain file of tensors"),
+    "text": (lambda tensors: b"<html>404</html>", "not a plain file of tensors"),
     "one tensor": (lambda tensors: saved(torch.ones(3)), "holds no state dict"),
     "a list": (lambda tensors: saved({"model": [torch.ones(3)]}), "missing: .*; extra: model$"),
 }

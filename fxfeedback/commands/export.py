@@ -25,10 +25,10 @@ KEYS = {"model": "MODEL, as given", **info.KEYS}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL, FILE, and what of the network is written."""
     add_model(parser)
-    parser.add_argument("file", metavar="FILE.onnx", help="replaced whole or not at all")
+    parser.add_argument("file", metavar="FILE.onnx", help="replaced atomically")
     add_connections(parser)
     parser.add_argument("--steerable", action="store_true", help="sources can be steered, by optional inputs")
-    parser.add_argument("--dynamic-size", action="store_true", help="height and width are free, too")
+    parser.add_argument("--dynamic-size", action="store_true", help="height and width are also free")
     add_tasks(parser)
     parser.add_argument("--task", type=int, metavar="ID", help="only this task's network")
     parser.add_argument("--learner", action="store_true", help="a step of learning, for fxfeedback.runtime.Learner")

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL, its connections, what else to do."""
     add_model(parser)
     add_connections(parser)
-    parser.add_argument("--code", action="store_true", help="print the unrolled graph's code, too")
+    parser.add_argument("--code", action="store_true", help="also print the unrolled graph's code")
     parser.add_argument("--save", metavar="DIR", help="save the model for fxfeedback.load")
 
 

@@ -31,7 +31,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "model",
         metavar="MODEL",
         help="a model of torchvision; PACKAGE.MODULE:NAME, a module or a function that returns one (the current "
-        "directory is searched, too); or a directory that fxfeedback.save wrote",
+        "directory is also searched); or a directory that fxfeedback.save wrote",
     )
     model.completer = lambda **_: torchvision_names()  # type: ignore[attr-defined]
     parser.add_argument(
@@ -77,7 +77,7 @@ def add_tasks(parser: argparse.ArgumentParser) -> None:
 def positive(text: str) -> int:
     """A whole number from 1 on."""
     if not (text.isdecimal() and int(text)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
     return int(text)
 
 
@@ -90,7 +90,7 @@ def connection(text: str) -> tuple[str, str]:
     """layer4:layer1"""
     source, colon, destination = text.partition(":")
     if not (source and colon and destination) or ":" in destination:
-        raise argparse.ArgumentTypeError(f"{text!r} is no connection: give SOURCE:DESTINATION, as in layer4:layer1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a connection: give SOURCE:DESTINATION, as in layer4:layer1")
     return source, destination
 
 
@@ -123,7 +123,7 @@ def read_network(arguments: argparse.Namespace, *kinds: type[Any]) -> Any:
         model = fxfeedback.add_feedback(model, arguments.connect, passes, input_size=arguments.input_size)
     elif "passes" in asked:
         if not isinstance(model, fxfeedback.FeedbackModel):
-            raise OptionError("--passes belongs to a model with connections: give --connect, too")
+            raise OptionError("--passes belongs to a model with connections: also give --connect")
         vars(model)["passes"] = arguments.passes
     how: dict[str, Any] = {name: asked[name] for name in ("embedding", "head", "gating") if name in asked}
     if "tasks" in asked:

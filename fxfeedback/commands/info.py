@@ -49,7 +49,7 @@ KEYS = {
     "connections[].norm": "as of fxfeedback.Connection",
     "connections[].resize": "as of fxfeedback.Connection",
     "connections[].activation": "as of fxfeedback.Connection",
-    "tasks": "how many there are; null, too, where instructions are vectors over the model's outputs",
+    "tasks": "how many there are; also null where instructions are vectors over the model's outputs",
     "task": "the one task that the file is for, an id or a vector",
     "instruction_size": "the length of an instruction",
     "gating": "unit or channel",

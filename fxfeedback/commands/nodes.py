@@ -25,7 +25,7 @@ KEYS = {
     "inputs": "the shape of each input; in shapes null stands for the batch",
     "nodes[].name": "as connections name it",
     "nodes[].op": "what it computes, or what it is",
-    "nodes[].shape": "of its value; null where this is no tensor",
+    "nodes[].shape": "of its value; null where this is not a tensor",
     "nodes[].per_image": "how many parts of one image lie in its batch: 1, as a rule; 0: the batch has no say",
     "nodes[].source": "whether it may be a connection's source",
     "nodes[].destination": "whether it may be a connection's destination",

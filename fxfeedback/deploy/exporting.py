@@ -41,7 +41,7 @@ class _Step(nn.Module):
 
 @dataclass
 class _Record:
-    """What a run of the program leaves behind; torch.export puts attributes of a module back.
+    """What a run of the program leaves; torch.export puts attributes of a module back.
 
     at: label of the node that runs; outputs: names of what was returned.
     """

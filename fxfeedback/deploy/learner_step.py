@@ -272,7 +272,7 @@ def _state(butd: BUTD, learns: Iterable[str]) -> tuple[dict[str, torch.Tensor], 
     for name in learns:
         if name not in state:
             raise OptionError(
-                f"{name!r} learns, but is no entry of the state_dict: remove its parametrization "
+                f"{name!r} learns, but is not an entry of the state_dict: remove its parametrization "
                 "(torch.nn.utils.parametrize.remove_parametrizations) or freeze it"
             )
     return state, tied

@@ -187,7 +187,7 @@ class Learner(Signature):
 
     @_whole
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write weights and optimizer state as a safetensors file; an old one is replaced whole or not at all."""
+        """Write weights and optimizer state as a safetensors file; an old one is replaced atomically."""
         from safetensors.numpy import save_file
 
         tensors = self._tensors()

@@ -52,7 +52,7 @@ def read_learner(path: Path) -> tuple[Any, dict[str, np.ndarray]]:
 
 
 def _check_names(model: Any, state: Mapping[str, np.ndarray], tied: Mapping[str, str], path: Path) -> None:
-    """Refuse a graph that is no step of learning: what it takes, returns and keeps fits together."""
+    """Refuse a graph that is not a step of learning: one whose inputs, outputs and state do not fit together."""
     inputs = {given.name: given.type.tensor_type.shape.dim for given in model.graph.input}
     outputs = [output.name for output in model.graph.output]
     missing = [f"an input {name!r}" for name in ("target", "lr") if name not in inputs]
@@ -64,6 +64,6 @@ def _check_names(model: Any, state: Mapping[str, np.ndarray], tied: Mapping[str,
     for name in changing:
         sizes = [size.dim_value for size in inputs.get(name, ())]
         if name not in state and (min(sizes, default=1) < 1 or math.prod(sizes) > max(1, largest)):
-            missing.append(f"a state {name!r} that is no larger than the weights")
+            missing.append(f"a state {name!r} that is not larger than the weights")
     if missing:
         raise CheckpointError(f"{str(path)!r} is damaged: its graph lacks {missing[0]}")

@@ -29,7 +29,7 @@ def open_session(source: Path | bytes, providers: Any, options: Any, file: str) 
     """
     if options is None:
         options = ort.SessionOptions()
-        options.log_severity_level = 4  # what fails is raised; that an optional input is no constant is meant so
+        options.log_severity_level = 4  # what fails is raised; that an optional input is not a constant is intended
     if providers is not None:
         wanted = [_full(provider) for provider in ([providers] if isinstance(providers, str) else providers)]
         for name in map(_name, wanted):
@@ -59,7 +59,7 @@ def _load(source: Path | bytes, providers: list[Any], options: Any, file: str) -
     except Exception as error:  # of a dozen classes, some of them no subclasses of anything useful
         message = first_line(error)
         if len(providers) > 1 or _name(providers[0]) != CPU:
-            _load(source, [CPU], options, file)  # the file is at fault if the CPU cannot take it, either
+            _load(source, [CPU], options, file)  # the file is at fault if the CPU cannot take it either
             raise OptionError(f"the provider {_name(providers[0])} cannot run {file!r}: {message}") from error
         raise CheckpointError(f"{file!r} cannot be loaded: it is damaged, or no ONNX file: {message}") from error
 

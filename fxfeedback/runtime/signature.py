@@ -38,8 +38,8 @@ class Signature:
             self.inputs: dict[str, list[int | str]] = {x.name: x.shape for x in given}
             self.optional: dict[str, list[int | str]] = {x.name: x.shape for x in optional}
             self.outputs: dict[str, list[int | str]] = {x.name: x.shape for x in session.get_outputs()}
-        except Exception as error:  # ONNX Runtime's own, where one is no tensor
-            raise CheckpointError(f"{path} is damaged: an input or output is no tensor: {error}") from error
+        except Exception as error:  # ONNX Runtime's own, where one is not a tensor
+            raise CheckpointError(f"{path} is damaged: an input or output is not a tensor: {error}") from error
         self._check_graph(path)
 
     def _check_graph(self, path: Any) -> None:

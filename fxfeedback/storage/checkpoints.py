@@ -32,7 +32,7 @@ def read_checkpoint(where: str, unsafe_without_hash: bool = False) -> Any:
     elif Path(where).is_dir():
         raise CheckpointError(f"{where} cannot be read: it is a directory, give the file in it")
     elif Path(where).exists() and not Path(where).is_file():
-        raise CheckpointError(f"{where} cannot be read: it is no regular file")
+        raise CheckpointError(f"{where} cannot be read: it is not a regular file")
     try:
         if "://" in where:
             return torch.hub.load_state_dict_from_url(where, map_location="cpu", check_hash=True, weights_only=True)
@@ -48,7 +48,9 @@ def read_checkpoint(where: str, unsafe_without_hash: bool = False) -> Any:
         reason = (
             f"refers to {code[1]}: save a model's state_dict() only" if code else "holds other things or is damaged"
         )
-        raise CheckpointError(f"{_file(where)} was not loaded: it is no plain file of tensors, it {reason}") from None
+        raise CheckpointError(
+            f"{_file(where)} was not loaded: it is not a plain file of tensors, it {reason}"
+        ) from None
     except Exception as error:  # a damaged file can raise nearly anything
         reason = (str(error).splitlines() or ["it ends too early"])[0]
         raise CheckpointError(f"{_file(where)} is damaged or no checkpoint: {reason}; get it again") from error
@@ -66,7 +68,7 @@ def _check_url(url: str, unsafe_without_hash: bool) -> None:
             return
         raise CheckpointError(
             f"{url} is not read: its file's name does not end in the file's hash, as in weights-40b29a3427.pth, so "
-            "that nobody can tell whether it is the file that was meant. Download it yourself and give its path, or "
+            "there is no telling whether it is the file that was meant. Download it yourself and give its path, or "
             "pass unsafe_without_hash=True"
         )
     cached = _cached(url)

@@ -1,4 +1,4 @@
-"""The fields of a file that `save` wrote, checked: the file may be damaged, or somebody else's."""
+"""The fields of a file that `save` wrote, checked: the file may be damaged, or come from anybody."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -70,7 +70,7 @@ def read_saved(about: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], wh
 
 
 def read_wrapper(kind: str, described: Any, tensors: Mapping[str, torch.Tensor], where: Any, at: str) -> dict[str, Any]:
-    """What `FeedbackModel` or `BUTD` takes beside the model.
+    """What `FeedbackModel` or `BUTD` takes besides the model.
 
     Raises:
         CheckpointError: a field that is missing, unknown or of another type; the message says which.
