@@ -33,8 +33,9 @@ from torch import fx, nn
 from fxfeedback.counter_hebb_pass import Learning, key_of, learner
 from fxfeedback.errors import RuleError
 from fxfeedback.graph.bottom_up import BottomUp
-from fxfeedback.graph.shapes import annotate_shapes, is_structure
+from fxfeedback.graph.shapes import annotate_shapes
 from fxfeedback.graph.specs import EXAMPLE_BATCH, Spec
+from fxfeedback.graph.structures import is_structure, unpack_tuples
 from fxfeedback.instructed.check_rule import Call
 from fxfeedback.rules import RULES, Rule
 from fxfeedback.rules.core import CONSTANT
@@ -152,6 +153,7 @@ def opened(example: Any) -> tuple[Call, fx.GraphModule]:
     module = Call(example)
     bu = open_modules(trace(module), example_inputs=(module.x,))
     annotate_shapes(bu, (module.x,))
+    unpack_tuples(bu)
     return module, bu
 
 
@@ -306,6 +308,7 @@ def export(example: Any) -> str:
     module.x = module.x.float()
     bu = open_modules(trace(module), example_inputs=(module.x,))
     annotate_shapes(bu, (module.x,))
+    unpack_tuples(bu)
     buffers = dict(module.named_buffers())
     wanted = [n for n in bu.graph.nodes if n.op in ("placeholder", "get_attr") and n.target not in buffers]
     joint = learner(bu, module, Learning(frozenset(map(key_of, wanted)), {}, {}, fused=False))
@@ -444,6 +447,7 @@ def needs(model: nn.Module, example: torch.Tensor) -> set[str]:
     net = share(model)
     bu = open_modules(trace(net), example_inputs=(example,), owner=net)
     annotate_shapes(bu, (example,))
+    unpack_tuples(bu)
     graph = BottomUp(bu.graph)
     reached = graph.below([*graph.inputs, *graph.parameters])
     called = [node for node in graph.nodes if node.op == "call_function" and node in reached]

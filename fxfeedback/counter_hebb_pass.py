@@ -11,12 +11,14 @@ from typing import Any
 
 from torch import fx, nn
 
-from fxfeedback.graph.bottom_up import BottomUp, has_effect, operand, weight_of
+from fxfeedback.graph.bottom_up import BottomUp
 from fxfeedback.graph.channels import channels_of
+from fxfeedback.graph.effects import has_effect
 from fxfeedback.graph.nodes import gated_site_of, name_of, spec_of, specs_of, tell
+from fxfeedback.graph.operands import operand, weight_of
 from fxfeedback.graph.values import Emitter, Value, batch_size
 from fxfeedback.rules import RULES
-from fxfeedback.td_graph import Walk
+from fxfeedback.td_graph import Walk, twins_in
 
 INPUT = "input:"
 """Marks the model's inputs among the names of what learns."""
@@ -33,7 +35,7 @@ class Learning:
 
     wanted: names of the inputs, parameters, TD twins and TD biases that get an update.
     twins: BU weight name -> name of its TD twin, for separate weights.
-    td_biases: BU weight name -> name of the TD bias behind its transpose.
+    td_biases: BU weight name -> name of the TD bias after its transpose.
     noise: deviation of the factor 1 + noise * randn that each weight's update gets.
     lateral: (error, BU value) -> error at the sites, in place of the exact derivative; None is GaLU, which is exact.
     sites: names of the gating sites; only an inexact lateral needs them.
@@ -75,9 +77,8 @@ def learner(module: fx.GraphModule, root: nn.Module, learning: Learning) -> fx.G
     seeds = {leaf: emitter.placeholder(name, spec_of(leaf)) for leaf, name in zip(leaves, names, strict=True)}
     for seed in seeds.values():
         tell(seed.node, error=True)
-    emitter.batch = batch_size(
-        [*seeds.values(), *(values[node] for node in bu.inputs)]
-    )  # an input would have to be kept
+    sized = [*seeds.values(), *(values[node] for node in bu.inputs)]  # seeds first: an input would have to be kept
+    emitter.batch = batch_size(sized)
 
     def arrive(node: fx.Node, e: Any) -> tuple[Any, bool]:
         if _is_gated_step(node):
@@ -99,9 +100,7 @@ def learner(module: fx.GraphModule, root: nn.Module, learning: Learning) -> fx.G
         values.__getitem__,
         wanted,
         arrive=arrive if learning.lateral is None else arrive_laterally,
-        twin=lambda weight: (
-            emitter.attribute(learning.twins[weight.target]) if weight.target in learning.twins else None
-        ),
+        twin=twins_in(emitter, learning.twins),
         fused=learning.fused,
         saved=saved,
         autocast=learning.autocast,
@@ -134,7 +133,7 @@ def _emit_bottom_up(bu: BottomUp, emitter: Emitter, wanted: set[fx.Node], fused:
 
 
 def _is_gated_step(node: fx.Node) -> bool:
-    """Whether the node is the gate behind an activation that is a step (see `Rule`), and that nothing else reads."""
+    """Whether the node is the gate after an activation that is a step (see `Rule`) and that is read by nothing else."""
     if gated_site_of(node) is None:
         return False
     activation = node.all_input_nodes[0]

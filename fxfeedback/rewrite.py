@@ -1,7 +1,7 @@
 """Insert LRM connections into a graph and unroll its passes into one flat graph.
 
 `unroll` walks the graph once per pass. A node is emitted again only where one of its inputs differs from those that it
-had in an earlier pass; otherwise both passes share it. What nobody needs is dropped at the end.
+had in an earlier pass; otherwise both passes share it. What is unused is dropped at the end.
 """
 
 import operator
@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
-from fxfeedback.graph.bottom_up import has_effect, operand
-from fxfeedback.graph.nodes import draws, input_node, name_of, tell
-from fxfeedback.rules.ops import ADVANCES, cumulative_momentum
+from fxfeedback.graph.effects import counts_batches, drop_unused, is_new_in_every_pass
+from fxfeedback.graph.nodes import input_node, name_of, tell
+from fxfeedback.graph.operands import operand
+from fxfeedback.rules.ops import ADVANCES
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Unroller:
             self.steer()
         state = {name: self.signals[source] for name, source in sources.items()}
         self.graph.output((outputs if self.what.all_outputs else outputs[-1], state, readouts))
-        drop_unread(self.graph)
+        drop_unused(self.graph)
         return self.graph
 
     def one_pass(self, number: int, inputs: dict[fx.Node, fx.Node]) -> tuple[Any, dict[str, Any]]:
@@ -114,7 +114,7 @@ class Unroller:
     def emit(self, node: fx.Node, values: dict[fx.Node, fx.Node], number: int) -> fx.Node:
         """The node in this pass: an earlier pass's where the inputs are the same and nothing is drawn at random."""
         key = (node, *(values[source] for source in node.all_input_nodes))
-        if key in self.emitted and not _is_new_in_every_pass(node):
+        if key in self.emitted and not is_new_in_every_pass(node):
             if node.target in ADVANCES:
                 self.advance_statistics(self.emitted[key])
             return self.emitted[key]
@@ -127,7 +127,7 @@ class Unroller:
 
     def advance_statistics(self, norm: fx.Node) -> None:
         """A batch norm in training mode whose value two passes share has seen the batch once more all the same."""
-        if _counts_batches(norm):
+        if counts_batches(norm):
             x, mean, var = (operand(norm, name) for name in ("input", "running_mean", "running_var"))
             with self.graph.inserting_after(norm):  # where x is at hand
                 self.graph.call_function(ADVANCES[norm.target], (x, mean, var, operand(norm, "momentum")))
@@ -180,26 +180,3 @@ def unroll(module: fx.GraphModule, root: nn.Module, links: Sequence[Link], what:
         root: has its parameters and the connections' blocks.
     """
     return fx.GraphModule(root, Unroller(module.graph, links, what).run(), "Unrolled")
-
-
-def drop_unread(graph: fx.Graph) -> None:
-    """Erase what nobody reads and what has no effect."""
-    graph.eliminate_dead_code(is_impure_node=lambda node: has_effect(node) or _counts_batches(node))
-
-
-def _is_new_in_every_pass(node: fx.Node) -> bool:
-    """Whether passes may not share the node although its inputs are the same."""
-    counts = node.target is cumulative_momentum
-    return draws(node) or counts or has_effect(node) or _keeps_statistics(node)
-
-
-def _keeps_statistics(node: fx.Node) -> bool:
-    """Whether the node is an instance norm in training mode that keeps running statistics: its kernel advances them."""
-    keeps = node.target is F.instance_norm and operand(node, "running_mean") is not None
-    return keeps and operand(node, "use_input_stats") is True
-
-
-def _counts_batches(node: fx.Node) -> bool:
-    """Whether the node is a batch norm in training mode that keeps running statistics."""
-    keeps = node.target in ADVANCES and operand(node, "running_mean") is not None
-    return keeps and operand(node, "training") is True

@@ -13,9 +13,10 @@ import torch
 from torch import fx, nn
 
 from fxfeedback.errors import Error, RuleError
-from fxfeedback.graph.bottom_up import BottomUp, batch_norm_of, is_floating, operand, weight_of
+from fxfeedback.graph.bottom_up import BottomUp
 from fxfeedback.graph.channels import along_channels, channels_of, switch_off_channels
 from fxfeedback.graph.nodes import name_of, spec_of, specs_of, tell, user_line
+from fxfeedback.graph.operands import batch_norm_of, is_floating, operand, weight_of
 from fxfeedback.graph.values import Emitter, Unknown, Value
 from fxfeedback.rules import RULES, Rule
 
@@ -139,7 +140,7 @@ class Walk:
         )
 
     def _whole(self, node: fx.Node, t: Any) -> Any:
-        """For a tuple of outputs: a counter neuron for each, zero for those that nobody used."""
+        """For a tuple of outputs: a counter neuron for each, zero for those that are unused."""
         if not isinstance(t, dict):
             return t
         some, specs = next(iter(t.values())), specs_of(node)
@@ -193,8 +194,8 @@ class Instructing:
     sites: the gating sites, whose counter neurons the graph returns.
     head: the prediction head.
     through_head: whether the instruction is a vector over the head's output (no instruction head).
-    twins, td_biases: BU weight name -> name of the TD weight, of the TD bias behind its transpose.
-    td_norms: BU weight name -> name of the TD norm module behind its transpose, in place of the BU batch norm.
+    twins, td_biases: BU weight name -> name of the TD weight, of the TD bias after its transpose.
+    td_norms: BU weight name -> name of the TD norm module after its transpose, in place of the BU batch norm.
     by_channel: a channel whose counter neuron has a positive mean over its positions is on, the others hand on zero.
     """
 
@@ -214,63 +215,74 @@ def instruct(module: fx.GraphModule, root: nn.Module, how: Instructing) -> fx.Gr
         module: the BU graph in functional ops.
         root: has the modules and parameters that `how` names, and `instruction_head`.
     """
-    bu = BottomUp(module.graph)
-    emitter = Emitter()
-    t = emitter.placeholder("instruction")
-    tell(t.node, instruction=True)
-    emitter.batch = fx.Proxy.__getattr__(t, "shape")[0]
-    constants: dict[fx.Node, Value] = {}
-
-    def see(node: fx.Node) -> Any:
-        if node in bu.depending_on_inputs:
-            return Unknown(emitter, node)
-        if node not in constants:
-            for source in node.all_input_nodes:
-                see(source)
-            constants[node] = emitter.proxy(emitter.graph.node_copy(node, lambda source: constants[source].node))
-        return constants[node]
-
-    counters_at_sites: dict[str, Any] = {}
-    replaced = {norm for norm in bu.nodes if batch_norm_of(norm) in how.td_norms}
-
-    def arrive(node: fx.Node, t: Any) -> tuple[Any, bool]:
-        if node in replaced:
-            return t, True
-        if node in how.sites:
-            t = switch_off_channels(t, node) if how.by_channel else torch.relu(t)
-            counters_at_sites[name_of(node)] = t
-        return t, False
-
-    def depart(node: fx.Node, t: Any) -> Any:
-        weight = str(weight_of(node).target)
-        if weight in how.td_biases:
-            bias = emitter.attribute(how.td_biases[weight])
-            t = t + bias.reshape(along_channels(channels_of(node), spec_of(operand(node, "input"))))
-        if weight in how.td_norms:
-            t = emitter.create_proxy("call_module", how.td_norms[weight], (t,), {})
-        return t
-
-    top = how.head
-    if not how.through_head:
-        t = emitter.create_proxy("call_module", "instruction_head", (t,), {})
-        top = operand(how.head, "input")
-    spec = spec_of(top)
-    if len({dtype_of(node) for node in bu.parameters if is_floating(node)}) > 1:
-        t = t.to(spec.dtype)  # the instruction has the first parameter's
-    t = t.reshape((-1, *along_channels(channels_of(how.head), spec)[1:])).expand(emitter.sizes(spec))
-
-    wanted = bu.below(how.sites)
-    Walk(
-        bu,
-        emitter,
-        "instruct",
-        see,
-        wanted,
-        arrive,
-        depart,
-        twin=lambda weight: emitter.attribute(how.twins[weight.target]) if weight.target in how.twins else None,
-    ).run({top: t})
+    bu, emitter = BottomUp(module.graph), Emitter()
+    down = _InstructionPass(bu, emitter, how)
+    top, t = down.start()
+    twin = twins_in(emitter, how.twins)
+    Walk(bu, emitter, "instruct", down.see, bu.below(how.sites), down.arrive, down.depart, twin).run({top: t})
     names = [name_of(site) for site in how.sites]
-    emitter.graph.output({name: counters_at_sites[name].node for name in names if name in counters_at_sites})
+    emitter.graph.output({name: down.counters[name].node for name in names if name in down.counters})
     emitter.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     return fx.GraphModule(root, emitter.graph, "TopDown")
+
+
+def twins_in(emitter: Emitter, twins: Mapping[str, str]) -> Callable[[fx.Node], Any]:
+    """What `Walk.twin` asks for: weight node -> the TD weight that stands for it, or None."""
+    return lambda weight: emitter.attribute(twins[weight.target]) if weight.target in twins else None
+
+
+class _InstructionPass:
+    """What the instruction pass adds to the walk. `counters`: site name -> counter neurons."""
+
+    def __init__(self, bu: BottomUp, emitter: Emitter, how: Instructing) -> None:
+        self.bu, self.emitter, self.how = bu, emitter, how
+        self.counters: dict[str, Any] = {}
+        self.constants: dict[fx.Node, Value] = {}
+        self.replaced = {norm for norm in bu.nodes if batch_norm_of(norm) in how.td_norms}
+
+    def start(self) -> tuple[fx.Node, Any]:
+        """The node at which TD starts, and its counter neuron: the instruction's, spread over positions."""
+        t = self.emitter.placeholder("instruction")
+        tell(t.node, instruction=True)
+        self.emitter.batch = fx.Proxy.__getattr__(t, "shape")[0]
+        head = self.how.head
+        if self.how.through_head:
+            top = head
+        else:
+            top = operand(head, "input")
+            t = self.emitter.create_proxy("call_module", "instruction_head", (t,), {})
+        spec = spec_of(top)
+        if len({dtype_of(node) for node in self.bu.parameters if is_floating(node)}) > 1:
+            t = t.to(spec.dtype)  # the instruction has the first parameter's
+        t = t.reshape((-1, *along_channels(channels_of(head), spec)[1:]))
+        return top, t.expand(self.emitter.sizes(spec))
+
+    def see(self, node: fx.Node) -> Any:
+        """Constants, parameters among them, exist already; BU values do not."""
+        if node in self.bu.depending_on_inputs:
+            return Unknown(self.emitter, node)
+        if node not in self.constants:
+            for source in node.all_input_nodes:
+                self.see(source)
+            copy = self.emitter.graph.node_copy(node, lambda source: self.constants[source].node)
+            self.constants[node] = self.emitter.proxy(copy)
+        return self.constants[node]
+
+    def arrive(self, node: fx.Node, t: Any) -> tuple[Any, bool]:
+        """At a site the counter neuron is rectified and kept; past a batch norm that TD replaces it goes as it is."""
+        if node in self.replaced:
+            return t, True
+        if node in self.how.sites:
+            t = switch_off_channels(t, node) if self.how.by_channel else torch.relu(t)
+            self.counters[name_of(node)] = t
+        return t, False
+
+    def depart(self, node: fx.Node, t: Any) -> Any:
+        """After the transpose of a linear layer or convolution: TD's own bias and norm."""
+        weight = str(weight_of(node).target)
+        if weight in self.how.td_biases:
+            bias = self.emitter.attribute(self.how.td_biases[weight])
+            t = t + bias.reshape(along_channels(channels_of(node), spec_of(operand(node, "input"))))
+        if weight in self.how.td_norms:
+            t = self.emitter.create_proxy("call_module", self.how.td_norms[weight], (t,), {})
+        return t

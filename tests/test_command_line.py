@@ -384,7 +384,7 @@ MISTAKES = {
     "passes of nothing": (["export", "here:net", "x.onnx", "--passes", "2"], 2, "--passes belongs to a model with"),
     "gating of nothing": (["bench", "here:net", "--gating", "unit"], 2, "--gating belongs to --tasks"),
     "no tasks": (["butd", "here:net"], 2, "is a plain model: give --tasks N"),
-    "unknown head": (["butd", "here:net", "--tasks", "2", "--head", "1"], 2, "'1' is no linear layer"),
+    "unknown head": (["butd", "here:net", "--tasks", "2", "--head", "1"], 2, "'1' is not a linear layer"),
     "a task too many": (["export", "here:net", "x.onnx", "--tasks", "2", "--task", "2"], 2, "between 0 and 1"),
     "nothing to export": (["export", "here:net", "x.onnx"], 2, "give --connect .* or --tasks N"),
     "no directory to export to": (["export", "here:net", "no/x.onnx", "--tasks", "2"], 2, "a directory that exists"),

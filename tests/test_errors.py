@@ -143,7 +143,7 @@ BUILDING = {
         mlp,
         {"input_size": (4,), "head": "1"},
         NodeNameError,
-        r"'1' is no linear layer or convolution; candidates: '0', '2'",
+        r"'1' is not a linear layer or convolution; candidates: '0', '2'",
     ),
     "no head": (
         TwoEnds,

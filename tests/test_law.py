@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 import fxfeedback
 import published_nets
 from fxfeedback.feedback import FeedbackModel
-from fxfeedback.graph.bottom_up import rectifies
+from fxfeedback.graph.operands import rectifies
 from fxfeedback.rules import RULES, Rule, T, call, transpose
 from networks import LARGE, SMALL, TRANSFORMERS, build
 

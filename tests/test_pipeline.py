@@ -1,11 +1,15 @@
 """Each step of the pipeline takes a graph and returns one, and can be used alone."""
 
+import re
+from pathlib import Path
+
 import networkx as nx
 import pytest
 import torch
 from torch import fx
 
 import fxfeedback
+from fxfeedback.graph import nodes
 from fxfeedback.graph.bottom_up import BottomUp
 from fxfeedback.graph.shapes import annotate_shapes
 from fxfeedback.rules import RULES
@@ -110,3 +114,35 @@ def test_every_op_has_one_rule_and_every_rule_says_its_formula():
     for target, rule in RULES.items():
         assert target in rule.targets
         assert rule.table.__doc__ and rule.examples
+
+
+def test_passes_speak_of_nodes_through_the_accessors_alone():
+    """`graph/nodes.py` lists every key of node.meta, has a reader for each, and is the only file that touches it."""
+    package = Path(fxfeedback.__file__).parent
+    own = Path(nodes.__file__)
+    others = [path for path in package.rglob("*.py") if path != own]
+    lines = [line for path in others for line in path.read_text().splitlines() if re.search(r"\.meta\b", line)]
+    assert all("nn_module_stack" in line for line in lines), "torch.export's own entry is the only other one"
+    read = re.findall(
+        r'node\.meta\.get\("(\w+)"|node\.meta\["(\w+)"\]|"(\w+)" in node\.meta|"(\w+)"[,}]', own.read_text()
+    )
+    assert {key for found in read for key in found if key} >= set(nodes.KEYS)
+    with pytest.raises(AssertionError, match="should stand in KEYS"):
+        nodes.tell(torch.fx.Graph().placeholder("x"), colour="red")
+
+
+def test_nodes_say_what_they_are_for():
+    """What they are the counterpart of, which site they gate, whose error they take, whose update they are."""
+    net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+    butd = fxfeedback.to_butd(net, n_tasks=2, heads="per_task", input_size=(4,))
+    named = {nodes.name_of(node) for node in butd.bu.graph.nodes}
+    down = [node for node in butd.td.graph.nodes if nodes.counterpart_of(node) is not None]
+    assert {"1"} <= set(map(nodes.counterpart_of, down)) <= named and {"instruct"} == set(map(nodes.role_of, down))
+    learner = list(butd.learner.graph.nodes)
+    back = [node for node in learner if nodes.role_of(node) is not None]
+    assert {"0", "1.gated", "2"} <= set(map(nodes.counterpart_of, back)) and {"error"} == set(map(nodes.role_of, back))
+    updates = {nodes.update_of(node) for node in learner} - {None}
+    assert updates == {"0.weight", "0.bias", "task_heads.weight", "task_heads.bias"}
+    assert sum(map(nodes.is_error, learner)) == 1 and sum(map(nodes.is_own_input, learner)) == 1
+    assert {"1", None} == set(map(nodes.gate_of, learner)) == set(map(nodes.gated_site_of, learner))
+    assert [nodes.task_heads_of(node) for node in learner if nodes.task_heads_of(node)] == ["stacked", *["chosen"] * 3]

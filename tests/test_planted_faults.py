@@ -109,7 +109,7 @@ def self_check(model: type[nn.Module]) -> Callable[[], None]:
 
 
 def a_node_for_each_reading(opener, tensor):
-    name = opener.names[id(tensor)]
+    name = opener.tensors.name_of(tensor)
     proxy = fx.Tracer.create_proxy(opener, "get_attr", name, (), {})
     proxy.node.meta["name"] = name
     return proxy

@@ -299,6 +299,7 @@ def legal(model: nn.Module, inputs: list[torch.Tensor], links: Any) -> list[fxfe
     """The case's connections: between vectors and maps of two dimensions, which the reference knows."""
     graph = trace(share(model), len(inputs))
     annotate_shapes(graph, inputs)
+    unpack_tuples(graph)
     names = []
     for node in graph.graph.nodes:
         per_sample = getattr(node.meta.get("spec"), "per_sample", ())

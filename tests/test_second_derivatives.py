@@ -16,7 +16,7 @@ import fxfeedback
 from fxfeedback.counter_hebb_pass import Learning, key_of, learner
 from fxfeedback.errors import GradientError
 from fxfeedback.feedback import FeedbackModel
-from fxfeedback.graph.bottom_up import rectifies
+from fxfeedback.graph.operands import rectifies
 from fxfeedback.graph.shapes import annotate_shapes
 from fxfeedback.instructed.autograd_bridge import CounterHebb
 from fxfeedback.instructed.check_rule import Call
@@ -71,6 +71,7 @@ def test_every_rule_obeys_the_law_of_second_derivatives(rule, fused):
         module = Call(example)
         bu = open_modules(trace(module), example_inputs=(module.x,))
         annotate_shapes(bu, (module.x,))
+        unpack_tuples(bu)
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
         x, parameters = module.x.requires_grad_(), dict(module.named_parameters())
         torch.manual_seed(0)  # of dropout's masks

@@ -346,8 +346,8 @@ def test_a_proxy_among_the_values_ends_the_tracing():
 
         def forward(self, x):
             if x.shape[1] > 2 and isinstance(x, torch.fx.Proxy):
-                for run in x.tracer.shapes.runs:
-                    run[x.node] = torch.fx.proxy.Attribute(x, "node")
+                for run in (x.tracer.shapes.small, x.tracer.shapes.large):
+                    run.values[x.node] = torch.fx.proxy.Attribute(x, "node")
             return self.head(x if x.nbytes else -x)
 
     with pytest.raises(TraceError, match="cannot trace Keeps"):

@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     import fxfeedback
     from fxfeedback.butd import graphs_of
     from fxfeedback.commands.networks import input_shapes, parameters
-    from fxfeedback.graph.bottom_up import rectifies
+    from fxfeedback.graph.operands import rectifies
 
     butd = read_network(arguments, fxfeedback.BUTD)
     graphs = graphs_of(butd)

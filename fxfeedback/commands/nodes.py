@@ -81,6 +81,7 @@ def _nodes(part: str, module: Any, examples: Sequence[Any]) -> Iterator[dict[str
     from fxfeedback.tracing.names import op_name
 
     annotate_shapes(module, examples)
+    unpack_tuples(module)
     sources, destinations = legal_ends(module.graph)
     for node in module.graph.nodes:
         if node.op != "output":

@@ -16,7 +16,7 @@ from torch import fx, nn
 from fxfeedback.deploy.free_sizes import FREE_SIZES
 from fxfeedback.deploy.program import Program, leaves
 from fxfeedback.errors import ExportError, first_line
-from fxfeedback.graph.shapes import plain
+from fxfeedback.graph.structures import plain
 
 STEPS = "fxfeedback_steps"
 """Where the steps lie among the modules of what is exported; the exporter hands on `fxfeedback_steps.NUMBER`."""

@@ -17,9 +17,11 @@ from fxfeedback.deploy.losses import LOSSES
 from fxfeedback.deploy.parts import about, about_butd, own_inputs, take_gate, td_name
 from fxfeedback.deploy.program import Input, Program
 from fxfeedback.errors import ExportError, OptionError
-from fxfeedback.graph.bottom_up import BottomUp, has_effect, is_floating, operand
+from fxfeedback.graph.bottom_up import BottomUp
+from fxfeedback.graph.effects import has_effect
 from fxfeedback.graph.nodes import gate_of, identifier, is_error, is_named, is_own_input, name_of, tell
-from fxfeedback.graph.shapes import leaves_of
+from fxfeedback.graph.operands import is_floating, operand
+from fxfeedback.graph.structures import leaves_of
 from fxfeedback.instructed.graphs import Graphs
 from fxfeedback.rules.ops import ADVANCES, cumulative_momentum
 from fxfeedback.tracing.modes import eval_mode

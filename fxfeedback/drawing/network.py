@@ -13,6 +13,7 @@ from fxfeedback.graph.bottom_up import BottomUp
 from fxfeedback.graph.nodes import find_node, is_named, name_of, pass_of, specs_of
 from fxfeedback.graph.shapes import annotate_shapes
 from fxfeedback.graph.specs import Spec
+from fxfeedback.graph.structures import unpack_tuples
 from fxfeedback.instructed.graphs import Graphs
 from fxfeedback.lrm.feedback_model import FeedbackModel, bottom_up_of
 from fxfeedback.tracing.arguments import example_form
@@ -125,6 +126,7 @@ def read_network(
     plain = net_of(within) if isinstance(within, FeedbackModel) else within
     traced, _ = trace_for(share(plain), examples, form)
     annotate_shapes(traced, examples)
+    unpack_tuples(traced)
     classes = {path: type(module).__name__ for path, module in plain.named_modules()}
     network = Network(type(plain).__name__, _nodes(traced), classes)
     if isinstance(within, FeedbackModel):

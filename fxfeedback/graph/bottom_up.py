@@ -1,22 +1,18 @@
 """Questions about an opened BU graph: what depends on the input, where the prediction head and the gating sites are."""
 
-import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from functools import cached_property
 from typing import Any
 
 import networkx as nx
-import torch
 from torch import fx
 
 from fxfeedback.errors import NodeNameError
-from fxfeedback.graph.nodes import find_node, is_own_input, name_of, specs_of
-from fxfeedback.graph.shapes import is_structure, leaves_of
-from fxfeedback.graph.specs import Spec
+from fxfeedback.graph.nodes import find_node, is_own_input, name_of
+from fxfeedback.graph.operands import is_floating, passes, rectifies, weight_of
+from fxfeedback.graph.structures import is_structure, leaves_of
 from fxfeedback.rules import RULES
-from fxfeedback.rules.core import CONSTANT
-from fxfeedback.rules.ops import survival, surviving_channels
 
 START = "inputs"  # of all paths
 MAIN = ("out", "logits")
@@ -99,14 +95,14 @@ class BottomUp:
         output crosses.
 
         Raises:
-            NodeNameError: there is none, or several outputs have one each; `name` is no linear or convolution.
+            NodeNameError: there is none, or several outputs have one each; `name` is not a linear layer or convolution.
         """
         weighted = [node for node in self.nodes if self.is_weighted(node)]
         names = ", ".join(repr(name_of(node)) for node in weighted[-5:])
         if name is not None:
             head = find_node(self.graph, name)
             if head not in weighted:
-                raise NodeNameError(f"head={name!r} is no linear layer or convolution; candidates: {names}")
+                raise NodeNameError(f"head={name!r} is not a linear layer or convolution; candidates: {names}")
             return head
         heads = self._heads_of_outputs(weighted)
         if len(heads) > 1:
@@ -175,110 +171,3 @@ def _main_part(output: Any) -> Any:
     if isinstance(output, (list, tuple)):
         return [_main_part(part) for part in output]
     return output
-
-
-def rectifies(node: fx.Node) -> bool:
-    """Whether the node is an activation whose output is a gating site."""
-    rule = RULES.get(node.target) if node.op == "call_function" else None
-    return rule is not None and rule.rectifies
-
-
-NEVER_NEGATIVE = {
-    "relu", "relu6", "sigmoid", "hardsigmoid", "softplus", "softmax", "softmin", "exp", "exp2", "abs", "square", "sqrt",
-    "vector_norm", "var", "std",
-}  # fmt: skip
-LOWEST = {"clamp": "min", "clamp_min": "min", "hardtanh": "min_val"}
-ARITHMETIC = ("add", "mul", "div", "max", "min")
-KEEP_SIGNS = {
-    "add", "mul", "div", "maximum", "minimum", "mean", "sum", "amax", "max", "min", "median", "cumsum", "prod",
-    "avg_pool", "adaptive_avg_pool", "max_pool", "adaptive_max_pool", "interpolate", "pad", "dropout", "identity",
-    "cut_off", "reshape", "cast", "copy", "permute", "swap", "t", "movedim", "roll", "flip", "rot90", "pixel_shuffle",
-    "pixel_unshuffle", "channel_shuffle", "unfold", "fold", "cat", "stack", "split", "tensor_split", "unbind",
-    "expand", "expand_as", "repeat", "repeat_interleave", "getitem", "attribute", "narrow", "index_select", "gather",
-    "take_along_dim", "diagonal", "tril", "triu", "windows", "sort", "topk",
-}  # fmt: skip
-
-
-def never_negative(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes of a graph with shapes whose values are rectified: zero or more, whatever the input is.
-
-    By an activation, or by an op after it that keeps signs, as pooling does, or the sum of such values.
-    """
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        rule = RULES.get(node.target) if node.op == "call_function" else None
-        name = rule.name if rule else ""
-        if name in NEVER_NEGATIVE or node.target in (survival, surviving_channels):
-            found.add(node)
-        elif name in LOWEST:
-            lowest = operand(node, LOWEST[name])
-            if lowest in found or _is_positive(lowest):
-                found.add(node)
-        elif name in KEEP_SIGNS and _keeps_signs(node, name):
-            values = [source for source in node.all_input_nodes if _has_sign(source, name)]
-            if values and found.issuperset(values):
-                found.add(node)
-    return found
-
-
-def _keeps_signs(node: fx.Node, name: str) -> bool:
-    """Whether an op of `KEEP_SIGNS`, called like this, makes nothing negative of what is not."""
-    if name == "interpolate":
-        return operand(node, "mode") != "bicubic"  # it overshoots
-    if name == "pad":
-        value = operand(node, "value")
-        return value is None or _is_positive(value)
-    numbers = [arg for arg in node.args if isinstance(arg, (int, float))]
-    return name not in ARITHMETIC or (not node.kwargs and all(map(_is_positive, numbers)))
-
-
-def _has_sign(source: fx.Node, name: str) -> bool:
-    """Whether an operand's sign matters to the op: not that of positions, sizes and masks."""
-    spec = specs_of(source)
-    counts = isinstance(spec, Spec) and spec.dtype != torch.bool and name in ARITHMETIC
-    return counts or is_floating(source)
-
-
-def _is_positive(number: Any) -> bool:
-    return isinstance(number, (int, float)) and number >= 0
-
-
-def operand(node: fx.Node, name: str) -> Any:
-    """What a call gives to the operand that the op's rule calls `name`: a node, a number, or None."""
-    return RULES[node.target].operands(node.args, node.kwargs).get(name)
-
-
-def weight_of(node: fx.Node) -> fx.Node:
-    """The weight of a linear layer or convolution, as a node of the BU graph."""
-    return operand(node, RULES[node.target].weight or "")
-
-
-LOGICAL = (operator.and_, operator.or_, operator.not_)  # called as if they were in place
-
-
-def has_effect(node: fx.Node) -> bool:
-    """Whether the node matters although nothing reads it: inputs, outputs, in-place ops."""
-    in_place = getattr(node.target, "__name__", "").endswith("_") and node.target not in LOGICAL
-    return node.op in ("placeholder", "output") or in_place
-
-
-def passes(node: fx.Node) -> bool:
-    """Whether a counter neuron can pass through the node: it computes floating-point tensors, and not by chance."""
-    return node.op == "call_function" and node.target not in CONSTANT and is_floating(node)
-
-
-def is_floating(node: fx.Node) -> bool:
-    """Whether the node's value is a floating-point tensor, or holds one; complex numbers are such, too."""
-    specs: list[Any] = [specs_of(node)]
-    if isinstance(specs[0], tuple):
-        specs = list(specs[0])
-    return any(isinstance(spec, Spec) and (spec.dtype.is_floating_point or spec.dtype.is_complex) for spec in specs)
-
-
-def batch_norm_of(node: fx.Node) -> str | None:
-    """For a batch norm that follows a convolution directly: the name of the convolution's weight."""
-    if node.op != "call_function" or getattr(RULES.get(node.target), "name", "") != "batch_norm":
-        return None
-    source = node.args[0]
-    rule = RULES.get(source.target) if isinstance(source, fx.Node) else None
-    return str(weight_of(source).target) if rule and rule.weight and rule.channels == 1 else None

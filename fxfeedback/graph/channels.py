@@ -25,7 +25,7 @@ def positions_of(node: fx.Node) -> list[int]:
 
 
 def channel_dim(node: fx.Node) -> int:
-    """Where the channels of a value are: 1 behind a convolution or batch norm, last behind a linear or layer norm.
+    """Where the channels of a value are: 1 after a convolution or batch norm, last after a linear or layer norm.
 
     Any other op has them where its input has them.
     """

@@ -6,7 +6,6 @@ node is made, and read by the accessor beside it; no pass reads it off a node's 
 
 import difflib
 import enum
-import operator
 import re
 import types
 from collections.abc import Iterable
@@ -23,7 +22,7 @@ KEYS = {
     "as_called": "it calls a copy of a module that has the attributes of this call (tracing/trace.py)",
     "spec": "the Spec of what it makes, a tuple or dict of them if several, None if no tensor (graph/shapes.py)",
     "drawn": "its op draws random numbers (graph/shapes.py)",
-    "writes": "its function, the user's, writes into its arguments (graph/shapes.py)",
+    "writes": "its function, the user's, writes into its arguments (graph/meta_device.py)",
     "pass": "the number of the pass that computes it; none is the first (rewrite.py)",
     "instruction": "it is the input for the instruction (instructed/task_heads.py, td_graph.py)",
     "heads": "'stacked': it computes the heads of all tasks; 'chosen': it picks from these (instructed/task_heads.py)",
@@ -212,8 +211,3 @@ def is_users(function: Any) -> bool:
     if not isinstance(function, types.FunctionType) or hasattr(function, "autograd_function"):
         return False
     return function.__module__.split(".")[0] not in ("torch", "fxfeedback")
-
-
-def is_operator_in_place(target: Any) -> bool:
-    """Whether `target` is operator.iadd or one of its kind: x += y."""
-    return target in (operator.iadd, operator.isub, operator.imul, operator.itruediv)

@@ -13,8 +13,8 @@ EXAMPLE_BATCH = 2
 class Spec:
     """What tracing knows of a tensor: its shape at batch size `EXAMPLE_BATCH`, and how each size grows with the batch.
 
-    `per_sample[i]` is what one more sample adds to `shape[i]`: 0 where the batch has no say, 1 for a batch dimension,
-    64 where 64 windows of an image lie in the batch dimension.
+    `per_sample[i]` is what one more sample adds to `shape[i]`: 0 where the batch does not matter, 1 for a batch
+    dimension, 64 where 64 windows of an image lie in the batch dimension.
     """
 
     shape: tuple[int, ...]

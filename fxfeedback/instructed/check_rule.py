@@ -14,6 +14,7 @@ from fxfeedback.counter_hebb_pass import Learning, key_of, learner
 from fxfeedback.graph.bottom_up import BottomUp
 from fxfeedback.graph.nodes import spec_of
 from fxfeedback.graph.shapes import annotate_shapes
+from fxfeedback.graph.structures import unpack_tuples
 from fxfeedback.graph.values import Emitter, Unknown, batch_size
 from fxfeedback.instructed.autograd_bridge import CounterHebb
 from fxfeedback.instructed.halves import cut
@@ -38,6 +39,7 @@ def check_rule(rule: Rule) -> None:
         module = Call(example)
         bu = open_modules(trace(module), example_inputs=(module.x,))
         annotate_shapes(bu, (module.x,))
+        unpack_tuples(bu)
         for fused in (False, True):
             _check_updates(module, bu, fused)
         _check_instruction(module, bu)

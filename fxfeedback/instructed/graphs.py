@@ -10,10 +10,12 @@ from torch import fx
 
 from fxfeedback.counter_hebb_pass import Learning, key_of, learner
 from fxfeedback.errors import Error, NodeNameError, OptionError
-from fxfeedback.graph.bottom_up import BottomUp, operand, weight_of
+from fxfeedback.graph.bottom_up import BottomUp
 from fxfeedback.graph.channels import channels_of, positions_of
 from fxfeedback.graph.nodes import find_node, name_of, spec_of, user_line
+from fxfeedback.graph.operands import operand, weight_of
 from fxfeedback.graph.shapes import annotate_shapes
+from fxfeedback.graph.structures import unpack_tuples
 from fxfeedback.instructed import td_state
 from fxfeedback.instructed.gates import gate_sites
 from fxfeedback.instructed.halves import Halves, cut, lift
@@ -57,9 +59,11 @@ class Graphs:
         task_heads = owner.task_heads
         if task_heads is not None:
             annotate_shapes(self.bu, examples)
+            unpack_tuples(self.bu)
             put_task_heads(self.bu, task_heads, self.options.head)
             examples = [*examples, examples[0].new_empty(1, task_heads.n_tasks)]
         annotate_shapes(self.bu, examples)
+        unpack_tuples(self.bu)
         self.bottom_up = BottomUp(self.bu.graph)
         # A dict for each, as torch.compile sees no change of a dict that it has looked into.
         self.made: dict[str, dict[tuple[Any, ...], Any]] = {name: {} for name in MAKERS}

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from fxfeedback.graph.bottom_up import has_effect
+from fxfeedback.graph.effects import has_effect
 from fxfeedback.graph.nodes import draws, is_error, name_of, user_line
 from fxfeedback.rules import RULES
 from fxfeedback.rules.core import CONSTANT

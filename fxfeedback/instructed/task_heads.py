@@ -3,9 +3,10 @@
 import torch
 from torch import fx, nn
 
-from fxfeedback.graph.bottom_up import BottomUp, operand
+from fxfeedback.graph.bottom_up import BottomUp
 from fxfeedback.graph.channels import channels_of
 from fxfeedback.graph.nodes import name_of, spec_of, tell
+from fxfeedback.graph.operands import operand
 
 
 class TaskHeads(nn.Module):

@@ -9,9 +9,10 @@ import torch
 from torch import fx, nn
 
 from fxfeedback.errors import OptionError
-from fxfeedback.graph.bottom_up import BottomUp, batch_norm_of, operand
+from fxfeedback.graph.bottom_up import BottomUp
 from fxfeedback.graph.channels import channels_of
 from fxfeedback.graph.nodes import spec_of
+from fxfeedback.graph.operands import batch_norm_of, operand
 
 BATCH_NORM = {3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from fxfeedback.graph.bottom_up import operand
+from fxfeedback.graph.effects import drop_unused
 from fxfeedback.graph.nodes import inherit, specs_of
+from fxfeedback.graph.operands import operand
 from fxfeedback.graph.specs import Spec
 from fxfeedback.lrm.modulation import Modulation, modulate
-from fxfeedback.rewrite import drop_unread
 from fxfeedback.rules.ops import linear_of_passes
 
 RELUS = (F.relu, torch.relu, torch.Tensor.relu)
@@ -32,7 +32,7 @@ def brief(module: fx.GraphModule) -> fx.GraphModule:
     """The graph with each modulation as one call, which works on a few samples at a time and in place."""
     for step in (_modulate, _rectify_once):
         step(module.graph, module)
-    drop_unread(module.graph)
+    drop_unused(module.graph)
     module.recompile()
     return module
 
@@ -46,7 +46,7 @@ def lean(module: fx.GraphModule) -> fx.GraphModule:
     graph = module.graph
     for step in (_modulate, _rectify_once, _sum_in_place):
         step(graph, module)
-    drop_unread(graph)
+    drop_unused(graph)
     module.recompile()
     return module
 

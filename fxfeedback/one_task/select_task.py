@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from fxfeedback.errors import InputError
-from fxfeedback.graph.bottom_up import has_effect, operand
+from fxfeedback.graph.effects import has_effect
 from fxfeedback.graph.nodes import (
     draws,
     gate_of,
@@ -20,6 +20,7 @@ from fxfeedback.graph.nodes import (
     task_heads_of,
     tell,
 )
+from fxfeedback.graph.operands import operand
 from fxfeedback.graph.shapes import annotate_shapes
 from fxfeedback.one_task.dead_channels import remove_dead_channels
 from fxfeedback.one_task.step_table import step_of

@@ -5,11 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 
-from fxfeedback.graph.nodes import is_users
-from fxfeedback.graph.shapes import on_meta, plain
+from fxfeedback.graph.meta_device import MetaRun
 from fxfeedback.graph.specs import EXAMPLE_BATCH, at_batch
 from fxfeedback.tracing.while_tracing import untraced
 
@@ -49,8 +47,8 @@ class Shapes:
     """
 
     def __init__(self, root: Any, examples: Sequence[torch.Tensor]) -> None:
-        self.root, self.examples = root, list(examples)
-        self.runs: tuple[dict[fx.Node, Any], ...] = ({}, {})
+        inputs = [[at_batch(batch, x) for x in examples] for batch in BATCHES]
+        self.small, self.large = (MetaRun(root, given, untraced) for given in inputs)
         self.running = False
         self.either: Either | None = None  # None: to ask for it is an error
         self.device = next((p.device for p in root.parameters()), torch.device("cpu"))
@@ -65,21 +63,19 @@ class Shapes:
             raise RuntimeError(f"a stand-in got among the values that it stands for, at {node}")
         if _asked(node) in CHANGING:
             return
-        index = sum(other.op == "placeholder" for other in node.graph.nodes) - 1 if node.op == "placeholder" else 0
         self.running = True
         try:
             with torch.device("meta"), torch.no_grad():
-                values = [self._value(node, run, batch, index) for run, batch in zip(self.runs, BATCHES, strict=True)]
-        except Exception:
+                small, large = self.small.value(node), self.large.value(node)
+        except Exception:  # an operand is not known; or the op fails, which `annotate_shapes` will report
             return
         finally:
             self.running = False
-        for run, value in zip(self.runs, values, strict=True):
-            run[node] = value
+        self.small.values[node], self.large.values[node] = small, large
 
     def of(self, node: fx.Node) -> list[Any] | None:
         """What the node is at both batch sizes, or None."""
-        return [run[node] for run in self.runs] if node in self.runs[0] else None
+        return [self.small.values[node], self.large.values[node]] if node in self.small.values else None
 
     def fact(self, node: fx.Node) -> Any:
         """What the node is, where it is a number or another fact that the batch has no say in; NotImplemented else."""
@@ -113,33 +109,11 @@ class Shapes:
 
     def tensor(self, node: fx.Node) -> Any:
         """The parameter or buffer of a get_attr node."""
-        path, _, leaf = str(node.target).rpartition(".")
-        with untraced():
-            return getattr(self.root.get_submodule(path), leaf)
+        return self.small.attribute(node)
 
-    def _value(self, node: fx.Node, run: dict[fx.Node, Any], batch: int, index: int) -> Any:
-        if node.op == "placeholder":
-            example = self.examples[index]
-            return at_batch(batch, example)
-
-        def look(source: fx.Node) -> Any:
-            if source not in run and source.op == "get_attr":  # tracing makes these without a proxy
-                run[source] = self._value(source, run, batch, index)
-            return run[source]
-
-        args, kwargs = (plain(fx.map_arg(a, look)) for a in (node.args, node.kwargs))
-        if node.op == "get_attr":
-            return self.tensor(node).to("meta")
-        if node.target is F.batch_norm:  # its kernel for meta tensors takes milliseconds to say this
-            return torch.empty_like(args[0])
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        if not (node.op == "call_module" or is_users(node.target)):
-            return node.target(*args, **kwargs)  # type: ignore[operator]
-        with untraced():  # takes a tenth of a millisecond
-            if node.op == "call_module":
-                return on_meta(self.root.get_submodule(str(node.target)), args, kwargs)
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+    def of_model(self, root: Any) -> None:
+        """From now on, nodes name modules and tensors of `root`."""
+        self.small.root = self.large.root = root
 
 
 def _asked(node: fx.Node) -> str:

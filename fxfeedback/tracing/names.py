@@ -8,6 +8,7 @@ from torch import fx, nn
 from fxfeedback.graph.nodes import name_of, specs_of
 from fxfeedback.graph.shapes import annotate_shapes
 from fxfeedback.graph.specs import Spec
+from fxfeedback.graph.structures import unpack_tuples
 from fxfeedback.tracing.arguments import example_form
 from fxfeedback.tracing.examples import examples_of
 from fxfeedback.tracing.share import share
@@ -40,6 +41,7 @@ def node_names(
     form, examples = example_form(model, examples_of(model, input_size, example_inputs))
     module, _ = trace_for(share(model), examples, form)
     annotate_shapes(module, examples)
+    unpack_tuples(module)
     names = {}
     for node in module.graph.nodes:
         if node.op != "output":

@@ -1,7 +1,7 @@
 """Attention in ops that have rules: linear maps, softmax(q kᵀ / √d + mask) v, linear map.
 
-Masks are what torch takes: a boolean one of `nn.MultiheadAttention` is true where nobody may look, of
-`F.scaled_dot_product_attention` where somebody may; a floating-point one is added.
+Masks are what torch takes: a boolean one of `nn.MultiheadAttention` is true where attention is not allowed, of
+`F.scaled_dot_product_attention` where it is; a floating-point one is added.
 """
 
 import math
@@ -83,7 +83,7 @@ def multi_head(
         weights = weights.mean(1) if average_attn_weights else weights
     else:
         y, weights = F.scaled_dot_product_attention(q, k, v, mask, dropout), None
-    # As in torch, the result lies in memory with its length first: in that order a dropout behind it draws.
+    # As in torch, the result lies in memory with its length first: in that order a dropout after it draws.
     y = y.permute(2, 0, 1, 3).reshape(length, batch, heads * size)
     y = F.linear(y, module.out_proj.weight, module.out_proj.bias)
     return y.transpose(0, 1) if module.batch_first else y, weights

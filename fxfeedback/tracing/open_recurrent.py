@@ -66,7 +66,7 @@ def _without_batch(module: nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any]:
 
 
 def _through_time(module: Any, suffix: str, x: Any, state: tuple[Any, ...], backwards: bool) -> tuple[Any, Any]:
-    """(the outputs of one layer in one direction, the state behind the last step)."""
+    """(the outputs of one layer in one direction, the state after the last step)."""
     w_ih, w_hh = getattr(module, "weight_ih" + suffix), getattr(module, "weight_hh" + suffix)
     b_ih, b_hh = (getattr(module, name + suffix) if module.bias else None for name in ("bias_ih", "bias_hh"))
     steps = list(iter(F.linear(x, w_ih, b_ih).unbind(0)))

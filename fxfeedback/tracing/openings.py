@@ -29,7 +29,9 @@ def call(function: Callable[..., Any], input: fx.Proxy, *args: Any) -> fx.Proxy:
 def _batch_norm(module: Any, input: fx.Proxy) -> fx.Proxy:
     """y = (x - mean) / sqrt(var + eps) * gamma + beta; forward itself looks at the input's dimensions."""
     known = module.running_mean is not None
-    tracks = known and (module.track_running_stats or not module.training)  # who stops tracking keeps them in eval mode
+    tracks = known and (
+        module.track_running_stats or not module.training
+    )  # a norm that stops tracking keeps them in eval mode
     training = module.training or not known
     momentum, norm = module.momentum, F.batch_norm
     if isinstance(module, nn.SyncBatchNorm) and training:
@@ -156,7 +158,7 @@ def _shape(weight: Any) -> tuple[int, ...] | None:
     if not issubclass(type(weight), fx.Proxy):
         return tuple(weight.shape)
     if weight.node.op == "get_attr":
-        return tuple(weight.tracer.tensors[weight.node.target].shape)
+        return tuple(weight.tracer.tensors.by_name[weight.node.target].shape)
     return tuple(weight.small.shape) if isinstance(weight, Shaped) else None
 
 
@@ -165,7 +167,7 @@ OPS_OF_MAPS = {
     4: (F.conv_transpose2d, F.avg_pool2d, F.max_pool2d, torch.max_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d),
     5: (F.conv_transpose3d, F.avg_pool3d, F.max_pool3d, torch.max_pool3d, F.adaptive_avg_pool3d, F.adaptive_max_pool3d),
 }
-"""How many dimensions a map has with its batch -> ops that take it without, too; their rules do not."""
+"""How many dimensions a map has with its batch -> ops that also take it without; their rules do not."""
 
 OPENINGS: dict[Any, Callable[..., Any]] = {
     nn.modules.batchnorm._BatchNorm: _batch_norm,

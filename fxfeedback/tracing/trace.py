@@ -18,12 +18,11 @@ from torch import fx, nn
 from torchvision.models.feature_extraction import NodePathTracer
 
 from fxfeedback.errors import TraceError
+from fxfeedback.graph.effects import has_effect_as_traced
 from fxfeedback.graph.nodes import (
     built_in,
     identifier,
-    is_operator_in_place,
     is_torchs,
-    is_users,
     name_of,
     tell,
     user_line,
@@ -231,7 +230,7 @@ def _traced(
 
     def has_effect(node: fx.Node) -> bool:
         calls = node.op == "call_module"
-        return _has_effect(
+        return has_effect_as_traced(
             node, tracer.called.get(node) or stage.copy.get_submodule(str(node.target)) if calls else None
         )
 

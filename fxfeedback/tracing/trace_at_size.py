@@ -29,7 +29,7 @@ class _Tracer(PathTracer):
 
     def trace(self, root: Any, *args: Any, **kwargs: Any) -> fx.Graph:
         """As torch.fx; what modules make of shapes is asked of those that are traced."""
-        self.shapes.root = root
+        self.shapes.of_model(root)
         return super().trace(root, *args, **kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:

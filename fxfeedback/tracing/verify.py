@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from fxfeedback.errors import TraceError
 from fxfeedback.graph.nodes import module_path_of, name_of, user_line
-from fxfeedback.graph.shapes import plain
+from fxfeedback.graph.structures import plain
 from fxfeedback.tracing.arguments import Form
 from fxfeedback.tracing.attributes import attributes_of
 from fxfeedback.tracing.share import share

@@ -1,0 +1,90 @@
+"""What the nodes of a graph make on the meta device, where tensors have shapes and no data."""
+
+import inspect
+import operator
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from fxfeedback.graph.nodes import is_users, tell
+from fxfeedback.graph.structures import plain
+
+
+class MetaRun:
+    """One run of a graph, a node at a time: the caller keeps in `values` what `value` says.
+
+    root: has the modules and tensors that the nodes name.
+    inputs: one tensor on the meta device per placeholder.
+    around: entered for the code of modules and of the user, and where `root` is read.
+    """
+
+    def __init__(
+        self, root: Any, inputs: Sequence[torch.Tensor], around: Callable[[], AbstractContextManager] = nullcontext
+    ) -> None:
+        self.root, self.inputs, self.around = root, inputs, around
+        self.values: dict[fx.Node, Any] = {}
+
+    def value(self, node: fx.Node) -> Any:
+        """What the node makes of `values`; raises what its op does, and KeyError where it has no value for an operand.
+
+        To be called under torch.device("meta") and torch.no_grad().
+        """
+        if node.op == "placeholder":
+            return self.inputs[[n for n in node.graph.nodes if n.op == "placeholder"].index(node)]
+        if node.op == "get_attr":
+            tensor = self.attribute(node)
+            return tensor.to("meta") if isinstance(tensor, torch.Tensor) else tensor
+        # The generated code has plain lists also.
+        args, kwargs = (plain(fx.map_arg(a, self._operand)) for a in (node.args, node.kwargs))
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        if node.op == "call_module":
+            with self.around():
+                return on_meta(self.root.get_submodule(str(node.target)), args, kwargs)
+        if node.target is F.batch_norm:  # its kernel for meta tensors takes milliseconds to say this
+            return torch.empty_like(args[0])
+        return self._call(node, args, kwargs) if is_users(node.target) else node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def attribute(self, node: fx.Node) -> Any:
+        """The parameter, buffer or constant of a get_attr node."""
+        with self.around():
+            return operator.attrgetter(str(node.target))(self.root)
+
+    def _operand(self, source: fx.Node) -> Any:
+        if source not in self.values and source.op == "get_attr":  # tracing makes these without a proxy
+            self.values[source] = self.value(source)
+        return self.values[source]
+
+    def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        """Call a function of the user's; it is said of the node if it writes into its arguments."""
+        given = [arg for arg in args if isinstance(arg, torch.Tensor) and not arg.is_inference()]
+        versions = [arg._version for arg in given]
+        with self.around():
+            value = node.target(*args, **kwargs)  # type: ignore[operator]
+        if [arg._version for arg in given] != versions:
+            tell(node, writes=True)
+        return value
+
+
+SHAPED_LIKE = {nn.TransformerEncoder: "src", nn.TransformerDecoder: "tgt", nn.Transformer: "tgt"}
+"""Modules that look into their masks, and the argument that their output has the shape of."""
+
+
+def on_meta(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """What a module makes of tensors on the meta device."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):  # a cumulative average would ask for a number
+        return torch.empty_like(args[0])
+    like = next((like for kind, like in SHAPED_LIKE.items() if isinstance(module, kind)), None)
+    if like is not None:
+        return torch.empty_like(inspect.signature(module.forward).bind(*args, **kwargs).arguments[like])
+    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+    try:
+        return torch.func.functional_call(module, {name: t.to("meta") for name, t in tensors.items()}, args, kwargs)
+    finally:
+        for inner in module.modules():
+            if isinstance(inner, nn.RNNBase):
+                inner._init_flat_weights()  # its list of weights has those of the call
