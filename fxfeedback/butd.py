@@ -8,7 +8,6 @@ from torch import fx, nn
 
 from fxfeedback.errors import InputError
 from fxfeedback.graph.nodes import name_of
-from fxfeedback.graph.operands import operand
 from fxfeedback.graph.specs import of_size, size_of
 from fxfeedback.instructed.autocast import is_autocast
 from fxfeedback.instructed.autograd_bridge import CounterHebb, refuse_transforms

@@ -21,7 +21,7 @@ from fxfeedback.deploy.program import SPATIAL, Input, Program
 from fxfeedback.deploy.trials import Network, Trial
 from fxfeedback.deploy.writing import check_target, write
 from fxfeedback.errors import InputError, OptionError
-from fxfeedback.graph.bottom_up import has_effect
+from fxfeedback.graph.effects import has_effect
 from fxfeedback.graph.nodes import (
     find_node,
     gate_of,

@@ -14,7 +14,7 @@ from torch import nn
 import fxfeedback
 from fxfeedback import Connection, Steering
 from fxfeedback.errors import ActivationWarning, InputError, NodeNameError, OptionError, TraceError
-from fxfeedback.graph.bottom_up import never_negative
+from fxfeedback.graph.signs import never_negative
 from fxfeedback.lrm.connections import legal_ends
 from marks import long_but
 from networks import Attention, build

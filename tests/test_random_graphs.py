@@ -22,6 +22,7 @@ from fxfeedback.counter_hebb_pass import Learning, learner
 from fxfeedback.errors import NodeNameError, OptionError
 from fxfeedback.graph.shapes import annotate_shapes
 from fxfeedback.graph.specs import EXAMPLE_BATCH
+from fxfeedback.graph.structures import unpack_tuples
 from fxfeedback.instructed.autograd_bridge import CounterHebb
 from fxfeedback.instructed.halves import cut
 from fxfeedback.rules import RULES

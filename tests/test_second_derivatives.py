@@ -18,6 +18,7 @@ from fxfeedback.errors import GradientError
 from fxfeedback.feedback import FeedbackModel
 from fxfeedback.graph.operands import rectifies
 from fxfeedback.graph.shapes import annotate_shapes
+from fxfeedback.graph.structures import unpack_tuples
 from fxfeedback.instructed.autograd_bridge import CounterHebb
 from fxfeedback.instructed.check_rule import Call
 from fxfeedback.instructed.halves import cut

@@ -77,6 +77,7 @@ def _nodes(part: str, module: Any, examples: Sequence[Any]) -> Iterator[dict[str
     """What is said of each node of a model's or a part's graph."""
     from fxfeedback.graph.shapes import annotate_shapes
     from fxfeedback.graph.specs import Spec
+    from fxfeedback.graph.structures import unpack_tuples
     from fxfeedback.lrm.connections import legal_ends
     from fxfeedback.tracing.names import op_name
 

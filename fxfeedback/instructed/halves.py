@@ -8,9 +8,9 @@ from typing import Any
 from torch import fx, nn
 
 from fxfeedback.counter_hebb_pass import INPUT, key_of
-from fxfeedback.graph.bottom_up import has_effect
+from fxfeedback.graph.effects import has_effect
 from fxfeedback.graph.nodes import gate_of, identifier, is_error
-from fxfeedback.graph.shapes import is_structure, leaves_of
+from fxfeedback.graph.structures import is_structure, leaves_of
 from fxfeedback.instructed.replay import Replay, replay, with_masks
 
 NOT_EXACT = (

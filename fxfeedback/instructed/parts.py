@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import nn
 
-from fxfeedback.graph.bottom_up import operand
+from fxfeedback.graph.operands import operand
 from fxfeedback.instructed import td_state
 from fxfeedback.instructed.graphs import Graphs
 from fxfeedback.instructed.task_heads import TaskHeads

@@ -7,9 +7,9 @@ from typing import Any
 from torch import fx
 
 from fxfeedback.errors import NodeNameError, OptionError
-from fxfeedback.graph.bottom_up import never_negative
 from fxfeedback.graph.layout import layout_of
 from fxfeedback.graph.nodes import find_node, name_of, spec_of, specs_of
+from fxfeedback.graph.signs import never_negative
 from fxfeedback.graph.specs import Spec
 from fxfeedback.lrm.modulation import Modulation
 from fxfeedback.rewrite import Link

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from fxfeedback.graph.bottom_up import has_effect
+from fxfeedback.graph.effects import has_effect
 from fxfeedback.graph.nodes import find_node, is_named, name_of, pass_of, tell, writes_into_arguments
 from fxfeedback.graph.shapes import annotate_shapes
 from fxfeedback.graph.specs import of_size
+from fxfeedback.graph.structures import unpack_tuples
 from fxfeedback.lrm.connections import Connection, link
 from fxfeedback.lrm.recompute import brief, lean, segmented
 from fxfeedback.lrm.steering import Source, check_sources
@@ -116,10 +117,12 @@ def opened(
     traced, by_size = trace_for(net, examples, form)
     module = open_modules(traced, strict=False, owner=net)
     annotate_shapes(module, examples)
+    unpack_tuples(module)
     writes = any(writes_into_arguments(node) for node in module.graph.nodes)
     if writes:
         module = open_modules(traced, strict=False, example_inputs=examples, owner=net)
         annotate_shapes(module, examples)
+        unpack_tuples(module)
     return module, by_size or writes
 
 

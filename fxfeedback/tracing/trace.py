@@ -18,7 +18,7 @@ from torch import fx, nn
 from torchvision.models.feature_extraction import NodePathTracer
 
 from fxfeedback.errors import TraceError
-from fxfeedback.graph.effects import has_effect_as_traced
+from fxfeedback.graph.effects import has_effect_as_traced, is_in_place
 from fxfeedback.graph.nodes import (
     built_in,
     identifier,
@@ -98,7 +98,7 @@ class PathTracer(NodePathTracer):
     # A graph knows no torch.no_grad(): what is computed under it passes no gradient on where it is used outside.
 
     def create_node(self, kind: str, target: Any, args: Any, *rest: Any, **kwargs: Any) -> fx.Node:
-        if args and isinstance(args[0], fx.Node) and args[0].op == "get_attr" and _name_of(target).endswith("_"):
+        if args and isinstance(args[0], fx.Node) and args[0].op == "get_attr" and is_in_place(target):
             self.from_buffers.use_all(self)
         node = super().create_node(kind, target, args, *rest, **kwargs)
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
@@ -273,21 +273,3 @@ def _put_as_called(module: fx.GraphModule, tracer: PathTracer) -> None:
 def _line_of(error: BaseException) -> str:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not is_torchs(frame.filename)]
     return f" (at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line})" if frames else ""
-
-
-def _has_effect(node: fx.Node, module: nn.Module | None) -> bool:
-    """In-place ops change values that other nodes read; assertions about shapes have done their work in tracing.
-
-    module: what the node calls.
-    """
-    if module is not None:
-        counts = module.training and getattr(module, "running_mean", None) is not None  # a norm that nothing reads
-        return counts or bool(getattr(module, "inplace", False))
-    name = _name_of(node.target)
-    in_place = name.endswith("_") or bool(node.kwargs.get("inplace")) or is_operator_in_place(node.target)
-    in_place |= is_users(node.target)  # it may have
-    return in_place or node.op in ("placeholder", "output")
-
-
-def _name_of(target: Any) -> str:
-    return target if isinstance(target, str) else getattr(target, "__name__", "")
