@@ -79,7 +79,7 @@ def _inside(nodes: Sequence[Node], path: str, network: Network, named: set[str])
 
 
 def _child(module: str, path: str) -> str | None:
-    """The module inside `path` that another lies in or is; None for `path` itself."""
+    """The child of module `path` that `module` is or lies in; None if `module` is `path`."""
     prefix = f"{path}." if path else ""
     child = module.removeprefix(prefix).partition(".")[0]
     return None if module == path else prefix + child
@@ -112,7 +112,7 @@ def _continues(box: Box, run: Sequence[Box], named: set[str]) -> bool:
 
 
 def _run_name(run: Sequence[Box]) -> str:
-    """layer3.1 – 5"""
+    """The name of a run, from its first module to its last: layer3.1 – 5"""
     first, last = run[0].name, run[-1].name
     pairs = enumerate(zip(first, last, strict=False))
     same = next((i for i, (a, b) in pairs if a != b), len(first))
@@ -122,7 +122,7 @@ def _run_name(run: Sequence[Box]) -> str:
 # -- open or not ------------------------------------------------------------------------------------------------------
 
 
-def opened(root: Box, network: Network, depth: int | None) -> set[Box]:
+def open_at_first(root: Box, network: Network, depth: int | None) -> set[Box]:
     """The boxes that are open at first.
 
     These are the boxes in which a connection begins or ends, except at their last node, which a closed box stands for,

@@ -13,7 +13,7 @@ from fxfeedback.drawing.network import Arc, Network
 from fxfeedback.drawing.places import Point
 from fxfeedback.drawing.read import Drawing
 from fxfeedback.drawing.svg import across, add, bent, curve, line, write
-from fxfeedback.drawing.text import fitted, fitted_name, sizes, thousands, width_of
+from fxfeedback.drawing.text import fitted, fitted_name, short_number, sizes, width_of
 
 INK, FAINT, LINE, EDGE, PAPER, INSIDE = "#1a1a1a", "#555555", "#777777", "#b5b5b5", "#ffffff", "#fafafa"
 ANEW, ANEW_EDGE = "#dcf0fb", "#0072B2"  # computed again in a later pass
@@ -36,10 +36,10 @@ def closed_box(drawing: Drawing, box: Box) -> ET.Element:
     """A node or a closed module, at (0, 0)."""
     passes = drawing.network.passes
     anew = any(number > 1 for node in box.nodes for number in node.computed)
-    group = _box(box, told(drawing, box), *((ANEW, ANEW_EDGE) if anew else (PAPER, LINE)))
+    group = _box(box, description(drawing, box), *((ANEW, ANEW_EDGE) if anew else (PAPER, LINE)))
     pitch = min(PITCH, SQUARES / passes)
     taken = pitch * passes + 4 if passes > 1 else 0
-    _first_line(group, box.name, thousands(box.parameters) if box.parameters else "", taken)
+    _first_line(group, box.name, short_number(box.parameters) if box.parameters else "", taken)
     shape = fitted(sizes(box.nodes[-1].shape), 0.6 * WIDTH, SMALL)
     write(group, fitted(box.op, WIDTH - 3 * PAD - width_of(shape, SMALL), SMALL), PAD, SECOND, SMALL, FAINT)
     write(group, shape, WIDTH - PAD, SECOND, SMALL, INK, anchor="end")
@@ -59,7 +59,7 @@ def closed_td_box(drawing: Drawing, box: Box) -> ET.Element:
     )
     weights = [shape for node in box.nodes for shape in node.parameters.values() if len(shape) > 1]
     _first_line(group, f"{box.name}ᵀ", "own weights" if drawing.network.separate and weights else "")
-    write(group, told_roles(roles), PAD, SECOND, SMALL, FAINT)
+    write(group, roles_in_words(roles), PAD, SECOND, SMALL, FAINT)
     return group
 
 
@@ -106,20 +106,20 @@ def task_colours(drawing: Drawing) -> tuple[str, ...]:
     return TASKS[: len(drawing.tasks)]
 
 
-def told(drawing: Drawing, box: Box) -> str:
+def description(drawing: Drawing, box: Box) -> str:
     """A box in words, for its tooltip and for screen readers."""
     last = box.nodes[-1]
     parts = [box.name, box.op if box.inside else last.call]
     parts += [f"output {sizes(last.shape)}"] if last.shape else []
-    parts += [f"{thousands(box.parameters)} parameters"] if box.parameters else []
+    parts += [f"{short_number(box.parameters)} parameters"] if box.parameters else []
     if drawing.network.passes > 1:
         anew = sorted(set[int]().union(*(node.computed for node in box.nodes)))
         parts.append("computed in pass " + ", ".join(map(str, anew)))
     return "; ".join(parts)
 
 
-def told_roles(roles: frozenset[str]) -> str:
-    """instruction and error"""
+def roles_in_words(roles: frozenset[str]) -> str:
+    """The TD passes in words: instruction and error"""
     return " and ".join(sorted(roles, reverse=True))
 
 
@@ -133,7 +133,7 @@ def frame(box: Box, thinned: bool, width: float = 0, height: float = 0, td: bool
     room = MARGIN + PORT / 2 - PAD - INSET
     write(group, fitted_name(f"{box.name}ᵀ" if td else box.name, room, NAME), PAD, FIRST, NAME, INK, bold=True)
     words = ["not all wires"] if thinned else []
-    words += [thousands(box.parameters)] if box.parameters and not td else []
+    words += [short_number(box.parameters)] if box.parameters and not td else []
     write(group, ", ".join(words), width - PAD, FIRST, SMALL, FAINT, anchor="end")
     return group
 
@@ -163,9 +163,8 @@ def arc(points: Sequence[Point], connection: Arc) -> ET.Element:
     """A connection."""
     drawn = line(bent(points), colour_of(connection), True, 2, "none" if connection.feedback else DASHED)
     drawn.set("class", "arc")
-    add(
-        drawn, "title"
-    ).text = f"{connection.number}: {connection.kind} {connection.arrow}; {thousands(connection.parameters)} parameters"
+    size = f"{short_number(connection.parameters)} parameters"
+    add(drawn, "title").text = f"{connection.number}: {connection.kind} {connection.arrow}; {size}"
     return drawn
 
 
@@ -209,7 +208,7 @@ def legend(drawing: Drawing) -> list[tuple[ET.Element, str]]:
     if "skip" in kinds:
         found.append((line("M1,0H19", SKIP, width=2, dashes=DASHED), "skip connection"))
     for roles in sorted({node.roles for node in network.nodes.values()} - {frozenset()}, key=len, reverse=True):
-        found.append((patch(TD if "instruction" in roles else PAPER, TD_EDGE), f"TD of {told_roles(roles)}"))
+        found.append((patch(TD if "instruction" in roles else PAPER, TD_EDGE), f"TD of {roles_in_words(roles)}"))
     if network.instruction:
         found.append((line("M1,0H19", TD_EDGE, width=2, dashes=DOTTED), "lateral: BU and TD gate each other"))
     return found

@@ -60,12 +60,12 @@ class Arc:
 
     @property
     def kind(self) -> str:
-        """feedback or skip"""
+        """What is said of it: feedback or skip."""
         return "feedback" if self.feedback else "skip"
 
     @property
     def arrow(self) -> str:
-        """fc → conv1"""
+        """From where to where, as the user wrote it: fc → conv1"""
         return " → ".join(self.given)
 
 
@@ -198,7 +198,7 @@ def _add_passes(network: Network, model: FeedbackModel) -> None:
     order = {name: i for i, name in enumerate(network.nodes)}
     for number, connection in enumerate(model.connections, 1):
         given = connection.source, connection.destination
-        source, destination = (home(network, name_of(find_node(graph, name))) for name in given)
+        source, destination = (drawn_name(network, name_of(find_node(graph, name))) for name in given)
         block = model.modulation(*given)
         size = sum(p.numel() for p in block.parameters())
         feedback = order[source] >= order[destination]
@@ -260,11 +260,11 @@ def drawn_as(network: Network, node: fx.Node) -> str:
     A node that a connection adds has a name that no drawn node has, and belongs to what the first of its inputs belongs
     to. '' if none of them belongs to a drawn node.
     """
-    name = home(network, name_of(node) if is_named(node) else "")
+    name = drawn_name(network, name_of(node) if is_named(node) else "")
     return name or next(filter(None, (drawn_as(network, source) for source in node.all_input_nodes)), "")
 
 
-def home(network: Network, name: str) -> str:
+def drawn_name(network: Network, name: str) -> str:
     """The drawn node of this name, or the one whose name this name continues, as layer4.1.relu.pass2; '' if none."""
     while name and name not in network.nodes:
         name = name.rpartition(".")[0]

@@ -14,7 +14,7 @@ from fxfeedback.drawing.picture import ABOUT_MAPS, summary
 from fxfeedback.drawing.read import Drawing
 from fxfeedback.drawing.rows import Rows
 from fxfeedback.drawing.svg import canvas
-from fxfeedback.drawing.text import sizes, thousands
+from fxfeedback.drawing.text import short_number, sizes
 
 
 def page(drawing: Drawing, opened: set[Box]) -> str:
@@ -92,8 +92,8 @@ def _about_node(drawing: Drawing, box: Box, readers: dict[str, list[str]]) -> li
         about.append(("passes", [f"{number}: {words[number in node.computed]}" for number in passes]))
     for arc in network.arcs:
         if node.name in (arc.source, arc.destination):
-            about.append((f"{arc.kind} {arc.number}", [arc.arrow, f"{thousands(arc.parameters)} parameters"]))
-    roles = [marks.told_roles(node.roles)] if node.roles else []
+            about.append((f"{arc.kind} {arc.number}", [arc.arrow, f"{short_number(arc.parameters)} parameters"]))
+    roles = [marks.roles_in_words(node.roles)] if node.roles else []
     about.append(("TD", [*roles, *(["a gating site"] if node.site else [])]))
     about += [("reads", list(node.reads)), ("is read by", readers[node.name])]
     return [(term, said) for term, said in about if any(said)]
@@ -103,7 +103,7 @@ def _about_module(drawing: Drawing, box: Box) -> list[tuple[str, list[str]]]:
     """Terms, and under each what is said of a module."""
     about = [("module", [box.name or "the model"]), ("class", [box.op])]
     about.append(("output, without the batch", [sizes(box.nodes[-1].shape)]))
-    about.append(("parameters", [thousands(box.parameters)]))
+    about.append(("parameters", [short_number(box.parameters)]))
     for number in range(1, drawing.network.passes + 1) if drawing.network.passes > 1 else ():
         anew = sum(number in node.computed for node in box.nodes)
         about.append((f"pass {number}", [f"{anew} of {len(box.nodes)} nodes computed"]))
@@ -136,14 +136,14 @@ def _parts(drawing: Drawing) -> ET.Element:
         svg.append(part)
         return part
 
-    def told(part: ET.Element, i: int, box: Box, expanded: str) -> None:
-        part.attrib |= {"data-box": str(i), "tabindex": "0", "aria-label": marks.told(drawing, box)}
+    def label(part: ET.Element, i: int, box: Box, expanded: str) -> None:
+        part.attrib |= {"data-box": str(i), "tabindex": "0", "aria-label": marks.description(drawing, box)}
         part.attrib |= {"role": "button", "aria-expanded": expanded} if box.inside else {"role": "img"}
 
     inner = list(enumerate(plan.boxes))[1:]
     for i, box in inner:
         if box.inside:
-            told(put(f"frame-{i}", marks.frame(box, plan.rows[box].thinned)), i, box, expanded="true")
+            label(put(f"frame-{i}", marks.frame(box, plan.rows[box].thinned)), i, box, expanded="true")
             if box.roles:
                 put(f"td-frame-{i}", marks.frame(box, plan.rows[box].thinned, td=True))
     for i, box in enumerate(plan.boxes):
@@ -162,7 +162,7 @@ def _parts(drawing: Drawing) -> ET.Element:
     for i, arc in enumerate(network.arcs):
         put(f"number-{i}", marks.badge(arc))
     for i, box in inner:
-        told(put(f"box-{i}", marks.closed_box(drawing, box)), i, box, expanded="false")
+        label(put(f"box-{i}", marks.closed_box(drawing, box)), i, box, expanded="false")
         if box.roles:
             put(f"td-box-{i}", marks.closed_td_box(drawing, box))
     return svg

@@ -15,7 +15,7 @@ from fxfeedback.drawing.network import count
 from fxfeedback.drawing.places import Places, Rect, place
 from fxfeedback.drawing.read import Drawing
 from fxfeedback.drawing.svg import NAMESPACE, add, canvas, write
-from fxfeedback.drawing.text import font_file, thousands, width_of, wrapped
+from fxfeedback.drawing.text import font_file, short_number, width_of, wrapped
 
 ZOOM = 2  # pixels of a PNG per pixel of the SVG
 AROUND = 20  # the margin of each part of a picture
@@ -33,8 +33,8 @@ ABOUT_MAPS = (
 
 def picture(drawing: Drawing, opened: set[Box]) -> ET.Element:
     """The picture with these boxes open."""
-    spots = place(drawing.plan, opened)
-    whole = extent(drawing, spots)
+    places = place(drawing.plan, opened)
+    whole = extent(drawing, places)
     panel, panel_width, panel_height = effects(drawing)
     width = max(whole.width + (AROUND + panel_width if panel_width else 0), LEAST_WIDTH)
     head, head_height = heading(drawing, width)
@@ -44,7 +44,7 @@ def picture(drawing: Drawing, opened: set[Box]) -> ET.Element:
     add(root, "title").text = f"{drawing.network.title}, drawn by fxfeedback"
     add(root, "rect", width="100%", height="100%", fill=marks.PAPER)
     put(root, head, AROUND, AROUND)
-    put(root, graph(drawing, spots), AROUND - whole.left, top - whole.top)
+    put(root, graph(drawing, places), AROUND - whole.left, top - whole.top)
     put(root, panel, 2 * AROUND + whole.width, top)
     return root
 
@@ -64,42 +64,42 @@ def put(group: ET.Element, part: ET.Element, x: float, y: float) -> None:
 # -- the graph --------------------------------------------------------------------------------------------------------
 
 
-def extent(drawing: Drawing, spots: Places) -> Rect:
+def extent(drawing: Drawing, places: Places) -> Rect:
     """The area of the graph with its arcs, TD, and the boxes of instruction and error."""
-    root = spots.rect(drawing.plan.root)
+    root = places.rect(drawing.plan.root)
     left = -LANE * (1 + max(drawing.plan.lanes, default=-1)) - MARGIN
-    top = min([root.top, *(box.top for box, _ in spots.inlets.values())])
+    top = min([root.top, *(box.top for box, _ in places.inlets.values())])
     right = root.right
     if drawing.network.has_td:
-        right = root.mirrored(spots.axis).right + (2 * LANE if "instruction" in spots.inlets else 0)
+        right = root.mirrored(places.axis).right + (2 * LANE if "instruction" in places.inlets else 0)
     return Rect(left, top, right - left, root.bottom - top)
 
 
-def graph(drawing: Drawing, spots: Places) -> ET.Element:
+def graph(drawing: Drawing, places: Places) -> ET.Element:
     """BU, TD and the connections, from the background to the foreground."""
-    group, plan, axis = ET.Element("g"), drawing.plan, spots.axis
-    for box, rect in spots.open.items():
+    group, plan, axis = ET.Element("g"), drawing.plan, places.axis
+    for box, rect in places.open.items():
         if box is not plan.root:
             look = box, plan.rows[box].thinned, rect.width, rect.height
             put(group, marks.frame(*look), rect.left, rect.top)
             if box.roles:
                 put(group, marks.frame(*look, td=True), rect.mirrored(axis).left, rect.top)
-    for box, ways in spots.wires.items():
+    for box, ways in places.wires.items():
         for wire, way in zip(plan.rows[box].wires, ways, strict=True):
             group.append(marks.wire(way.points, way.ends_at_box))
             if wire.td:
                 points = [(2 * axis - x, y) for x, y in reversed(way.points)]
                 group.append(marks.wire(points, way.starts_at_box, td=True))
-    group.extend(marks.lateral(way.points, way.ends_at_box) for way in spots.laterals.values())
-    group.extend(marks.inlet_way(way.points) for _, way in spots.inlets.values())
-    arcs = list(zip(spots.arcs, drawing.network.arcs, strict=True))
+    group.extend(marks.lateral(way.points, way.ends_at_box) for way in places.laterals.values())
+    group.extend(marks.inlet_way(way.points) for _, way in places.inlets.values())
+    arcs = list(zip(places.arcs, drawing.network.arcs, strict=True))
     group.extend(marks.arc(way.points, connection) for way, connection in arcs)
     group.extend(marks.badge(connection, *way.number_at) for way, connection in arcs)
-    for box, rect in spots.closed.items():
+    for box, rect in places.closed.items():
         put(group, marks.closed_box(drawing, box), rect.left, rect.top)
         if box.roles:
             put(group, marks.closed_td_box(drawing, box), rect.mirrored(axis).left, rect.top)
-    for kind, (rect, _) in spots.inlets.items():
+    for kind, (rect, _) in places.inlets.items():
         put(group, marks.inlet(drawing.network, kind), rect.left, rect.top)
     return group
 
@@ -132,11 +132,11 @@ def heading(drawing: Drawing, width: float) -> tuple[ET.Element, float]:
 def summary(drawing: Drawing) -> list[str]:
     """What the network is, in sentences."""
     network, nodes = drawing.network, drawing.network.nodes.values()
-    sentences = [f"{thousands(count(node.parameters for node in nodes))} parameters in {len(nodes)} nodes."]
+    sentences = [f"{short_number(count(node.parameters for node in nodes))} parameters in {len(nodes)} nodes."]
     if network.arcs:
-        blocks = thousands(sum(connection.parameters for connection in network.arcs))
-        connections = _number(len(network.arcs), "connection")
-        sentences.append(f"{connections} with {blocks} parameters; {_number(network.passes, 'pass', 'passes')}.")
+        blocks = short_number(sum(connection.parameters for connection in network.arcs))
+        connections = _counted(len(network.arcs), "connection")
+        sentences.append(f"{connections} with {blocks} parameters; {_counted(network.passes, 'pass', 'passes')}.")
     later = range(2, network.passes + 1)
     for anew, group in itertools.groupby(later, lambda number: sum(number in node.computed for node in nodes)):
         first, *more = group
@@ -147,11 +147,11 @@ def summary(drawing: Drawing) -> list[str]:
         sentences.append(f"TD, beside BU, runs the other way on {weights}.")
     if drawing.active:
         units = sum(active.units for active in drawing.active.values())
-        sentences.append(f"Instructions gate {units:,} units at {_number(len(drawing.active), 'site')}.")
+        sentences.append(f"Instructions gate {units:,} units at {_counted(len(drawing.active), 'site')}.")
     return sentences
 
 
-def _number(n: int, one: str, several: str = "") -> str:
+def _counted(n: int, one: str, several: str = "") -> str:
     return f"{n} {one if n == 1 else several or one + 's'}"
 
 

@@ -52,8 +52,8 @@ class Rect:
 class Way:
     """A wire, an arc or a lateral connection.
 
-    points: from its start to its end. starts_at_box, ends_at_box: whether nothing lies between these and a box that is
-    seen; only there are arrowheads. number_at: where an arc's number stands.
+    points: from its start to its end. starts_at_box, ends_at_box: whether nothing lies between these and a visible
+    box; only there are arrowheads. number_at: where an arc's number stands.
     """
 
     points: list[Point]
@@ -64,7 +64,7 @@ class Way:
 
 @dataclass
 class Places:
-    """Everything at its place.
+    """Where everything lies.
 
     closed, open: the boxes. wires: of an open box, as in its rows. arcs: as in the network. laterals: box of a site ->
     from it to its TD counterpart. inlets: "error", "instruction" -> the box above TD, and the way from it to where that
@@ -80,17 +80,21 @@ class Places:
     axis: float = 0.0
 
     def rect(self, box: Box) -> Rect:
-        """Of a box that is seen, open or closed."""
+        """The place of a visible box, open or closed."""
         return self.closed.get(box) or self.open[box]
 
 
 def place(plan: Plan, opened: set[Box]) -> Places:
-    """Everything at its place, for the boxes that are open."""
+    """Where everything lies if these boxes are open."""
     return _Placing(plan, opened).run()
 
 
 class _Placing:
-    """sizes: of all boxes that are seen. columns, heights: of an open one, the x of its columns, its rows' heights."""
+    """One run of `place`.
+
+    sizes: width and height of each visible box. columns, heights: of an open box, the x of its columns from its left
+    edge, and the heights of its rows, the lowest first.
+    """
 
     def __init__(self, plan: Plan, opened: set[Box]) -> None:
         self.plan, self.opened, self.places = plan, opened, Places()
@@ -99,7 +103,7 @@ class _Placing:
         self.heights: dict[Box, list[float]] = {}
 
     def run(self) -> Places:
-        """Everything, in the order in which one needs the other."""
+        """Sizes from the inside out, places from the outside in, and then the lines between them."""
         width, _ = self.measure(self.plan.root)
         self.places.axis = width + L.LATERAL / 2 - L.MARGIN
         self.put(self.plan.root, 0, 0)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fxfeedback.butd import BUTD
-from fxfeedback.drawing.boxes import Box, in_boxes, opened
+from fxfeedback.drawing.boxes import Box, in_boxes, open_at_first
 from fxfeedback.drawing.effects import Effect, Map, read_effects
 from fxfeedback.drawing.network import Network, converted, read_network
 from fxfeedback.drawing.plan import Plan, make_plan
@@ -64,4 +64,4 @@ def read_drawing(
             drawing.tasks, drawing.active = active_units(model, network, tasks)
         if isinstance(model, FeedbackModel) and x is not None:
             drawing.image, drawing.effects = read_effects(model, network, x)
-    return drawing, opened(root, network, depth)
+    return drawing, open_at_first(root, network, depth)

@@ -1,7 +1,7 @@
 """How the content of a box lies in rows and columns.
 
-This does not depend on which boxes inside are open: igraph's Sugiyama layout orders each row and lines up columns of
-items that have no size; places.py gives every column the width that it needs.
+This does not depend on which boxes inside are open. igraph's Sugiyama layout orders the items of each row and aligns
+them in columns, as if they had no size; places.py then gives every column the width that it needs.
 """
 
 import itertools

@@ -24,7 +24,7 @@ def _font(bold: bool) -> ImageFont.FreeTypeFont:
 
 @functools.lru_cache(maxsize=10_000)
 def width_of(text: str, size: float, bold: bool = False) -> float:
-    """Its width in pixels."""
+    """The width of a text in pixels; size is that of the font."""
     return _font(bold).getlength(text) * size / _MEASURED_AT
 
 
@@ -42,7 +42,7 @@ def fitted_name(name: str, width: float, size: float, bold: bool = True) -> str:
 
 
 def wrapped(sentences: Iterable[str], width: float, size: float) -> list[str]:
-    """Each sentence in lines of its own."""
+    """The lines of these sentences, at most `width` pixels wide; each sentence begins a new line."""
     lines: list[str] = []
     for sentence in sentences:
         lines.append("")
@@ -55,8 +55,8 @@ def wrapped(sentences: Iterable[str], width: float, size: float) -> list[str]:
     return lines
 
 
-def thousands(number: int) -> str:
-    """61.1 M"""
+def short_number(number: int) -> str:
+    """Three digits and a unit: 61.1 M"""
     for factor, unit in ((10**9, " G"), (10**6, " M"), (10**3, " k")):
         if number >= factor:
             return f"{number / factor:.3g}{unit}"
@@ -64,5 +64,5 @@ def thousands(number: int) -> str:
 
 
 def sizes(shape: tuple[int | None, ...] | None) -> str:
-    """256 × 13 × 13; a size that depends on the batch is n"""
+    """A shape in words: 256 × 13 × 13; a size that depends on the batch is n."""
     return " × ".join("n" if size is None else str(size) for size in shape or ())
