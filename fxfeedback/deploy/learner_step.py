@@ -24,9 +24,10 @@ from fxfeedback.graph.operands import is_floating, operand
 from fxfeedback.graph.structures import leaves_of
 from fxfeedback.instructed.graphs import Graphs
 from fxfeedback.rules.ops import ADVANCES, cumulative_momentum
+from fxfeedback.tracing.kept_graphs import modes_of
 from fxfeedback.tracing.modes import eval_mode
 from fxfeedback.tracing.open_modules import open_modules
-from fxfeedback.tracing.wrapper import fetch_of, like_of, modes_of, net_of, root_of
+from fxfeedback.tracing.wrapper import fetch_of, like_of, net_of, root_of
 
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 

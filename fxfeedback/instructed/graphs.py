@@ -3,7 +3,7 @@
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
@@ -20,6 +20,7 @@ from fxfeedback.instructed import td_state
 from fxfeedback.instructed.gates import gate_sites
 from fxfeedback.instructed.halves import Halves, cut, lift
 from fxfeedback.instructed.owner import Owner
+from fxfeedback.instructed.runs import Call, Gating
 from fxfeedback.instructed.task_heads import put_task_heads
 from fxfeedback.rules.gating import gate
 from fxfeedback.td_graph import Instructing, instruct
@@ -225,7 +226,7 @@ class Graphs:
         return cut(self._learner(instructed, by_row, wanted, how), self.options.inexact)
 
     @kept
-    def call(self, instructed: bool, by_row: bool) -> "Call":
+    def call(self, instructed: bool, by_row: bool) -> Call:
         """What a call without learning runs."""
         module = self._predicting(instructed, by_row)
         names = [key_of(node) for node in module.graph.nodes if node.op == "placeholder"]
@@ -233,7 +234,7 @@ class Graphs:
         return Call(tuple(names), type(lifted).forward, attributes, self.attributes)
 
     @kept
-    def gating(self) -> "Gating":
+    def gating(self) -> Gating:
         """The instruction pass, as a call runs it."""
         lifted, attributes = lift(self.td)
         positions = [positions_of(site) if self.options.gating == "channel" else [] for site in self.sites]
@@ -268,34 +269,3 @@ class Graphs:
         positions = self.gating().positions
         values = [t.mean(dims, keepdim=True) if dims else t for t, dims in zip(counters, positions, strict=True)]
         return [(value > 0).to(value.dtype) for value in values] if self.options.exact else values
-
-
-class Call(NamedTuple):
-    """What a call without learning runs.
-
-    inputs: the names of its inputs (see `key_of`).
-    run: (None, *inputs, *attributes) -> what the model returns.
-    attributes: the names of the parameters and buffers that it takes.
-    all_attributes: of those that BU and TD have.
-    """
-
-    inputs: tuple[str, ...]
-    run: Callable[..., Any]
-    attributes: list[str]
-    all_attributes: list[str]
-
-
-class Gating(NamedTuple):
-    """The instruction pass.
-
-    size: length of an instruction.
-    run: (module with instruction head and TD norms, instruction, *attributes) -> site name -> counter neurons.
-    positions: of each site the dimensions over which a channel is one gate; none: every unit is.
-    batch_first: whether a sample's gates can be picked by their first dimension.
-    """
-
-    size: int
-    run: Callable[..., Any]
-    attributes: list[str]
-    positions: list[list[int]]
-    batch_first: bool

@@ -95,6 +95,11 @@ class KeepsGraphs(nn.Module):
         raise NotImplementedError
 
 
+def modes_of(keeper: KeepsGraphs) -> int:
+    """A number for the modes and attributes of all modules: the same for the same ones."""
+    return keeper._fingerprint()
+
+
 @torch.compiler.assume_constant_result
 def _plain(module: nn.Module) -> tuple[tuple[str, Any], ...]:
     """The module's mode, numbers and words, by name."""

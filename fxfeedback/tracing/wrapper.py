@@ -24,6 +24,8 @@ class Wrapper(KeepsGraphs):
 
     OPTIONS: tuple[str, ...] = ()
     """Names of the call's arguments that are not the model's own."""
+    _net: nn.Module
+    _root: nn.Module
 
     def __init__(self, model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any]) -> None:
         super().__init__()
@@ -217,11 +219,6 @@ def fetch_of(wrapper: Wrapper) -> Callable[[str], torch.Tensor]:
 def like_of(wrapper: Wrapper) -> torch.Tensor:
     """A tensor of the wrapper's dtype, on its device."""
     return wrapper._like()
-
-
-def modes_of(wrapper: Wrapper) -> int:
-    """A number for the modes and attributes of all modules: the same for the same ones."""
-    return wrapper._fingerprint()
 
 
 def call_as_example(wrapper: Wrapper, inputs: Sequence[torch.Tensor], **options: Any) -> Any:
