@@ -11,6 +11,7 @@ from torch import nn
 
 import fxfeedback
 from fxfeedback.errors import InputError, OptionError, TraceError
+from marks import long
 
 
 class Two(nn.Module):
@@ -190,7 +191,7 @@ def close(a, b):
 
 
 @pytest.mark.parametrize("kind", CALLS, ids=lambda kind: kind.__name__)
-@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("train", [True, long(False)])
 def test_a_call_is_the_models_own(kind, train):
     """Outputs and updates, of both kinds and of both on top of each other; each call twice, in between others."""
     model = kind().double().train(train)

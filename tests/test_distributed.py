@@ -107,7 +107,7 @@ def one_of_two(rank, kind, accumulate, synced, path):
     ("kind", "accumulate", "synced"),
     [
         ("shared", 1, False),
-        ("feedback", 1, True),
+        long("feedback", 1, True),
         long("per_task", 2, False),
         long("feedback", 1, False),
         long("shared", 1, True),

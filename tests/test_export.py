@@ -158,7 +158,7 @@ def test_instructed_logits_are_torchs(convnet_butd, batch, given):
         ("passes", {}),
         long("resnet18", {"gating": "channel"}),
         long("swin", {}),
-        ("vit", {}),
+        long("vit", {}),
     ],
     ids=lambda given: given if isinstance(given, str) else " ".join(given),
 )
@@ -252,7 +252,7 @@ class Windowed(nn.Module):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("dims", [3, 4, 5])
+@pytest.mark.parametrize("dims", [3, long(4), long(5)])
 def test_attention_of_any_number_of_dimensions(dims, masked, tmp_path):
     model = fxfeedback.add_feedback(Windowed(dims, masked), [("head", "project")], input_size=(24, 8)).eval()
     export(model, tmp_path / "model.onnx")
@@ -427,6 +427,7 @@ def test_free_sizes_are_free_for_pooling_and_connections(dims, tmp_path):
         assert_close(session(x), model(x))
 
 
+@pytest.mark.long  # in the small: test_a_wrong_file_is_not_written
 def test_a_file_that_is_right_at_the_examples_size_only_is_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "FREE_SIZES", {})
     net = Pools(2).eval()

@@ -10,8 +10,10 @@ from torch import nn
 
 import fxfeedback
 import networks
+from marks import long, long_but
 from test_unrolling import names_of, reference
 
+WINDOWED = ["swin_v2", "maxvit", "mvit"]
 NETWORKS = ["convnet", "residual", "attention", "vit", "swin_v2", "maxvit", "mvit", "mixed"]
 
 
@@ -65,7 +67,13 @@ def compare(model, ours, theirs, exact):
 
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize(
-    "name, dtype", [*((name, torch.bfloat16) for name in NETWORKS), ("residual", torch.float16), ("vit", torch.float16)]
+    "name, dtype",
+    [
+        *((name, torch.bfloat16) for name in NETWORKS if name not in WINDOWED),
+        *(long(name, torch.bfloat16) for name in WINDOWED),
+        ("residual", torch.float16),
+        ("vit", torch.float16),
+    ],
 )
 @pytest.mark.parametrize("how", ["autocast", "cast"])
 def test_low_precision(how, name, dtype, train):
@@ -83,7 +91,7 @@ def test_low_precision(how, name, dtype, train):
     compare(model, ours, theirs, exact)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", long_but(["convnet", "residual", "attention", "vit", "mixed"], NETWORKS))
 @pytest.mark.parametrize("how", ["autocast", "cast"])
 def test_an_instruction_in_bfloat16(how, name):
     model, x = build(name, train=False)
@@ -209,8 +217,8 @@ def passes_in(model, x, run, dtype, how):
 
 
 @pytest.mark.parametrize("how", ["autocast", "cast"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, long(torch.float16)])
+@pytest.mark.parametrize("train", [long(False), True])
 @pytest.mark.parametrize("norms", NORMS)
 def test_passes_in_low_precision(norms, train, dtype, how):
     """As exact as a plain loop over passes and nodes in the same precision, and in its dtypes.

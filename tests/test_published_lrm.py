@@ -23,6 +23,7 @@ import fxfeedback
 from fxfeedback import models
 from fxfeedback.errors import CheckpointError
 from fxfeedback.storage.published import load_lrm_steering
+from marks import long
 from test_parity_lrm import our_name, small
 
 ROOT = Path(__file__).parent.parent
@@ -86,7 +87,7 @@ def alexnet():
 
 
 @pytest.mark.parametrize(
-    ("place", "spelling"), [("top", "present"), ("model", "module, older"), ("state_dict", "oldest")]
+    ("place", "spelling"), [("top", "present"), long("model", "module, older"), long("state_dict", "oldest")]
 )
 def test_alexnet_from_a_file_gives_the_recorded_logits(alexnet, tmp_path, place, spelling):
     case, tensors, model = alexnet
@@ -113,7 +114,7 @@ def small_model():
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("spelling", NAMES)
-@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("zipped", [True, long(False)])
 def test_every_form(tmp_path, place, spelling, zipped):
     model, case, tensors = small_model()
     checkpoint = PLACES[place]({NAMES[spelling](name): value for name, value in tensors.items()})

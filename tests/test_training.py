@@ -146,7 +146,7 @@ def test_one_task_alone(data: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 # -- going on
 
 
-@pytest.mark.parametrize("case", long_but(["multi_mnist separate", "mnist", "lrm"], CASES))
+@pytest.mark.parametrize("case", long_but(["multi_mnist separate", "mnist"], CASES))
 def test_an_interrupted_run_goes_on_bit_for_bit(
     case: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -181,7 +181,7 @@ def test_ctrl_c_finishes_the_step(data: Path, tmp_path: Path, monkeypatch: pytes
     assert_same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))
 
 
-@pytest.mark.parametrize("times", [4, long(20)])
+@pytest.mark.parametrize("times", [2, long(20)])
 def test_killed_at_random_moments(tmp_path: Path, times: int) -> None:
     command = [sys.executable, str(Path(__file__).with_name("kill_at_random.py")), str(tmp_path), str(times)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
@@ -277,7 +277,8 @@ def test_every_tensor_of_a_checkpoint_is_checked(
 # -- many processes
 
 
-@pytest.mark.parametrize("flags", [long(["--batch-size", "8"]), ["--batch-size", "7", "--accumulate", "2"]])
+@pytest.mark.long  # the same of a step: tests/test_distributed.py
+@pytest.mark.parametrize("flags", [["--batch-size", "8"], ["--batch-size", "7", "--accumulate", "2"]])
 def test_two_processes_are_one(tmp_path: Path, flags: list[str]) -> None:
     """Also with a last batch that cannot be divided: 40 = 5 x 7 + 5 samples, and 5 in four parts."""
     write_mnist(tmp_path, sizes=(40, 13))
