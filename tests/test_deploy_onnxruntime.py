@@ -24,6 +24,7 @@ def rows(text):
     return {name.strip(): tuple(map(float, numbers)) for name, *numbers in found}
 
 
+@pytest.mark.long  # one of them: below
 def test_the_products_of_a_network(tmp_path, capsys):
     threads = torch.get_num_threads()
     assert job(tmp_path, "--only", "instructed", "one-task", "learner") == 0

@@ -50,6 +50,7 @@ def curve(out: Path) -> list[dict]:
     return json.loads((out / "curve.json").read_text())
 
 
+@pytest.mark.long  # with a smaller learner: tests/test_learner.py
 def test_the_new_task_is_learned_without_torch_and_comes_back(done):
     out, said = done
     assert {path.name for path in out.iterdir()} == RESULTS
@@ -60,6 +61,7 @@ def test_the_new_task_is_learned_without_torch_and_comes_back(done):
     assert "torch was never imported" in said and "with the device's weights" in said
 
 
+@pytest.mark.long
 def test_ctrl_c_keeps_the_weights_so_far(handed_over, monkeypatch, capsys):
     step, calls = on_device.Run.step, []
 
@@ -78,6 +80,7 @@ def test_ctrl_c_keeps_the_weights_so_far(handed_over, monkeypatch, capsys):
     assert "interrupted" in said.err and f"{handed_over / 'learned.safetensors'}, of the steps so far" in said.out
 
 
+@pytest.mark.long
 def test_ctrl_c_reaches_the_other_process(handed_over):
     def interrupt():
         while not (handed_over / "curve.json").exists():
@@ -105,6 +108,7 @@ def test_wrong_flags(tmp_path, capsys, flags, expected):
     assert refusal.value.code == 2 and expected in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_what_the_device_lacks(handed_over, tmp_path, capsys):
     assert on_device.main([str(handed_over), "--provider", "abacus"]) == 1
     assert "the provider abacus cannot be used" in capsys.readouterr().err
@@ -115,12 +119,14 @@ def test_what_the_device_lacks(handed_over, tmp_path, capsys):
     assert "there is no file" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_loss_that_is_no_number_stops_the_device(handed_over, monkeypatch, capsys):
     monkeypatch.setattr("fxfeedback.runtime.Learner.step", lambda *given, **more: float("nan"))
     assert on_device.main([str(handed_over), "--provider", "cpu"]) == 1
     assert "the loss became nan in step 1; a lower --lr may help" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_weights_that_do_not_come_back_are_seen(handed_over, done):
     for name in ("learned.safetensors", "curve.json"):
         (handed_over / name).symlink_to(done[0] / name)

@@ -104,6 +104,7 @@ def test_torchvision_models_need_nothing_but_the_file(name, tmp_path):
     torch.testing.assert_close(fxfeedback.load(tmp_path)(x), model(x), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.long  # with networks of a few layers: above, and tests/test_feedback_parts.py
 def test_a_detection_model_with_feedback_in_its_backbone_comes_back(tmp_path):
     torch.manual_seed(0)
     make = torchvision.models.detection.ssdlite320_mobilenet_v3_large
