@@ -226,11 +226,11 @@ class _LinearOfPasses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, error: torch.Tensor | None, later: torch.Tensor | None) -> Any:
         """The errors of input, weight and bias; `later` is what the later passes have of the weight's."""
-        input, weight = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         if error is None:
             return None, later, None
-        rows, errors = input.flatten(0, -2).to(error.dtype), error.flatten(0, -2)
-        of_input = (error @ weight.to(error.dtype)).to(input.dtype) if ctx.needs_input_grad[0] else None
+        rows, errors = x.flatten(0, -2).to(error.dtype), error.flatten(0, -2)
+        of_input = (error @ weight.to(error.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
         of_bias = errors.sum(0) if ctx.needs_input_grad[2] else None
         if not ctx.needs_input_grad[1]:
             return of_input, None, of_bias

@@ -148,9 +148,9 @@ def _convolution(
     total = [
         0 if padding == "valid" else d * (k - 1) for d, k in zip(as_tuple(dilation, len(kernel)), kernel, strict=True)
     ]
-    if any(t % 2 for t in total):
-        input = F.pad(input, [extra for t in reversed(total) for extra in (0, t % 2)])
-    return CONV[len(kernel) + 2](input, weight, bias, stride, [t // 2 for t in total], dilation, groups)
+    odd = [extra for t in reversed(total) for extra in (0, t % 2)]
+    x = F.pad(input, odd) if any(odd) else input
+    return CONV[len(kernel) + 2](x, weight, bias, stride, [t // 2 for t in total], dilation, groups)
 
 
 def _shape(weight: Any) -> tuple[int, ...] | None:
