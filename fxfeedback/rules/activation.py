@@ -193,6 +193,7 @@ def celu(y, input, alpha=1.0, inplace=False):
 @rule(F.selu, torch.selu, examples=[call(F.selu, T(4, 5))])
 def selu(y, input, inplace=False):
     """s x where x > 0, s α (exp x - 1) elsewhere"""
+    # Klambauer et al. (2017), in as many digits as torch has
     alpha, scale = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
     return pointwise(lambda e: torch.where(input > 0, e * scale, e * (y + scale * alpha)))
 

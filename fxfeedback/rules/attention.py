@@ -62,7 +62,7 @@ def attention(y, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=Fal
         return torch.softmax(torch.where(blind, 0.0, scores), -1).masked_fill(blind, 0.0)
 
     @functools.cache
-    def to_scores(e):
+    def to_scores(e):  # softmax's rule, with Σ over tokens of p · error of p as e · y (Dao et al. 2022, section B.2)
         return weights() * (e @ each(value).transpose(-1, -2) - (e * y).sum(-1, keepdim=True))
 
     def uniformly(t):

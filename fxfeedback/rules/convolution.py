@@ -87,7 +87,8 @@ def transposed_convolution(y, input, weight, bias=None, stride=1, padding=0, out
 def correlate(x, e, kernel, stride, padding, dilation, groups):
     """W[k] = Σ e[p] x[stride p + dilation k - padding]ᵀ: the update of a convolution from x to e.
 
-    x (B, groups * I, ...) and e (B, groups * O, ...) give (groups * O, I, *kernel).
+    x (B, groups * I, ...) and e (B, groups * O, ...) give (groups * O, I, *kernel). One product of matrices for each
+    position of the kernel.
     """
     if x.shape[1] // groups < THIN:
         return correlate_thin(x, e, kernel, stride, padding, dilation, groups)

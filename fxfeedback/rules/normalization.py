@@ -33,7 +33,10 @@ def standardized(input, dims, eps, mean=mean_over):
 
 
 def through_statistics(e, statistics, dims, mean=mean_over):
-    """The error through x̂ = (x - μ) / σ, where μ and σ depend on x: e less its mean and its part along x̂, over σ."""
+    """The error through x̂ = (x - μ) / σ, where μ and σ depend on x: e less its mean and its part along x̂, over σ.
+
+    It is the chain rule of Ioffe and Szegedy (2015), section 3, with its sums collected.
+    """
     normal, rstd = statistics
     return (e - mean(e, dims) - normal * mean(e * normal, dims)) * rstd
 
