@@ -61,9 +61,6 @@ class _Runner(nn.Module):
             dict(root._buffers),
             dict(root._modules),
         )
-        self.fxfeedback_constants = nn.Module()
-        for name, tensor in program.constants.items():
-            self.fxfeedback_constants.register_buffer(name, tensor)
         self.fxfeedback_program, self.fxfeedback_record = program, _Record()
         steps: dict[fx.Node, _Step] = {}
         for node in program.graph.nodes:
@@ -88,9 +85,7 @@ class _Runner(nn.Module):
             if node.op == "placeholder":
                 values[node] = next(given)
             elif node.op == "get_attr":
-                name = str(node.target)
-                constant = name in program.constants
-                values[node] = getattr(self.fxfeedback_constants, name) if constant else program.fetch(name)
+                values[node] = program.fetch(str(node.target))
             elif node.op == "output":
                 named = list(leaves(program.output, fx.map_arg(node.args[0], values.__getitem__)))
             else:

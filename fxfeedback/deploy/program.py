@@ -1,7 +1,7 @@
 """What is exported: a graph, its inputs, and what its nodes are called in the file."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,7 +35,6 @@ class Program:
     graph: in call_function, call_module and get_attr nodes; it is interpreted, so targets may be any callables.
     labels: what its nodes are called in the file.
     fetch: qualified name -> parameter or buffer; root: has them, and the modules that are called.
-    constants: further tensors that get_attr nodes may name.
     output: what the output is called; empty where it is a dict whose keys name its parts.
     """
 
@@ -45,7 +44,6 @@ class Program:
     root: nn.Module
     fetch: Callable[[str], torch.Tensor]
     metadata: dict[str, Any]
-    constants: dict[str, torch.Tensor] = field(default_factory=dict)
     output: str = "output"
 
 
