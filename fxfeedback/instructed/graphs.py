@@ -57,12 +57,11 @@ class Graphs:
         self.owner, self.options = owner, owner.options
         traced, _ = trace_for(owner.net, examples, form)
         self.bu = open_modules(traced, example_inputs=examples, owner=owner.net)
-        task_heads = owner.task_heads
-        if task_heads is not None:
+        if owner.task_heads is not None:
             annotate_shapes(self.bu, examples)
             unpack_tuples(self.bu)
-            put_task_heads(self.bu, task_heads, self.options.head)
-            examples = [*examples, examples[0].new_empty(1, task_heads.n_tasks)]
+            put_task_heads(self.bu, owner.task_heads, self.options.head)
+            examples = [*examples, examples[0].new_empty(1, owner.task_heads.n_tasks)]
         annotate_shapes(self.bu, examples)
         unpack_tuples(self.bu)
         self.bottom_up = BottomUp(self.bu.graph)
