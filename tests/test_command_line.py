@@ -247,7 +247,7 @@ def test_exported_files_run_and_info_knows_them(capsys, files):
 
 
 class ByName(nn.Module):
-    """Its inputs are given by name only, and one has no batch."""
+    """Its inputs are given by name only."""
 
     def __init__(self):
         super().__init__()
@@ -258,12 +258,12 @@ class ByName(nn.Module):
 
 
 def test_inputs_that_have_names_only(capsys, tmp_path):
-    example = {"x": torch.randn(1, 4), "scale": torch.tensor(2.0)}
+    example = {"x": torch.randn(1, 4), "scale": torch.ones(1, 1)}
     model = fxfeedback.add_feedback(ByName().eval(), [("second", "first")], example_inputs=example)
     fxfeedback.save(model, tmp_path / "lrm")
     fxfeedback.save(fxfeedback.to_butd(ByName().eval(), 2, example_inputs=example), tmp_path / "butd")
     for name in ("lrm", "butd"):
-        assert run(capsys, "bench", tmp_path / name, "--repeats", "1", "--batch", "3")["inputs"] == [[3, 4], []]
+        assert run(capsys, "bench", tmp_path / name, "--repeats", "1", "--batch", "3")["inputs"] == [[3, 4], [3, 1]]
 
 
 def test_bench_compares_what_it_says(capsys, files, monkeypatch):
