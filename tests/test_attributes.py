@@ -355,7 +355,21 @@ def buffer_replaced(m, x):
     return m.f(x) * m.b
 
 
+def averaged_weights(m, x):
+    m.table = m.f.weight * 1 if m.table is None else 0.9 * m.table + 0.1 * m.f.weight
+    return F.linear(x, m.table)
+
+
+def grown_weights(m, x):
+    if m.table is None:
+        m.table = m.f.weight * 2
+    m.table.add_(1)
+    return F.linear(x, m.table)
+
+
 STATE = {
+    "an average of weights": (nothing, averaged_weights, "'table'"),
+    "a cache that grows": (nothing, grown_weights, "'table'"),
     "a hidden state": (setting(h=None), hidden, "'h', set at .*test_attributes.py:.* m.h = z.detach"),
     "a counter": (setting(n=0), counted, "'n', called at .*test_attributes.py:.* return m.f"),
     "a counter that nobody reads": (setting(n=0), counted_idly, r"'n', set at .* m.n \+= 1"),
@@ -454,6 +468,32 @@ def test_what_the_next_call_computes_all_the_same_is_no_state(name):
     twin, x = copy.deepcopy(model), torch.randn(3, 6, dtype=torch.double, requires_grad=True)
     butd = fxfeedback.to_butd(model, input_size=(6,))
     assert same(results(butd, model, x, 3), results(twin, twin, x, 3))
+
+
+def cached(m, x):
+    if "weight" not in m.tables:
+        m.tables["weight"] = F.normalize(m.f.weight, dim=0).t()
+    return torch.relu(m.f(x)) @ m.tables["weight"]
+
+
+def cached_in_a_place(m, x):
+    if m.table is None:
+        m.table = (torch.tanh(m.f.weight), [m.f.bias * 2])
+    return F.linear(x, m.table[0], m.table[1][0])
+
+
+@pytest.mark.parametrize("forward", [cached, cached_in_a_place])
+def test_a_cache_of_what_parameters_alone_decide_is_computed_in_every_call(forward):
+    """As timm's LeViT keeps its tables of biases; of a plain model the cache would go stale."""
+    model = model_of(setting(tables={}), forward)
+    x = torch.randn(3, 6, dtype=torch.double, requires_grad=True)
+    butd = fxfeedback.to_butd(model, input_size=(6,))
+    for factor in (1, 1.5, 1.5):
+        with torch.no_grad():
+            model.f.weight.mul_(factor)
+        fresh = copy.deepcopy(model)
+        assert same(results(butd, model, x, 1), results(fresh, fresh, x, 1))
+    assert not model.tables and model.table is None
 
 
 def test_a_value_left_on_self_is_not_there_rather_than_old():

@@ -7,7 +7,7 @@ reads; and a module that is called twice may have other attributes each time. `S
 import copy
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
@@ -73,11 +73,11 @@ class Stage:
         self._check_asking(module.parameters())
         for inner in module.modules():
             for name in getattr(type(inner), "__constants__", ()):
-                if any(True for _ in _proxies_in(vars(inner).get(name))):
+                if any(True for _ in proxies_in(vars(inner).get(name))):
                     raise ValueError(f"its forward computes the attribute {self.name_of(inner, name)!r}")
         if [self._settings.get(inner) for inner in module.modules()] == settings(module):
             return None
-        proxies = {id(value): None for inner in module.modules() for value in _proxies_in(vars(inner))}
+        proxies = {id(value): None for inner in module.modules() for value in proxies_in(vars(inner))}
         return copy.deepcopy(module, self._own | proxies)
 
     def changed(self, before: dict[Any, dict[str, Any]] | None = None) -> list[tuple[Any, str]]:
@@ -134,10 +134,14 @@ class Stage:
             self.name_of(m, name) for m, names in own for name in (*m._parameters, *m._buffers) if name not in names
         ]
 
-    def forget(self) -> None:
-        """Take from the model what forward would have set anew: it would be that of no call."""
+    def forget(self, kept: Callable[[fx.Graph], Collection[fx.Node]]) -> None:
+        """Take from the model what forward would have set anew: it would be that of no call.
+
+        kept: the nodes of a graph whose values are the same in every call; a cache of these stays as it was.
+        """
         for module, name in self._changed_in_modules():
-            if any(True for _ in _proxies_in(vars(module).get(name))):
+            nodes = [proxy.node for proxy in proxies_in(vars(module).get(name))]
+            if any(node not in kept(node.graph) for node in nodes):
                 vars(self.originals[module]).pop(name, None)
 
 
@@ -184,7 +188,7 @@ def plain_value(value: Any, within: tuple[int, ...] = ()) -> Any:
     if isinstance(value, (nn.Module, type)):
         return (type(value), id(value))
     if isinstance(value, dict):
-        kept = [(k, v) for k, v in value.items() if not any(True for _ in _proxies_in(k))]
+        kept = [(k, v) for k, v in value.items() if not any(True for _ in proxies_in(k))]
         return [(plain_value(k, within), plain_value(v, within)) for k, v in kept]
     if isinstance(value, (list, tuple, deque)):
         return (type(value).__name__, [plain_value(part, within) for part in value])
@@ -207,12 +211,13 @@ def _content(tensor: torch.Tensor) -> Any:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
-def _proxies_in(value: Any) -> Iterator[Any]:
+def proxies_in(value: Any) -> Iterator[Any]:
+    """The proxies in an attribute's value."""
     if _is_proxy(value):
         yield value
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, deque)) else ()
     for part in parts:
-        yield from _proxies_in(part)
+        yield from proxies_in(part)
 
 
 def attributes_of(model: nn.Module) -> list[Any]:

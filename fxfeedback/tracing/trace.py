@@ -8,7 +8,7 @@ user's model is never traced itself, only a copy that shares its tensors (share.
 import math
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from typing import Any
 
@@ -33,7 +33,14 @@ from fxfeedback.tracing.arguments import PROXIES, Form, form_of
 from fxfeedback.tracing.attributes import CONSTANT, Stage
 from fxfeedback.tracing.buffers import FromBuffers, is_same, noted
 from fxfeedback.tracing.draws import random_states, refusing_draws, watching_draws
-from fxfeedback.tracing.next_call import difference, meaning, noting_lines, state_is_kept
+from fxfeedback.tracing.next_call import (
+    carry_over,
+    difference,
+    meaning,
+    noting_lines,
+    of_parameters,
+    state_is_kept,
+)
 from fxfeedback.tracing.while_tracing import recording_sized, running_on_proxies, untraced
 
 
@@ -53,10 +60,12 @@ class PathTracer(NodePathTracer):
         self.constants: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.calling: nn.Module | None = None
         self.called: dict[fx.Node, nn.Module | None] = {}  # with other attributes than the model has
+        self.carried: Collection[fx.Node] = ()  # of the graph of the call before, see `carry_over`
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         """A call in the tracer's form: torch.fx knows positional arguments of undecorated functions only."""
         inputs = [self.create_proxy("placeholder", name, (), {}) for name in self.form.names]
+        carry_over(self.stage.originals, self, self.carried)
         args, named = self.form.fill(inputs)
         return lambda: self.root.forward(*args, **named), []
 
@@ -189,7 +198,7 @@ def trace_with(make: Callable[[Form], PathTracer], model: nn.Module, form: Form)
     stage = tracer.stage
     _keep_constants(graph, stage.copy, model)
     noted(list(stage.originals.items()), tracer.from_buffers.read, stage.copy)
-    stage.forget()
+    stage.forget(of_parameters)
     refuse_unwritable(graph)
     module = fx.GraphModule(model, graph, identifier(type(model).__name__))
     _put_as_called(module, tracer)
@@ -209,14 +218,18 @@ def _keep_constants(graph: fx.Graph, copy: nn.Module, model: nn.Module) -> None:
 
 
 def _traced(
-    make: Callable[[Form], PathTracer], stage: Stage, form: Form, watching: bool = False
+    make: Callable[[Form], PathTracer],
+    stage: Stage,
+    form: Form,
+    carried: Collection[fx.Node] = (),
+    watching: bool = False,
 ) -> tuple[PathTracer, fx.Graph]:
     """A tracer, and the graph that it made of one call, with names and without unused nodes.
 
     No parameter or buffer has been written and no random number drawn on the way.
     """
     tracer, states = make(form), random_states()
-    tracer.stage = stage
+    tracer.stage, tracer.carried = stage, carried
     watch = watching_draws() if watching else nullcontext()
     draws = refusing_draws(stage.copy, dict(stage.model.named_parameters()))
     with stage.performed(), running_on_proxies(), recording_sized(), draws, watch:
@@ -247,7 +260,7 @@ def _check_next_call(make: Callable[[Form], PathTracer], form: Form, tracer: Pat
     first, size = meaning(graph, stage.copy, stage.tensors, tracer.called), len(graph.nodes)
     with noting_lines() as lines:
         try:
-            other, again = _traced(make, stage, form)
+            other, again = _traced(make, stage, form, of_parameters(graph))
             node = difference(first, meaning(again, stage.copy, stage.tensors, other.called))
             where = user_line(node) if node is not None else ""
             differs = node is not None or len(graph.nodes) != size  # its proxies were read
