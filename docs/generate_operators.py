@@ -56,6 +56,7 @@ ALL_RULES: list[Rule] = list(dict.fromkeys(RULES.values()))
 SHORT = {
     r"torch\._C\._nn\.|torch\.nn\.functional\._?": "F.",
     r"torch\._C\._linalg\.linalg_": "torch.linalg.",
+    r"torch\._C\._special\.special_": "torch.special.",
     r"torch\.functional\.": "torch.",
     r"torch\.Tensor\.": "Tensor.",
     r"_operator\.": "operator.",

@@ -5,6 +5,7 @@ instruction pass (`instruct`) and the error pass (in counter_hebb_pass.py) are t
 """
 
 import operator
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -177,7 +178,7 @@ def _where(node: fx.Node) -> str:
 
 
 def _no_rule(node: fx.Node) -> str:
-    name = fx.node._get_qualified_name(node.target)
+    name = re.sub(r"^torch\._C\._(special|linalg|fft)\.\1_", r"torch.\1.", fx.node._get_qualified_name(node.target))
     return (
         f"no rule for {name} (at node {_where(node)}). Add one with @fxfeedback.rules.rule({name}): "
         "see 'Adding a rule' in CONTRIBUTING.md."

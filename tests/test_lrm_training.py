@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import fxfeedback
-from fxfeedback.feedback import FeedbackModel
+from fxfeedback.lrm import feedback_model
 from fxfeedback.lrm.modulation import modulate
 from fxfeedback.lrm.recompute import brief, lean, segmented
 from marks import long, long_but
@@ -68,11 +68,11 @@ def test_nothing_changes_but_what_is_kept(name, train, slice_size):
     for steps in ((), (lean,), (lean, segmented)):
         model = fxfeedback.add_feedback(copy.deepcopy(net), connections, input_size=size, checkpoint=len(steps) == 2)
         model.modulations.load_state_dict(blocks)
-        assert model._steps() == (steps or (lean,))
+        assert feedback_model.steps(model.checkpoint) == (steps or (lean,))
         torch.manual_seed(1)
         x = torch.randn(5, *size, dtype=torch.double, requires_grad=True)
         with (
-            mock.patch.object(FeedbackModel, "_steps", lambda self, steps=steps: steps),
+            mock.patch.object(feedback_model, "steps", lambda checkpoint, steps=steps: steps),
             mock.patch("fxfeedback.lrm.modulation.SLICE", slice_size),
         ):
             outputs = model(x, passes=3)
@@ -144,7 +144,7 @@ def test_autocast_and_second_derivatives(checkpoint):
     assert all(p.grad.dtype == p.dtype for p in model.parameters())
     (slope,) = torch.autograd.grad(model(x)[1].square().sum(), x, create_graph=True)
     ours = torch.autograd.grad(slope.square().sum(), x)
-    with mock.patch.object(FeedbackModel, "_steps", lambda self: ()):
+    with mock.patch.object(feedback_model, "steps", lambda checkpoint: ()):
         (slope,) = torch.autograd.grad(model(x)[1].square().sum(), x, create_graph=True)
         torch.testing.assert_close(ours, torch.autograd.grad(slope.square().sum(), x))
 
@@ -157,7 +157,7 @@ def test_nothing_changes_without_gradients(slice_size):
     with torch.no_grad():
         for steps in ((brief,), ()):
             with (
-                mock.patch.object(FeedbackModel, "_steps", lambda self, steps=steps: steps),
+                mock.patch.object(feedback_model, "steps", lambda checkpoint, steps=steps: steps),
                 mock.patch("fxfeedback.lrm.modulation.SLICE", slice_size),
             ):
                 found.append((model(x), model.readout(x, ["0", "1", "2", "3"])))

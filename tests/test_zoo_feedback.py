@@ -10,6 +10,7 @@ from torch import nn
 
 import fxfeedback
 from fxfeedback import rewrite
+from fxfeedback.graph.effects import has_effect
 from marks import long
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "zoo"))
@@ -82,7 +83,7 @@ X = torch.randn(2, 2, 8, 8)
 
 
 def test_a_random_draw_that_passes_share_is_seen(net, model, monkeypatch):
-    monkeypatch.setattr(rewrite, "_is_new_in_every_pass", rewrite.has_effect)
+    monkeypatch.setattr(rewrite, "is_new_in_every_pass", has_effect)
     assert zoo.check_sharing(model.train()) == (3, 7)  # downstream of the destination, it is drawn again all the same
     model = fxfeedback.add_feedback(net, [("5", "4")], input_size=(2, 8, 8))
     assert zoo.check_sharing(model.eval()) == (1, 6)
@@ -91,7 +92,7 @@ def test_a_random_draw_that_passes_share_is_seen(net, model, monkeypatch):
 
 
 def test_a_pass_that_computes_too_much_is_seen(model, monkeypatch):
-    monkeypatch.setattr(rewrite, "has_effect", lambda node: True)
+    monkeypatch.setattr(rewrite, "is_new_in_every_pass", lambda node: True)
     with pytest.raises(zoo.Problem, match="evaluation: pass 2 computes 6 nodes, not 2; they differ in"):
         zoo.check_sharing(model.eval())
 

@@ -29,6 +29,7 @@ from table import Line, Table, command
 from torch import fx, nn
 
 import fxfeedback
+from fxfeedback.butd import graphs_of
 from fxfeedback.graph.channels import channel_dim
 from fxfeedback.rules import RULES
 
@@ -220,7 +221,7 @@ def learn(
 
 def active_shares(butd: fxfeedback.BUTD, x: torch.Tensor) -> Shares | None:
     """The active shares of the sites for random one-hot instructions; None where the model takes none."""
-    graphs = butd._graphs(butd._stand_ins())
+    graphs = graphs_of(butd)
     if not graphs.can_instruct:
         return None
     task = torch.randperm(graphs.instruction_size)[: len(x)]

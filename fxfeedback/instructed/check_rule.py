@@ -31,7 +31,7 @@ def check_rule(rule: Rule) -> None:
     Raises:
         AssertionError: an update differs from autograd's gradient by more than the example's tolerance, with the plain
             rule or with its fused kernels, or the instruction's counter neuron does not have the operand's shape.
-        ValueError: the rule has no examples.
+        ValueError: the rule has no examples, or torch itself does not differentiate its op.
     """
     if not rule.examples:
         raise ValueError(f"the rule {rule.name!r} has no examples: write @rule(..., examples=[call(...)])")
@@ -93,7 +93,7 @@ def _check_updates(module: Call, bu: fx.GraphModule, fused: bool) -> None:
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     x = module.x.clone().requires_grad_()
     torch.manual_seed(0)  # of dropout's masks
-    expected = _gradients(module(x), {"x": x, **dict(module.named_parameters())})
+    expected = _gradients(module.example, module(x), {"x": x, **dict(module.named_parameters())})
     module.load_state_dict(buffers, strict=False)
 
     names = [
@@ -104,7 +104,7 @@ def _check_updates(module: Call, bu: fx.GraphModule, fused: bool) -> None:
     attributes = [getattr(module, name) for name in halves.attributes]
     torch.manual_seed(0)
     outputs = CounterHebb.apply(halves, ["input:x", *halves.attributes], x, *attributes)
-    updates = _gradients(outputs, {"x": x, **dict(module.named_parameters())})
+    updates = _gradients(module.example, outputs, {"x": x, **dict(module.named_parameters())})
     for name, gradient in expected.items():
         update = updates[name]
         if gradient is None or update is None:
@@ -118,10 +118,15 @@ def _check_updates(module: Call, bu: fx.GraphModule, fused: bool) -> None:
         )
 
 
-def _gradients(outputs: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
+def _gradients(example: Example, outputs: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
     """Gradients of a loss that weighs every value of the floating-point outputs differently."""
     leaves = [y for y in (outputs if isinstance(outputs, (tuple, list)) else [outputs]) if y.is_floating_point()]
     loss = sum((y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype).reshape(y.shape)).sum() for y in leaves)
+    if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
+        raise ValueError(
+            f"torch has no gradient of {example} to compare with: declare such an op with constant(), or let the "
+            "example compute the same with ops that torch differentiates"
+        )
     return dict(zip(tensors, torch.autograd.grad(loss, list(tensors.values()), allow_unused=True), strict=True))
 
 
