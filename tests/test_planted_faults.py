@@ -135,7 +135,7 @@ FAULTS = {
         [(Fingerprint, "holds", lambda fingerprint: True)], changed_attributes_count
     ),
     "state on self is dropped": Fault(
-        [(trace, "_check_next_call", lambda *call: None), (Stage, "forget", lambda stage: None)],
+        [(trace, "_check_next_call", lambda *call: None), (Stage, "forget", lambda stage, kept: None)],
         self_check(Remembers),
         "something else when it is called again",
     ),
