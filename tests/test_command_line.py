@@ -380,7 +380,7 @@ MISTAKES = {
     "no connection": (["feedback", "here:net"], 2, "is a plain model: give --connect"),
     "half a connection": (["feedback", "here:net", "--connect", "2"], 2, "give SOURCE:DESTINATION"),
     "unknown node": (["feedback", "here:net", "--connect", "2:zero"], 2, "no node is called 'zero'"),
-    "no passes": (["feedback", "here:net", "--connect", "2:0", "--passes", "0"], 2, "no whole number from 1 on"),
+    "no passes": (["feedback", "here:net", "--connect", "2:0", "--passes", "0"], 2, "is not a whole number from 1 on"),
     "passes of nothing": (["export", "here:net", "x.onnx", "--passes", "2"], 2, "--passes belongs to a model with"),
     "gating of nothing": (["bench", "here:net", "--gating", "unit"], 2, "--gating belongs to --tasks"),
     "no tasks": (["butd", "here:net"], 2, "is a plain model: give --tasks N"),

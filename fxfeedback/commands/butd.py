@@ -10,7 +10,6 @@ from typing import Any
 
 from fxfeedback.commands.given import add_connections, add_model, add_tasks, read_network
 from fxfeedback.commands.text import Count, Percent, several, sizes, table
-from fxfeedback.graph.nodes import name_of, spec_of
 
 MOST_TASKS = 8
 """Tasks whose active shares are shown: a line has room for no more."""
@@ -55,6 +54,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     import fxfeedback
     from fxfeedback.butd import graphs_of
     from fxfeedback.commands.networks import input_shapes, parameters
+    from fxfeedback.graph.nodes import name_of, spec_of
     from fxfeedback.graph.operands import rectifies
 
     butd = read_network(arguments, fxfeedback.BUTD)

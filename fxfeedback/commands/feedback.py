@@ -10,7 +10,6 @@ from typing import Any
 
 from fxfeedback.commands.given import add_connections, add_model, read_network
 from fxfeedback.commands.text import Count, Percent, operations, sizes, table
-from fxfeedback.graph.nodes import is_named, name_of, pass_of, spec_of, specs_of
 
 EXAMPLES = [
     "fxfeedback feedback resnet50 --connect layer4:layer3.0.relu",
@@ -77,6 +76,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _computed(graph: Any, passes: int) -> list[list[str]]:
     """For each pass the names of the model's nodes that it computes, where these are tensors."""
+    from fxfeedback.graph.nodes import is_named, name_of, pass_of, specs_of
     from fxfeedback.graph.specs import Spec
 
     calls = (node for node in graph.nodes if node.op.startswith("call") and is_named(node))
@@ -86,7 +86,7 @@ def _computed(graph: Any, passes: int) -> list[list[str]]:
 
 def _connections(network: Any) -> list[dict[str, Any]]:
     from fxfeedback.commands.networks import parameters
-    from fxfeedback.graph.nodes import find_node
+    from fxfeedback.graph.nodes import find_node, spec_of
     from fxfeedback.lrm.feedback_model import bottom_up_of
 
     graph = bottom_up_of(network).graph

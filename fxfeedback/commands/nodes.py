@@ -12,7 +12,6 @@ from typing import Any
 
 from fxfeedback.commands.given import add_model, read_model
 from fxfeedback.commands.text import several, sizes, table
-from fxfeedback.graph.nodes import name_of, spec_of, specs_of
 
 EXAMPLES = [
     "fxfeedback nodes resnet18",
@@ -75,6 +74,7 @@ def _traced(model: Any, examples: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
 
 def _nodes(part: str, module: Any, examples: Sequence[Any]) -> Iterator[dict[str, Any]]:
     """What is said of each node of a model's or a part's graph."""
+    from fxfeedback.graph.nodes import name_of, spec_of, specs_of
     from fxfeedback.graph.shapes import annotate_shapes
     from fxfeedback.graph.specs import Spec
     from fxfeedback.graph.structures import unpack_tuples
