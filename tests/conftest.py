@@ -1,9 +1,12 @@
-"""ONNX Runtime for tests: one thread a session, which sleeps while it waits.
+"""Which cases are long, and ONNX Runtime for tests: one thread a session, which sleeps while it waits.
 
 By default its threads spin, one on every core; where tests run side by side they take the cores from each other.
 """
 
 import importlib.util
+from collections import Counter
+
+import pytest
 
 if importlib.util.find_spec("onnxruntime"):
     import onnxruntime
@@ -23,3 +26,15 @@ if importlib.util.find_spec("onnxruntime"):
             super().__init__(path_or_bytes, Options() if sess_options is None else sess_options, **options)
 
     onnxruntime.SessionOptions, onnxruntime.InferenceSession = Options, Session
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of the cases of a test marked `one_in(n)` all but every n-th are long."""
+    seen = Counter()
+    for item in items:
+        test = getattr(item, "function", None)
+        n = getattr(test, "one_in", 1)
+        if seen[test] % n:
+            item.add_marker(pytest.mark.long)
+        seen[test] += 1

@@ -1,6 +1,6 @@
 """Which parameters of a test are for the long suite only."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import pytest
@@ -16,3 +16,17 @@ def long_but(short: Collection[Any], values: Iterable[Any]) -> list[Any]:
     values = list(values)
     assert set(short) <= set(values), set(short) - set(values)
     return [value if value in short else long(value) for value in values]
+
+
+def one_in(n: int) -> Callable[[Any], Any]:
+    """A test of many cases, of which `make test` takes every n-th: see `pytest_collection_modifyitems` in conftest.py.
+
+    With cases that are corners of several parameters, take an n that divides none of the parameters' numbers of values:
+    then corners of all kinds are tried.
+    """
+
+    def thinned(test: Any) -> Any:
+        test.one_in = n
+        return test
+
+    return thinned

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import fxfeedback
+from marks import one_in
 
 
 class Base(nn.Module):
@@ -137,6 +138,7 @@ def network(train):
     return model, torch.randn(3, 2, 6, 6)
 
 
+@one_in(5)
 @pytest.mark.parametrize("convert", CONVERTED.values(), ids=CONVERTED)
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
@@ -234,6 +236,7 @@ BEHIND = {
 }
 
 
+@one_in(3)
 @pytest.mark.parametrize("learning", ["counter_hebb", "backprop"])
 @pytest.mark.parametrize("change", BEHIND.values(), ids=BEHIND)
 def test_gates_are_those_of_the_present_weights(change, learning):

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations
 
 import fxfeedback
 from fxfeedback.errors import TraceError
+from marks import one_in
 
 
 def model_of(init, forward):
@@ -248,6 +249,7 @@ def test_cornet_s_learns_and_runs_in_passes(train, tmp_path):
     assert feedback.readout(x, ["1.conv2", "1.conv2_1"])[0]["1.conv2_1"].value.shape[-1] == 4
 
 
+@pytest.mark.long
 def test_cornet_s_instructed_as_a_file(tmp_path):
     pytest.importorskip("onnxruntime")
     butd = fxfeedback.to_butd(cornet().float().eval(), n_tasks=2, input_size=(3, 16, 16)).eval()
@@ -392,6 +394,7 @@ STATE = {
 }
 
 
+@one_in(3)
 @pytest.mark.parametrize("convert", ["to_butd", "add_feedback"])
 @pytest.mark.parametrize("name", STATE)
 def test_state_on_self_is_refused(name, convert):

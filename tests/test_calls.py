@@ -11,7 +11,7 @@ from torch import nn
 
 import fxfeedback
 from fxfeedback.errors import InputError, OptionError, TraceError
-from marks import long
+from marks import long, one_in
 
 
 class Two(nn.Module):
@@ -212,6 +212,7 @@ def test_a_call_is_the_models_own(kind, train):
             close(butd(*args, **named), expected)
 
 
+@one_in(3)
 @pytest.mark.parametrize("kind", CALLS, ids=lambda kind: kind.__name__)
 def test_an_instruction_goes_with_every_call(kind):
     """By name, and where the example's inputs are positional after them: the gates are those of the plain call."""

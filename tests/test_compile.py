@@ -5,7 +5,7 @@ import torch
 import torchvision
 
 import fxfeedback
-from marks import long, long_but
+from marks import long, long_but, one_in
 
 MODELS = {
     "alexnet": (("classifier.6", "features.8"), 64),
@@ -57,6 +57,7 @@ CHANGES = {
 }
 
 
+@one_in(2)
 @pytest.mark.parametrize("learns", [True, False], ids=["butd", "feedback"])
 def test_changed_modes_and_attributes_compile_anew(learns):
     torch._dynamo.reset()

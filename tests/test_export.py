@@ -15,7 +15,7 @@ import fxfeedback
 from fxfeedback.deploy import exporting, finishing, writing
 from fxfeedback.errors import CheckpointError, Error, ExportError, InputError, OptionError
 from fxfeedback.export import export
-from marks import long
+from marks import long, one_in
 from networks import TRANSFORMERS, build, convnet
 
 onnx = pytest.importorskip("onnx")
@@ -463,6 +463,7 @@ def planted(kind):
     return finish
 
 
+@one_in(4)
 @pytest.mark.parametrize(
     "what, tensor, message",
     [

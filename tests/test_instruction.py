@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 import fxfeedback
 from fxfeedback.errors import NodeNameError
-from marks import long
+from marks import long, one_in
 from networks import build
 
 
@@ -221,6 +221,7 @@ ONE = {
 }
 
 
+@one_in(2)
 @pytest.mark.parametrize("heads", ["shared", "per_task"])
 @pytest.mark.parametrize("give", SEVERAL.values(), ids=SEVERAL)
 def test_of_several_heads_the_user_chooses(give, heads):

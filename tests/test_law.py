@@ -17,6 +17,7 @@ import published_nets
 from fxfeedback.feedback import FeedbackModel
 from fxfeedback.graph.operands import rectifies
 from fxfeedback.rules import RULES, Rule, T, call, transpose
+from marks import one_in
 from networks import LARGE, SMALL, TRANSFORMERS, build
 
 ALL_RULES = list(dict.fromkeys(RULES.values()))
@@ -98,6 +99,7 @@ NORMS = {
 }
 
 
+@one_in(4)
 @pytest.mark.parametrize("p", POWERS)
 @pytest.mark.parametrize("name", NORMS)
 def test_norms_by_every_power(name, p):

@@ -20,7 +20,7 @@ import train_multi_mnist
 from fxfeedback.deploy import losses
 from fxfeedback.errors import CheckpointError, ExportError, InputError, OptionError
 from fxfeedback.graph.bottom_up import BottomUp
-from marks import long_but
+from marks import long_but, one_in
 from networks import SMALL, build
 
 onnx = pytest.importorskip("onnx")
@@ -548,6 +548,7 @@ def test_an_input_without_a_batch(tmp_path):
     np.testing.assert_allclose(logits, butd(x, scale, task=1).detach(), rtol=1e-4, atol=1e-6)
 
 
+@one_in(2)
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_a_learner_that_does_not_learn_as_torch_is_not_written(optimizer, tmp_path, monkeypatch):
     right = losses.LOSSES["cross_entropy"]
@@ -563,6 +564,7 @@ def test_a_learner_that_does_not_learn_as_torch_is_not_written(optimizer, tmp_pa
     small_mlp(tmp_path, optimizer=optimizer, check=False)
 
 
+@pytest.mark.long
 def test_every_process_writes_the_same_file(tmp_path):
     """Whatever order Python's hashes give to sets of names: so that a file's checksum says what it is made of."""
     code = f"""

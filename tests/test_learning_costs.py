@@ -9,6 +9,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import fxfeedback
+from marks import long_but
 from networks import build
 
 NETWORKS = {
@@ -34,7 +35,7 @@ def peak(step):
     return max(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", long_but(["gelu", "frozen"], NETWORKS))
 def test_values_are_freed_as_the_error_pass_consumes_them(name):
     """A value too many would be seen: gates, pre-activations, or a norm's output held by its statistics."""
     x, task = torch.randn(16, 3, 32, 32), torch.arange(16) % 2

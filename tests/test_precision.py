@@ -10,7 +10,7 @@ from torch import nn
 
 import fxfeedback
 import networks
-from marks import long, long_but
+from marks import long, long_but, one_in
 from test_unrolling import names_of, reference
 
 WINDOWED = ["swin_v2", "maxvit", "mvit"]
@@ -91,6 +91,7 @@ def test_low_precision(how, name, dtype, train):
     compare(model, ours, theirs, exact)
 
 
+@one_in(3)
 @pytest.mark.parametrize("name", long_but(["convnet", "residual", "attention", "vit", "mixed"], NETWORKS))
 @pytest.mark.parametrize("how", ["autocast", "cast"])
 def test_an_instruction_in_bfloat16(how, name):
@@ -129,6 +130,7 @@ def test_norms_in_float32_in_a_model_in_bfloat16(first):
         assert all(updates[name].dtype == p.dtype for name, p in model.named_parameters())
 
 
+@one_in(2)
 @pytest.mark.parametrize("name", ["residual", "vit"])
 @pytest.mark.parametrize("instructed", [False, True])
 def test_channels_last(name, instructed):
@@ -216,6 +218,7 @@ def passes_in(model, x, run, dtype, how):
     return outputs, gradients, statistics
 
 
+@one_in(3)
 @pytest.mark.parametrize("how", ["autocast", "cast"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, long(torch.float16)])
 @pytest.mark.parametrize("train", [long(False), True])

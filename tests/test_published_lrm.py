@@ -23,7 +23,7 @@ import fxfeedback
 from fxfeedback import models
 from fxfeedback.errors import CheckpointError
 from fxfeedback.storage.published import load_lrm_steering
-from marks import long
+from marks import long, one_in
 from test_parity_lrm import our_name, small
 
 ROOT = Path(__file__).parent.parent
@@ -197,6 +197,7 @@ MISFITS = {
 }
 
 
+@one_in(3)
 @pytest.mark.parametrize("mistake", MISFITS)
 def test_tensors_that_do_not_fit(mistake):
     change, message = MISFITS[mistake]
@@ -334,6 +335,7 @@ def test_a_url_is_downloaded_checked_and_kept(network, tmp_path):
         load_lrm_steering(model, url)
 
 
+@one_in(2)
 @pytest.mark.parametrize(
     "url",
     [

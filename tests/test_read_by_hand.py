@@ -10,6 +10,7 @@ from torch.nn.utils import parametrizations
 
 import fxfeedback
 from fxfeedback.errors import OptionError, RuleError
+from marks import one_in
 
 
 def near(a, b, tolerance=1e-9):
@@ -107,6 +108,7 @@ CASES = {
 }
 
 
+@one_in(3)
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("name", CASES)
 def test_read_by_hand_and_by_a_module_a_parameter_gets_both_updates(name, train):

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxfeedback
+from marks import one_in
 
 STEPS, FEATURES = 5, 4
 
@@ -67,6 +68,7 @@ NETWORKS = {
 }
 
 
+@one_in(3)
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
 def test_recurrent_modules_learn(make, train):

@@ -25,7 +25,7 @@ from fxfeedback.instructed.halves import cut
 from fxfeedback.rules import RULES, roles, rule
 from fxfeedback.tracing.open_modules import open_modules
 from fxfeedback.tracing.trace import trace
-from marks import long_but
+from marks import long_but, one_in
 from networks import SMALL, build
 from test_law import ALL_RULES, Gated
 
@@ -65,6 +65,7 @@ def check_near(found, expected, tolerance=1e-9):
 # -- the law -----------------------------------------------------------------------------------------------------------
 
 
+@one_in(3)
 @pytest.mark.parametrize("fused", [False, True], ids=["rules", "kernels"])
 @pytest.mark.parametrize("rule", ALL_RULES, ids=lambda rule: rule.name)
 def test_every_rule_obeys_the_law_of_second_derivatives(rule, fused):

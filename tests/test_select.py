@@ -14,7 +14,7 @@ import fxfeedback
 from fxfeedback.errors import InputError, NodeNameError, OptionError
 from fxfeedback.one_task.step_table import MIXES, STEPS
 from fxfeedback.rules import RULES
-from marks import long_but
+from marks import long_but, one_in
 from networks import SMALL, build
 from random_graphs import cases
 
@@ -245,6 +245,7 @@ def test_random_graphs(case):
         assert not a.is_floating_point() or not a.numel() or (a - b).abs().max() <= TOLERANCE * max(b.abs().max(), 1e-6)
 
 
+@one_in(2)
 @pytest.mark.parametrize(
     "options",
     [
@@ -319,6 +320,7 @@ def test_everything_is_off(name):
     assert torch.equal(logits[:1].expand_as(logits), logits) or name in ("residual", "excited")
 
 
+@one_in(3)
 @pytest.mark.parametrize("name", ["convnet", "separable", "dense", "excited", "grouped", "shuffled"])
 def test_one_layer_is_off(name):
     butd, x = instructed(name)

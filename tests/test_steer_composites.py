@@ -287,6 +287,7 @@ def test_a_diverging_loss_stops_the_job(tmp_path: Path, capsys: pytest.CaptureFi
 # --- the promise
 
 
+@pytest.mark.long
 def test_steering_raises_the_target_on_real_digits(tmp_path: Path) -> None:
     flags = ["--steps", "150", "--batch-size", "64", "--test-size", "200", "--strengths", "1.5"]
     assert steer_composites.main([*flags, "--device", "cpu", "--out", str(tmp_path)]) == 0

@@ -22,7 +22,7 @@ import fxfeedback
 from fxfeedback import files
 from fxfeedback.errors import CheckpointError, OptionError
 from fxfeedback.storage import save_load as storage
-from marks import long
+from marks import long, one_in
 
 
 class Small(nn.Module):
@@ -70,6 +70,7 @@ CASES = {
 }
 
 
+@one_in(2)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("plain", [False, True], ids=["from the file alone", "into a plain model"])
 def test_a_saved_model_comes_back_as_it_was(case, plain, tmp_path):
@@ -200,6 +201,7 @@ def test_a_file_names_only_what_computes(value, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == [storage.FILE]
 
 
+@one_in(4)
 @pytest.mark.parametrize(
     "name",
     ["forward", "state_dict", "named_parameters", "__deepcopy__", "__class__", "_parameters", "_modules", "training",
@@ -248,6 +250,7 @@ NAMES = [
 ]
 
 
+@one_in(4)
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
 @pytest.mark.parametrize("place", ["_modules", "_parameters", "_buffers"])
 def test_a_name_in_a_file_is_only_ever_a_name(name, place, tmp_path, monkeypatch):
@@ -356,6 +359,7 @@ def saved(tmp_path_factory):
     return files
 
 
+@one_in(4)
 @pytest.mark.parametrize(("kind", "place"), PLACES, ids=str)
 def test_every_field_is_checked_before_it_is_used(kind, place, saved, tmp_path):
     about, tensors = saved[kind]

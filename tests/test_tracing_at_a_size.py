@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fxfeedback
 from fxfeedback.errors import TraceError
-from marks import long
+from marks import long, one_in
 from networks import Recurrent
 
 
@@ -104,6 +104,7 @@ class First(nn.Module):
         return x + self.bias.expand(x.shape[0], -1, -1, -1)
 
 
+@one_in(3)
 @pytest.mark.parametrize(
     "make", [BranchesOnSize, WritesIntoArguments, WrittenWithEinops, StretchesConstants, long(Recurrent)]
 )
@@ -234,6 +235,7 @@ def in_groups(model, x):
     return x.repeat(2, 1).view(batch, -1, 6)[:, x.repeat(2, 1).shape[0] // batch - 1]
 
 
+@one_in(2)
 @pytest.mark.parametrize(
     "ask", [checked, cast, of_kind, made_alike, made_dense, cheaper, another_way, of_parts, in_part, in_groups]
 )
@@ -368,6 +370,7 @@ UNKEPT = {
 }
 
 
+@one_in(2)
 @pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("what, last", [(what, last) for what, lasts in UNKEPT.items() for last in lasts])
 def test_what_a_graph_would_lose_is_an_error(what, last, beside):
@@ -453,6 +456,7 @@ class Translates(nn.Module):
         return self.head(y.mean(1 if self.first else 0))
 
 
+@one_in(3)
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("first, norm_first, causal", [(True, False, None), (False, True, True)])
 def test_torchs_transformers_open(first, norm_first, causal, train):

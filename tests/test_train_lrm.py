@@ -16,6 +16,7 @@ import torchvision
 import fxfeedback
 import train_lrm
 from jobs import UserError
+from marks import one_in
 from small_data import write_pictures
 from training import checkpoints
 from training.backbones import build_backbone
@@ -301,6 +302,7 @@ def bomb(path: Path) -> None:
 DAMAGES = {"cut short": lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\nhalf"), "a pipe": os.mkfifo, "a bomb": bomb}
 
 
+@one_in(3)
 @pytest.mark.parametrize("workers", ["0", "1"])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str, workers: str) -> None:
