@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxfeedback
+from fxfeedback.tracing.trace import PathTracer
 from marks import one_in
 
 
@@ -193,3 +194,29 @@ def test_a_model_that_is_its_own_copy_may_have_constants():
     model, x = Single(4, 3), torch.randn(2, 4)
     expected = model(x)
     torch.testing.assert_close(fxfeedback.to_butd(model, input_size=(4,))(x), expected)
+
+
+class Counting(nn.Module):
+    """Batch norms that count their batches themselves, as timm's, where the code asks for sizes."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(n))
+
+    def forward(self, x):
+        assert x.shape[-1] > 1
+        for norm in self.norms:
+            norm.num_batches_tracked.add_(1)
+            x = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, True, 0.1)
+        return x.mean((2, 3))
+
+
+def test_counters_make_no_more_nodes_than_there_are_calls(monkeypatch):
+    made, create = [], PathTracer.create_node
+    monkeypatch.setattr(PathTracer, "create_node", lambda self, *a, **k: made.append(a) or create(self, *a, **k))
+    counts = []
+    for n in (4, 8):
+        made.clear()
+        fxfeedback.to_butd(Counting(n).train(), input_size=(3, 4, 4), verify=False)
+        counts.append(len(made))
+    assert counts[1] < 2.2 * counts[0]

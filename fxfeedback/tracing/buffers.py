@@ -112,6 +112,8 @@ class FromBuffers(TorchFunctionMode):
         versions = [_version(tensor) for tensor in given]
         value = func(*args, **kwargs)
         results = [leaf for leaf in tree_leaves(value) if _is_tensor(leaf)]
+        if any(t.is_meta for t in results) and not any(t.is_meta for t in given):
+            return value  # its shape is asked for: there is nothing to compute
         if not results and getattr(func, "__name__", "") not in FACTS:
             self.read |= sources
         written = [t for t, version in zip(given, versions, strict=True) if _version(t) != version]
@@ -148,7 +150,8 @@ class FromBuffers(TorchFunctionMode):
         """Compute all that was made so far now, as the graph is about to write into a buffer."""
         read = set(self.read)
         for made in list(self._made.values()):
-            self.use(tracer, made.tensor)
+            if made.proxy is None:
+                self.use(tracer, made.tensor)
         self.read = read
 
     def _is_so(self, made: Made) -> bool:
