@@ -102,6 +102,7 @@ CASES = {
     "buffers": (free, lambda m, x: hidden(m, x) * m.scale + m.tied_scale * m.scale),
     "weight norm": (weight_norm, lambda m, x: F.linear(hidden(m, x), m.enc.weight.t())),
     "weight norm, hand first": (weight_norm, lambda m, x: m.enc(F.linear(x, m.enc.weight))),
+    "only by hand, normalised": (weight_norm, lambda m, x: m.dec(x) @ m.enc.weight.t() + m.enc.bias),
     "weight norm's own": (weight_norm, lambda m, x: m.enc(x) @ m.enc.parametrizations.weight.original1),
     "copies with weight norm": (copies, lambda m, x: F.linear(m.dec(hidden(m, x)), m.dec.weight)),
     "spectral norm": (spectral_norm, lambda m, x: F.linear(hidden(m, x), m.enc.weight)),

@@ -201,6 +201,7 @@ def trace_with(make: Callable[[Form], PathTracer], model: nn.Module, form: Form)
     stage.forget(of_parameters)
     refuse_unwritable(graph)
     module = fx.GraphModule(model, graph, identifier(type(model).__name__))
+    _put_parametrized(module, model)
     _put_as_called(module, tracer)
     return module
 
@@ -270,6 +271,16 @@ def _check_next_call(make: Callable[[Form], PathTracer], form: Form, tracer: Pat
     if differs or further:
         at = next((lines[id(m), name] for m, name in further or names if (id(m), name) in lines), "")
         raise state_is_kept([stage.name_of(*each) for each in further or names], where or at)
+
+
+def _put_parametrized(module: fx.GraphModule, model: nn.Module) -> None:
+    """Layers of which only a parametrized weight is read are there as a whole: the weight is an attribute of theirs."""
+    for node in module.graph.find_nodes(op="call_module"):
+        owner, is_weight, _ = str(node.target).rpartition(".parametrizations.")
+        if str(node.target).startswith("parametrizations."):
+            raise TraceError("the model's own weights are parametrized: parametrize layers inside of it instead")
+        if is_weight and module.get_submodule(owner) is not model.get_submodule(owner):
+            module.set_submodule(owner, model.get_submodule(owner))
 
 
 def _put_as_called(module: fx.GraphModule, tracer: PathTracer) -> None:
