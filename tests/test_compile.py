@@ -34,6 +34,7 @@ def test_the_unrolled_graph(feedback):
     torch.testing.assert_close(compiled(graph)(x), graph(x))
 
 
+@pytest.mark.long
 def test_the_model_itself_in_every_way_of_calling_it(feedback):
     model, source, x = feedback
     steering = fxfeedback.Steering(source, model.readout(x, [source])[0][source].value.detach(), strength=2.0)

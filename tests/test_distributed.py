@@ -152,6 +152,7 @@ def sharded_one_of_two(rank, kind, path):
     end_together()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not dist.is_available(), reason="this PyTorch was built without torch.distributed")
 @pytest.mark.parametrize("kind", ["shared", long("feedback")])
 def test_sharded_parameters_learn_the_same(kind, tmp_path):

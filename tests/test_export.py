@@ -148,6 +148,7 @@ def test_instructed_logits_are_torchs(convnet_butd, batch, given):
     assert_close([session(x, task=2)], [butd(x, 2)])
 
 
+@one_in(3)
 @pytest.mark.parametrize(
     "name, options",
     [
@@ -409,6 +410,7 @@ RESIZED = [
 SIZES = {1: [(9,), (16,), (37,)], 2: [(9, 22), (16, 12), (37, 14)], 3: [(5, 9, 12), (8, 10, 6), (13, 7, 9)]}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dims", [2, long(1), long(3)])
 def test_free_sizes_are_free_for_pooling_and_connections(dims, tmp_path):
     """Smaller and larger than the example, and not square."""

@@ -249,6 +249,7 @@ def test_the_head_that_was_found(give, head):
         assert fxfeedback.to_butd(model, n_tasks=2, input_size=(4,)).head == head
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("train", [True, long(False)])
 def test_the_head_of_models_with_auxiliary_ones(train):
     net = torchvision.models.googlenet(num_classes=5, init_weights=False).train(train)

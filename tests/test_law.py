@@ -191,6 +191,7 @@ def corners() -> Iterator[Any]:
 QUICK = ("vit", "swin", "mvit", "resnet18")
 
 
+@one_in(3)
 @pytest.mark.parametrize("name, mode, how", corners())
 def test_networks_obey_the_law(name, mode, how):
     instructed = how == "instructed"
@@ -228,6 +229,7 @@ def test_networks_obey_the_law(name, mode, how):
         assert (update - gradient).abs().max() <= 1e-9 * scale, key
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["convnet", "published"])
 def test_both_kinds_of_learning_have_the_same_losses(name):
     """From one seed, for 50 steps of Adam, each on a new random batch."""

@@ -135,6 +135,7 @@ CASES = {
 QUICK = ["multi_mnist-adam", "residual-mse", "mlp-bce", "two_passes", "separate_weights", "heads_per_task"]
 
 
+@one_in(4)
 @pytest.mark.parametrize("case", long_but(QUICK, CASES))
 def test_a_step_is_torchs(case, tmp_path):
     """From every state on torch's path: the same loss, and the same weights, statistics and optimizer state."""
@@ -166,6 +167,7 @@ def test_a_step_is_torchs(case, tmp_path):
     assert np.mean([share > TINY for share in shares]) <= AT_A_GATE
 
 
+@pytest.mark.long
 def test_both_learn_along_the_same_curve(tmp_path):
     butd, size = network("multi_mnist", **TASKS)
     fxfeedback.export_learner(butd, tmp_path / "learner.onnx", momentum=0.9)

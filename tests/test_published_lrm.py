@@ -112,6 +112,7 @@ def small_model():
     )
 
 
+@one_in(5)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("spelling", NAMES)
 @pytest.mark.parametrize("zipped", [True, long(False)])

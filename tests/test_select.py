@@ -189,6 +189,7 @@ def size(module):
 # -- the law ----------------------------------------------------------------------------------------------------------
 
 
+@one_in(5)
 @pytest.mark.parametrize("gating", ["unit", "channel"])
 @pytest.mark.parametrize("name", long_but([*OWN, *(SMALL.keys() - {"feedback"}), "vit"], [*OWN, *SMALL, "vit", "swin"]))
 def test_small_networks(name, gating):

@@ -160,6 +160,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
     assert log(tmp_path / "whole") == log(tmp_path / "parts") and len(log(tmp_path / "whole")) == 3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", ["celeba", long("lrm")])
 def test_the_workers_change_nothing(case: str, data: Path, tmp_path: Path) -> None:
     assert job(case, data, tmp_path / "none") == job(case, data, tmp_path / "two", "--workers", "2") == 0
@@ -297,6 +298,7 @@ def test_two_processes_are_one(tmp_path: Path, flags: list[str]) -> None:
     assert [row["accuracy"] for row in log(tmp_path / "one")] == [row["accuracy"] for row in log(tmp_path / "two")]
 
 
+@pytest.mark.long
 def test_a_process_that_dies_ends_the_group(tmp_path: Path) -> None:
     write_mnist(tmp_path, sizes=(400, 13))
     own = ["--data", "mnist", "--data-root", str(tmp_path), "--epochs", "10000", "--device", "cpu", "--batch-size", "8"]

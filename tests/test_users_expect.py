@@ -558,6 +558,7 @@ def test_a_child_that_is_forked_while_another_thread_builds_can_build():
 # -- passes compose ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_feedback_networks_learn_alike():
     """Three passes: the losses of 20 steps by Counter-Hebb learning and by autograd."""
     losses = []
