@@ -249,7 +249,11 @@ def norm(y, input, p="fro", dim=None, keepdim=False, **options):
 
 
 def slope_of_norm(x, n, p, dims):
-    """∂n / ∂x of n = (Σ |x|ᵖ)^(1/p) over dims, n in x's shape. For p < 1 it is unbounded at 0, where torch takes 0."""
+    """∂n / ∂x of n = (Σ |x|ᵖ)^(1/p) over dims, n in x's shape.
+
+    Where x is 0 torch takes 0, also for p < 1, for which it is unbounded. No power is taken there: its derivative would
+    spoil the second derivative.
+    """
     if p == 0:
         return torch.zeros_like(x)
     if p == 2:
@@ -259,8 +263,9 @@ def slope_of_norm(x, n, p, dims):
     if p in (math.inf, -math.inf):
         ties = (x.abs() == n).to(x.dtype)
         return torch.sign(x) * ties / ties.sum(dims, keepdim=True)
-    none = (n == 0) | (x == 0) if p < 1 else n == 0
-    return torch.where(none, 0.0, torch.sign(x) * (x.abs() / n) ** (p - 1))
+    none = (n == 0) | (x == 0)
+    part = torch.where(none, 1.0, x.abs() / torch.where(n == 0, 1.0, n))
+    return torch.where(none, 0.0, torch.sign(x) * part ** (p - 1))
 
 
 @rule(
