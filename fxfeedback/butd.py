@@ -80,7 +80,7 @@ def to_butd(
         gating: "unit", or "channel": a channel is on when its counter neurons' mean over positions is positive.
         heads: "shared", or "per_task": one prediction head per task, each starting as the model's own.
         learning: "counter_hebb", or "backprop": autograd differentiates the gated network.
-        verify: compare the graph with the model once, on one random sample in evaluation mode, at the cost of three
+        verify: compare the graph with the model once, on one random sample in evaluation mode, at the cost of two
             forward passes of that sample.
 
     Raises:

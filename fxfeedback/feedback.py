@@ -46,7 +46,7 @@ def add_feedback(
             name.
         checkpoint: train in less memory and more time, as torch.utils.checkpoint does: the backward pass computes the
             activations again. Also an attribute of what is returned. torch.compile decides for itself what it keeps.
-        verify: compare the graph with the model once, on one random sample in evaluation mode. It costs three forward
+        verify: compare the graph with the model once, on one random sample in evaluation mode. It costs two forward
             passes of that sample.
 
     Returns:
