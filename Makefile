@@ -74,7 +74,7 @@ $(VENV)/.installed: pyproject.toml setup.py
 	touch $@
 
 CHROMIUM = command -v chromium chromium-browser google-chrome google-chrome-stable microsoft-edge
-APT = apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium
+APT = timeout 300 apt-get -qq update && timeout 900 apt-get -qq install -y --no-install-recommends chromium
 $(VENV)/.browser: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[browser]'
 	$(CHROMIUM) || { $(APT); } || sudo -n sh -c '$(APT)' || $(BIN)/python -m playwright install --with-deps chromium \
