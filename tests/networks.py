@@ -44,6 +44,17 @@ class Residual(nn.Module):
         return self.head(x.flatten(1, 2).mean(1))
 
 
+class Scaled(nn.Module):
+    """One of its inputs is a number: it has no batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.relu(self.first(x)) * scale)
+
+
 class Recurrent(nn.Module):
     """Steps through positions, with torch's modules, and from a state that is made for the batch."""
 

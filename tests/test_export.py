@@ -16,7 +16,7 @@ from fxfeedback.deploy import exporting, finishing, writing
 from fxfeedback.errors import CheckpointError, Error, ExportError, InputError, OptionError
 from fxfeedback.export import export
 from marks import long, one_in
-from networks import TRANSFORMERS, build, convnet
+from networks import TRANSFORMERS, Scaled, build, convnet
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -595,17 +595,6 @@ def test_a_failed_export_leaves_the_old_file(tmp_path, monkeypatch, largest):
     with pytest.raises(OSError, match="No space"):
         export(tiny(), path)
     assert path.read_bytes() == b"old" and [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
-
-
-class Scaled(nn.Module):
-    """One of its inputs is a number: it has no batch."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
-
-    def forward(self, x, scale):
-        return self.second(torch.relu(self.first(x)) * scale)
 
 
 @pytest.mark.parametrize("kind", ["lrm", "instructed", "task"])

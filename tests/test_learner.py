@@ -21,7 +21,7 @@ from fxfeedback.deploy import losses
 from fxfeedback.errors import CheckpointError, ExportError, InputError, OptionError
 from fxfeedback.graph.bottom_up import BottomUp
 from marks import long_but, one_in
-from networks import SMALL, build
+from networks import SMALL, Scaled, build
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -528,17 +528,6 @@ def test_of_several_outputs_one_has_to_be_the_main_one(tmp_path):
     x = torch.randn(3, 4)
     logits = Learner(path, "cpu").predict(x, task=1)
     np.testing.assert_allclose(logits, butd(x, 1)[1].detach(), rtol=1e-4, atol=1e-6)
-
-
-class Scaled(nn.Module):
-    """One of its inputs is a number: it has no batch."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
-
-    def forward(self, x, scale):
-        return self.second(torch.relu(self.first(x)) * scale)
 
 
 def test_an_input_without_a_batch(tmp_path):
