@@ -511,6 +511,28 @@ forms("exp2", "torch.exp2({x}.tanh())", "({x} * 0.1).exp2()", "torch.special.exp
 forms("erf", "torch.erf({x})", "{x}.erf()", "torch.special.erf({x})")
 forms("erfc", "torch.erfc({x})", "{x}.erfc()")
 forms("frac", "torch.frac({x})", "{x}.frac()")
+SAFE, SMALL, UNIT = "({x} * {x} + 0.5)", "({x}.tanh() * 0.9)", "({x}.sigmoid() * 0.8 + 0.1)"
+forms("lgamma", f"torch.lgamma({SAFE})", f"{SAFE}.lgamma()", f"torch.special.gammaln({SAFE})")
+forms("digamma", f"torch.digamma({SAFE})", f"{SAFE}.digamma()", f"torch.special.psi({SAFE})")
+forms("polygamma", f"torch.polygamma(1, {SAFE})", f"torch.special.polygamma(2, {SAFE})")
+forms("polygamma_method", f"{SAFE}.polygamma(1)")
+forms("mvlgamma", f"torch.mvlgamma({SAFE} + 1, 2)")
+forms("ndtr", "torch.special.ndtr({x})")
+forms("log_ndtr", "torch.special.log_ndtr({x})")
+forms("ndtri", f"torch.special.ndtri({UNIT})")
+forms("erfinv", f"torch.erfinv({SMALL})", f"{SMALL}.erfinv()")
+forms("erfcx", f"torch.special.erfcx({SMALL})")
+forms("entr", f"torch.special.entr({SAFE})")
+forms("logit", f"torch.logit({UNIT})", f"{UNIT}.logit(1e-3)", "torch.special.logit({x}, eps=0.2)")
+forms("sinc", "torch.sinc({x})", "{x}.sinc()")
+forms("i0", f"torch.i0({SMALL})", "{x}.tanh().i0()")
+forms("i0e", "torch.special.i0e({x})")
+forms("i1", f"torch.special.i1({SMALL})")
+forms("i1e", "torch.special.i1e({x})")
+forms("rad2deg", "torch.rad2deg({x} * 0.01)")
+forms("deg2rad", "{x}.deg2rad()")
+forms("angle", "({x} + torch.angle({x}))")
+forms("frexp", "torch.frexp({x})[0]", "{x}.frexp().mantissa")
 forms("nan_to_num", "torch.nan_to_num({x})", "{x}.where({x} > 0, torch.inf).nan_to_num(0.5, 2.0, -1.0)")
 forms("neg", "-{x}", "torch.neg({x})", "{x}.neg()", "torch.negative({x})")
 forms("identity", "F.dropout({x}, 0.5, False)", made="nn.Identity()")
@@ -622,6 +644,20 @@ def greater(g, x):
     templates += ["torch.{k}imum({x}, 0.5 * {x} + {c})"]
     parts = {"p": lambda: g.parameter(*g.narrow_shape(x)), "c": lambda: g.constant(*g.narrow_shape(x))}
     return g.fill(x, templates, k=g.pick(["max", "min"]), **parts)
+
+
+@grows(
+    *("atan2", "hypot", "fmax", "fmin", "remainder", "rmod", "fmod", "copysign", "ldexp", "logaddexp", "logaddexp2"),
+    *("xlogy", "xlog1py", "zeta"),
+)
+def of_two(g, x):
+    templates = ["torch.atan2({x}, {s})", "torch.hypot({x}, {s})", "torch.hypot({s}, {x})", "{x}.copysign({o})"]
+    templates += ["torch.remainder({x}, {s})", "{x} % 0.7", "torch.fmod({x}, {s})", "torch.fmod({x}, -0.7)"]
+    templates += ["{s}.__rmod__({x})", "torch.fmax({x}, {o})", "torch.fmin({o}, {x})", "torch.copysign({x}, -1)"]
+    templates += ["torch.logaddexp({x}, {o})", "torch.logaddexp2({o}, {x})", "torch.ldexp({x}, {o}.tanh())"]
+    templates += ["torch.xlogy({x}, {s})", "torch.xlogy(2, {s})", "torch.special.xlog1py({x}, {s})"]
+    templates += ["torch.special.zeta(2.5, {s} + 1)"]
+    return g.fill(x, templates, o=lambda: g.other(x), s=lambda: g.safe(x))
 
 
 @grows("cosine_similarity", when=lambda x: x.ndim > 1)
@@ -957,7 +993,7 @@ def mean(g, x):
     return g.fill(x, templates, k=g.pick(["mean", "sum"]), d=lambda: g.dim(x), ds=lambda: g.dims(x))
 
 
-@grows("amax", "max", "min", "median", "topk", "sort", when=lambda x: x.ndim > 0)
+@grows("amax", "max", "min", "median", "topk", "sort", "kthvalue", "mode", when=lambda x: x.ndim > 0)
 def extremes(g, x):
     dim = g.dim(x, [d for d in range(x.ndim) if x.slopes[d] == 0] or range(x.ndim))
     if x.slopes[dim] != 0:
@@ -979,6 +1015,7 @@ def extremes(g, x):
         "torch.topk({v}, {n}, {d}, largest=False).values",
         "{v}.gather({d}, {v}.argsort({d}))",
     ]
+    templates += ["torch.kthvalue({v}, {n}, {d}).values", "{v}.mode({d}, True)[0]"]
     templates += ["torch.median({v}, {d}).values", "{v}.median(dim={d}, keepdim=True)[0]"]
     return g.fill(x, templates, v=g.distinct(x), k=g.pick(["max", "min"]), d=dim, n=max(1, x.shape[dim] - 1))
 
@@ -1017,7 +1054,7 @@ def norms(g, x):
     return g.fill(x, templates, p=p, d=g.dim(x), ds=g.dims(x))
 
 
-@grows("logsumexp", "cumsum", "prod", "cumprod", when=lambda x: x.ndim > 0)
+@grows("logsumexp", "cumsum", "prod", "cumprod", "logcumsumexp", "cummax", when=lambda x: x.ndim > 0)
 def accumulations(g, x):
     templates = [
         "torch.logsumexp({x}, {ds})",
@@ -1027,7 +1064,8 @@ def accumulations(g, x):
     ]
     if x.free:
         templates += ["{x}.prod({f})", "torch.prod({x}, {f}, keepdim=True)", "torch.cumprod({x}, {f})"]
-        templates += ["({x} + 1).cumprod(dim={f})"]
+        templates += ["({x} + 1).cumprod(dim={f})", "torch.logcumsumexp({x}, {f})"]
+        templates += ["torch.cummax({x}, {f}).values", "{x}.cummin({f})[0]"]
     if x.runs[-1].numel() < 30:
         templates += ["{x} * torch.prod({x})", "torch.relu({x} + 1).prod()"]
     return g.fill(x, templates, d=g.dim(x), ds=g.dims(x), f=lambda: g.dim(x, x.free))

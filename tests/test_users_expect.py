@@ -615,16 +615,16 @@ def test_a_rule_of_ones_own_is_used_at_once(same_rules):
             self.fc = nn.Linear(4, 4)
 
         def forward(self, x):
-            return torch.special.entr(self.fc(x).sigmoid())
+            return torch.igamma(torch.ones_like(x), self.fc(x).exp())
 
     model, x = Own().double(), torch.randn(3, 4, dtype=torch.double)
     with pytest.raises(RuleError, match="no rule for"):
         fxfeedback.to_butd(model, input_size=(4,))
 
-    @rule(torch.special.entr)
-    def entr(y, input):
-        """-x log x"""
-        return {"input": fxfeedback.rules.roles(instruct=lambda t: t, error=lambda e: -e * (torch.log(input) + 1))}
+    @rule(torch.igamma)
+    def igamma(y, input, other):
+        """The lower incomplete gamma function of input, of which the test has ones"""
+        return {"other": fxfeedback.rules.roles(instruct=lambda t: t, error=lambda e: e * torch.exp(-other))}
 
     (expected,) = torch.autograd.grad(model(x).sum(), [model.fc.weight])
     fxfeedback.to_butd(model, input_size=(4,))(x).sum().backward()
@@ -637,13 +637,13 @@ class NoRule(nn.Module):
         self.fc = nn.Linear(4, 4)
 
     def forward(self, x):
-        return self.fc(x).digamma()
+        return self.fc(x).igammac(x)
 
 
 def test_a_method_without_a_rule_is_named():
     pattern = (
-        r"no rule for torch\.Tensor\.digamma \(at node 'digamma', called at .*test_users_expect\.py:\d+: "
-        r"return self\.fc\(x\)\.digamma\(\)\)\. Add one with @fxfeedback\.rules\.rule\(torch\.Tensor\.digamma\).*CONTR"
+        r"no rule for torch\.Tensor\.igammac \(at node 'igammac', called at .*test_users_expect\.py:\d+: "
+        r"return self\.fc\(x\)\.igammac\(x\)\)\. Add one with @fxfeedback\.rules\.rule\(torch\.Tensor\.igammac\).*CONTR"
     )
     with pytest.raises(RuleError, match=pattern):
         fxfeedback.to_butd(NoRule(), input_size=(4,))

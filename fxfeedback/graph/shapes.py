@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fxfeedback.errors import TraceError
 from fxfeedback.graph.meta_device import MetaRun
 from fxfeedback.graph.nodes import name_of, tell, user_line
-from fxfeedback.graph.specs import EXAMPLE_BATCH, Spec, at_batch
+from fxfeedback.graph.specs import EXAMPLE_BATCH, NamedSpecs, Spec, at_batch
 
 
 def annotate_shapes(module: fx.GraphModule, example_inputs: Sequence[torch.Tensor]) -> None:
@@ -35,7 +35,8 @@ def _spec(small: Any, large: Any) -> Any:
             tuple(small.shape), tuple(b - a for a, b in zip(small.shape, large.shape, strict=True)), small.dtype
         )
     if isinstance(small, (tuple, list)):
-        return tuple(_spec(a, b) for a, b in zip(small, large, strict=False))
+        fields = getattr(type(small), "__match_args__", ())
+        return NamedSpecs((_spec(a, b) for a, b in zip(small, large, strict=False)), fields)
     if isinstance(small, dict):
         return {key: _spec(small[key], large[key]) for key in small}
     return None

@@ -1,7 +1,9 @@
 """What tracing knows of a tensor: a `Spec`. Examples are tensors without data that have a size and a dtype."""
 
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -25,6 +27,17 @@ class Spec:
     def sizes(self) -> tuple[int | None, ...]:
         """The shape with None where it depends on the batch."""
         return tuple(None if slope else size for size, slope in zip(self.shape, self.per_sample, strict=True))
+
+
+class NamedSpecs(tuple):
+    """The specs of several tensors; `fields` has their names where they are a named tuple, as torch.max returns."""
+
+    fields: tuple[str, ...]
+
+    def __new__(cls, specs: Iterable[Any], fields: Iterable[str] = ()) -> "NamedSpecs":
+        made = super().__new__(cls, specs)
+        made.fields = tuple(fields)
+        return made
 
 
 def at_batch(batch: int, x: torch.Tensor) -> torch.Tensor:

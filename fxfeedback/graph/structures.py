@@ -39,7 +39,10 @@ def plain(arguments: Any) -> Any:
 
 
 def unpack_tuples(module: fx.GraphModule) -> None:
-    """Where a tuple that one op makes is returned, or taken whole as in torch.cat(x.chunk(2)): a node per tensor."""
+    """Where a tuple that one op makes is returned, or taken whole as in torch.cat(x.chunk(2)): a node per tensor.
+
+    The elements of a named tuple are taken by their numbers.
+    """
     graph = module.graph
     parts: dict[fx.Node, tuple[fx.Node, ...]] = {}
 
@@ -59,6 +62,8 @@ def unpack_tuples(module: fx.GraphModule) -> None:
     tuples = {node for node in graph.nodes if isinstance(specs_of(node), tuple)}
     joined = {node for node in tuples if node.target in (operator.getitem, operator.add)}
     for node in list(graph.nodes):
+        if node.target is getattr and node.args[0] in tuples:
+            _by_number(node)
         if node.target is operator.getitem and node.args[0] in tuples and isinstance(node.args[1], slice):
             parts[node] = unpack(node.args[0])[node.args[1]]
         elif node.target is operator.getitem and node.args[0] in joined & parts.keys():
@@ -68,3 +73,11 @@ def unpack_tuples(module: fx.GraphModule) -> None:
         if node.target is operator.add and node in joined:
             parts[node] = operator.add(*node.args)
     module.recompile()
+
+
+def _by_number(node: fx.Node) -> None:
+    """torch.max(x, 1).values as torch.max(x, 1)[0]."""
+    source, name = node.args
+    fields = getattr(specs_of(source), "fields", ())
+    if name in fields:
+        node.target, node.args = operator.getitem, (source, fields.index(name))

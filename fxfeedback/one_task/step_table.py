@@ -14,12 +14,25 @@ from fxfeedback.graph.specs import Spec
 from fxfeedback.one_task.moving import MOVES, Joining, moving
 from fxfeedback.one_task.network import Network, Step, unknown
 from fxfeedback.one_task.steps import Mixing, PerChannel, Whole
-from fxfeedback.rules import RULES, Rule, indexing, matmul, pooling, reduction, repeating, resizing, sampling, writing
+from fxfeedback.rules import (
+    RULES,
+    Rule,
+    indexing,
+    matmul,
+    pooling,
+    reduction,
+    repeating,
+    resizing,
+    sampling,
+    special,
+    writing,
+)
 from fxfeedback.rules import activation as act
 from fxfeedback.rules import arithmetic as sums
 from fxfeedback.rules import elementwise as each
 from fxfeedback.rules import normalization as norms
 from fxfeedback.rules import reshaping as moves
+from fxfeedback.rules import two_values as pairs
 from fxfeedback.rules.attention import attention
 from fxfeedback.rules.convolution import convolution, transposed_convolution
 from fxfeedback.rules.core import as_tuple
@@ -165,6 +178,18 @@ STEPS: dict[Rule, Choice] = _table(
             *(act.elu, act.hardswish, act.hardsigmoid, act.softplus, act.celu, act.selu, act.logsigmoid, act.softsign),
             *(act.tanhshrink, act.hardshrink, act.softshrink, act.threshold),
             *each.FUNCTIONS,
+            *special.FUNCTIONS,
+            *(special.polygamma, special.tensor_polygamma, special.multivariate_lgamma, special.logit, special.angle),
+            *(pairs.atan2, pairs.hypot, pairs.fmax, pairs.fmin, pairs.remainder, pairs.fmod, pairs.copysign),
+            *(
+                pairs.reflected_remainder,
+                pairs.ldexp,
+                pairs.logaddexp,
+                pairs.logaddexp2,
+                pairs.xlogy,
+                pairs.xlog1py,
+                pairs.zeta,
+            ),
             *(each.power, each.nan_to_num, each.clamp, each.clamp_min, each.clamp_max, each.maximum, each.minimum),
             *(sums.add, sums.sub, sums.div, sums.neg, sums.rsub, sums.addcmul, sums.addcdiv, sums.lerp),
             *(indexing.where, indexing.tensor_where, indexing.masked_fill, moves.copy, identity),
@@ -200,7 +225,8 @@ MIXES: list[Rule] = [
     *(indexing.windows, indexing.slice_scatter, indexing.select_scatter, indexing.sort, indexing.topk),
     *(reduction.greatest, reduction.smallest, reduction.median, reduction.var_mean, reduction.std_mean),
     *(reduction.vector_norm, reduction.linalg_norm, reduction.norm, reduction.cdist, reduction.logsumexp),
-    *(reduction.cumsum, reduction.cumprod, reduction.prod),
+    *(reduction.cumsum, reduction.cumprod, reduction.prod, reduction.logcumsumexp, reduction.cummax),
+    *(reduction.kthvalue, reduction.mode, special.frexp),
     *(norms.synced, norms.layer_norm, norms.group_norm, norms.rms_norm, norms.normalize, norms.local_response_norm),
     *(repeating.expand, repeating.expand_as, repeating.repeat, repeating.repeat_interleave),
     *(moves.pixel_shuffle, moves.pixel_unshuffle, moves.unfold, moves.fold, moves.stack),

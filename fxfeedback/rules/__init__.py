@@ -21,6 +21,8 @@ from fxfeedback.rules import (  # noqa: F401  (importing a file registers its ru
     reshaping,
     resizing,
     sampling,
+    special,
+    two_values,
     writing,
 )
 from fxfeedback.rules.core import RULES, Roles, Rule, constant, fused, known, roles, rule, sum_to, transpose, update

@@ -32,7 +32,7 @@ def function(y, error, *spellings, of=None, kink=False):
     table.__doc__ = y
     examples = [call(f if of is None else lambda x: f(of(x)), T(4, 5))]
     examples += [call(lambda x: f(F.relu(x)), T(4, 5))] if kink else []
-    return rule(*spellings, name=f.__name__, examples=examples)(table)
+    return rule(*spellings, name=f.__name__.removeprefix("special_"), examples=examples)(table)
 
 
 def positive(x):

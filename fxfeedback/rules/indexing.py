@@ -353,9 +353,8 @@ def picked(y, input, dim, keepdim=True):
 
 @rule(getattr, examples=[call(lambda x: x.T, T(4, 3)), call(lambda x: x.mT, T(4, 3, 2))])
 def attribute(y, input, name):
-    """x.T, x.mT; of a named tuple, as torch.max returns it, the values"""
+    """x.T, x.mT"""
     ways = {
-        "values": lambda t: {0: t},
         "T": lambda t: t.permute(list(reversed(range(y.ndim)))),
         "mT": lambda t: t.transpose(-2, -1),
     }

@@ -70,6 +70,16 @@ BOUNDS_PASS = _bounds_pass()
 """Whether the gradient of torch.clamp passes where x equals a bound: torch's versions do one or the other."""
 
 
+def _ties_share() -> bool:
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.zeros((), device="cpu", requires_grad=True)
+        return bool(torch.autograd.grad(torch.fmax(x, x.detach()), x)[0] == 0.5)
+
+
+TIES_SHARE = _ties_share()
+"""Whether the gradient of torch.fmax goes by halves to equal values; in torch's older versions the first has it all."""
+
+
 def survival(input: torch.Tensor, p: float, mode: str) -> torch.Tensor:
     """Stochastic depth's factor: 0 or 1 / (1 - p) per sample ("row") or per batch, drawn as torchvision draws it."""
     samples = input.shape[0] if mode == "row" else 1

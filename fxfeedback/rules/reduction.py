@@ -8,7 +8,7 @@ from fxfeedback.errors import RuleError
 from fxfeedback.rules.core import as_is, eye_like, nothing, roles, rule, sum_to, transpose
 from fxfeedback.rules.elementwise import maximum, minimum
 from fxfeedback.rules.examples import T, call
-from fxfeedback.rules.indexing import picked
+from fxfeedback.rules.indexing import picked, to_positions
 
 
 @rule(
@@ -115,6 +115,24 @@ def smallest(y, input, dim=None, keepdim=False, *, other=None):
 def median(y, input, dim=None, keepdim=False):
     """The middle value, the lower of two; of all, or over dim, with its position"""
     return amax.table(y, input) if dim is None else picked(y, input, dim, keepdim)
+
+
+@rule(
+    torch.kthvalue,
+    examples=[call(torch.kthvalue, T(4, 6, 3), 2, 1), call(lambda x: x.kthvalue(3, keepdim=True).values, T(4, 5))],
+)
+def kthvalue(y, input, k, dim=-1, keepdim=False):
+    """The k-th smallest over dim, and its position"""
+    return picked(y, input, dim, keepdim)
+
+
+@rule(
+    torch.mode,
+    examples=[call(lambda x: torch.mode(x.relu(), 1), T(4, 6, 3)), call(lambda x: x.mode(keepdim=True)[0], T(4, 5))],
+)
+def mode(y, input, dim=-1, keepdim=False):
+    """The most frequent value over dim, and its position"""
+    return picked(y, input, dim, keepdim)
 
 
 def extreme(of_two, y, input, dim, keepdim, other):
@@ -335,6 +353,41 @@ def cumprod(y, input, dim, **options):
         return (others.triu() * e.movedim(dim, -1).unsqueeze(-2)).sum(-1).movedim(-1, dim)
 
     return {"input": roles(instruct=as_is, error=error)}
+
+
+@rule(
+    torch.logcumsumexp,
+    examples=[call(torch.logcumsumexp, T(4, 5, 3), 1), call(lambda x: torch.logcumsumexp(100 * x, -1), T(4, 5))],
+)
+def logcumsumexp(y, input, dim):
+    """log Σ exp of the values so far along dim; instructed, as it is"""
+    if input.ndim == 0:
+        return {"input": transpose(as_is)}
+    size = input.shape[dim]
+
+    def error(e):
+        x, sums, e = (v.movedim(dim, -1) for v in (input, y, e))
+        later = torch.ones((size, size), dtype=torch.bool, device=e.device).triu()
+        shares = torch.where(later & (sums.unsqueeze(-2) > -math.inf), x.unsqueeze(-1) - sums.unsqueeze(-2), -math.inf)
+        return (torch.exp(shares) * e.unsqueeze(-2)).sum(-1).movedim(-1, dim)
+
+    return {"input": roles(instruct=as_is, error=error)}
+
+
+@rule(
+    torch.cummax,
+    torch.cummin,
+    examples=[
+        call(torch.cummax, T(4, 5, 3), 1),
+        call(lambda x: x.relu().cummin(-1).values, T(4, 5)),
+        call(lambda x: x.relu().cummax(-1).values, T(4, 9)),
+    ],
+)
+def cummax(y, input, dim):
+    """The greatest (smallest) of the values so far along dim, and its position; instructed, as it is"""
+    if input.ndim == 0:
+        return {"input": roles(instruct=lambda t: t[0], error=lambda e: e[0])}
+    return {"input": roles(instruct=lambda t: t[0], error=lambda e: to_positions(e[0], input, dim, y[1]))}
 
 
 @rule(
