@@ -4,7 +4,6 @@
 instruction pass (`instruct`) and the error pass (in counter_hebb_pass.py) are this walk in two roles.
 """
 
-import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +15,8 @@ from torch import fx, nn
 from fxfeedback.errors import Error, RuleError
 from fxfeedback.graph.bottom_up import BottomUp
 from fxfeedback.graph.channels import along_channels, channels_of, switch_off_channels
-from fxfeedback.graph.nodes import name_of, spec_of, specs_of, tell, user_line
-from fxfeedback.graph.operands import batch_norm_of, is_floating, operand, weight_of
+from fxfeedback.graph.nodes import name_of, spec_of, specs_of, tell, unopened, user_line
+from fxfeedback.graph.operands import batch_norm_of, is_element, is_floating, operand, weight_of
 from fxfeedback.graph.values import Emitter, Unknown, Value
 from fxfeedback.rules import RULES, Rule
 
@@ -69,7 +68,7 @@ class Walk:
         """The counter neurons that `node` brings to its operands: pairs of a BU node and what is added to it."""
         if as_it_is:
             return [(source, t) for source in node.all_input_nodes[:1] if source in self.wanted]
-        if _is_element(node):
+        if is_element(node):
             return [(node.args[0], {node.args[1] % len(specs_of(node.args[0])): t})]
         rule = RULES.get(node.target)
         if rule is None:
@@ -148,11 +147,6 @@ class Walk:
         return [t[i] if i in t else some.new_zeros(self.emitter.sizes(spec)) for i, spec in enumerate(specs)]
 
 
-def _is_element(node: fx.Node) -> bool:
-    source = node.args[0] if node.args else None
-    return node.target is operator.getitem and isinstance(source, fx.Node) and isinstance(specs_of(source), tuple)
-
-
 def dtype_of(node: fx.Node) -> Any:
     """The dtype of a node's value, as far as it is one."""
     spec = specs_of(node)
@@ -179,8 +173,9 @@ def _where(node: fx.Node) -> str:
 
 def _no_rule(node: fx.Node) -> str:
     name = re.sub(r"^torch\._C\._(special|linalg|fft)\.\1_", r"torch.\1.", fx.node._get_qualified_name(node.target))
+    reason = f"; {unopened(node)}" if unopened(node) else ""
     return (
-        f"no rule for {name} (at node {_where(node)}). Add one with @fxfeedback.rules.rule({name}): "
+        f"no rule for {name}{reason} (at node {_where(node)}). Add one with @fxfeedback.rules.rule({name}): "
         "see 'Adding a rule' in CONTRIBUTING.md."
     )
 

@@ -21,6 +21,7 @@ KEYS = {
     "module": "the path of the torch.nn module that it calls or, once opened, is the last op of (tracing/trace.py)",
     "as_called": "it calls a copy of a module that has the attributes of this call (tracing/trace.py)",
     "spec": "the Spec of what it makes, a tuple or dict of them if several, None if no tensor (graph/shapes.py)",
+    "unopened": "why its op, which has no rule, does not open into others (tracing/open_operators.py)",
     "drawn": "its op draws random numbers (graph/shapes.py)",
     "writes": "its function, the user's, writes into its arguments (graph/meta_device.py)",
     "pass": "the number of the pass that computes it; none is the first (rewrite.py)",
@@ -83,6 +84,11 @@ def spec_of(node: fx.Node) -> Spec:
 def specs_of(node: fx.Node) -> Any:
     """A Spec, or a tuple or dict of them; None if it makes no tensor, or if its graph has no shapes yet."""
     return node.meta.get("spec")
+
+
+def unopened(node: fx.Node) -> str | None:
+    """Why its op, which has no rule, does not open into others that have; None for every other node."""
+    return node.meta.get("unopened")
 
 
 def draws(node: fx.Node) -> bool:

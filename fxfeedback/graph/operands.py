@@ -1,5 +1,6 @@
 """What a call of an op with a rule takes and makes."""
 
+import operator
 from typing import Any
 
 from torch import fx
@@ -24,6 +25,12 @@ def rectifies(node: fx.Node) -> bool:
     """Whether the node is an activation whose output is a gating site."""
     rule = RULES.get(node.target) if node.op == "call_function" else None
     return rule is not None and rule.rectifies
+
+
+def is_element(node: fx.Node) -> bool:
+    """Whether the node picks one of several tensors that another makes."""
+    source = node.args[0] if node.args else None
+    return node.target is operator.getitem and isinstance(source, fx.Node) and isinstance(specs_of(source), tuple)
 
 
 def passes(node: fx.Node) -> bool:

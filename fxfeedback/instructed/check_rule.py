@@ -22,6 +22,7 @@ from fxfeedback.rules import Rule
 from fxfeedback.rules.examples import C, Example, T
 from fxfeedback.td_graph import Walk
 from fxfeedback.tracing.open_modules import open_modules
+from fxfeedback.tracing.open_operators import open_operators
 from fxfeedback.tracing.trace import trace
 
 
@@ -40,6 +41,7 @@ def check_rule(rule: Rule) -> None:
         bu = open_modules(trace(module), example_inputs=(module.x,))
         annotate_shapes(bu, (module.x,))
         unpack_tuples(bu)
+        open_operators(bu, (module.x,), module)
         for fused in (False, True):
             _check_updates(module, bu, fused)
         _check_instruction(module, bu)

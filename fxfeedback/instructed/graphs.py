@@ -26,6 +26,7 @@ from fxfeedback.rules.gating import gate
 from fxfeedback.td_graph import Instructing, instruct
 from fxfeedback.tracing.arguments import Form
 from fxfeedback.tracing.open_modules import open_modules
+from fxfeedback.tracing.open_operators import open_operators
 from fxfeedback.tracing.trace_at_size import trace_for
 from fxfeedback.tracing.while_tracing import building, forget, settled
 
@@ -64,6 +65,7 @@ class Graphs:
             examples = [*examples, examples[0].new_empty(1, owner.task_heads.n_tasks)]
         annotate_shapes(self.bu, examples)
         unpack_tuples(self.bu)
+        open_operators(self.bu, examples, owner.net)
         self.bottom_up = BottomUp(self.bu.graph)
         # A dict for each, as torch.compile sees no change of a dict that it has looked into.
         self.made: dict[str, dict[tuple[Any, ...], Any]] = {name: {} for name in MAKERS}

@@ -1,0 +1,255 @@
+"""Open what has no rule into PyTorch's own decomposition of it: the operators that it calls when it runs.
+
+PyTorch writes most of its operators in terms of a small core of others; a run on tensors without data shows which. It
+is the last opening of all: what has a rule keeps its name, its fused kernel and its gate.
+"""
+
+import functools
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._decomp import decomposition_table
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+
+from fxfeedback.graph.bottom_up import BottomUp
+from fxfeedback.graph.nodes import inherit, is_users, name_of, specs_of, tell, unopened
+from fxfeedback.graph.operands import is_element, is_floating, passes
+from fxfeedback.graph.shapes import annotate_shapes
+from fxfeedback.graph.specs import EXAMPLE_BATCH, Spec
+from fxfeedback.graph.structures import plain, unpack_tuples
+from fxfeedback.graph.values import Emitter, Value, batch_size
+from fxfeedback.rules import RULES
+from fxfeedback.tracing.aten import emit, is_spelled
+from fxfeedback.tracing.tensors import Tensors
+
+BATCHES = (7, 1009)
+"""Two batch sizes at which an op is taken apart: a number that differs between the two grows with the batch."""
+
+
+def open_operators(module: fx.GraphModule, examples: Sequence[torch.Tensor], owner: nn.Module) -> None:
+    """Open, in place, the calls without a rule that a counter neuron has to pass.
+
+    One that PyTorch does not decompose stays, and the reason is said of it (`nodes.unopened`).
+
+    Args:
+        module: an opened graph with shapes, and with a node for each tensor of a tuple.
+        examples: the inputs that its shapes are of.
+        owner: the model, on which constants of decompositions become buffers.
+    """
+    waiting = _without_rule(module.graph)
+    made: dict[Any, list[fx.GraphModule]] = {}
+    for node in waiting:
+        try:
+            call = _call_of(node)
+            if call not in made:
+                made[call] = [_decomposed(node, batch) for batch in BATCHES]
+            _Opening(node, Tensors(owner, module)).replace(*made[call])
+        except Exception as error:
+            tell(node, unopened=str(error).partition("\n")[0])
+    if any(unopened(node) is None for node in waiting):
+        module.graph.eliminate_dead_code()
+        module.recompile()
+        annotate_shapes(module, examples)
+        unpack_tuples(module)
+
+
+def _without_rule(graph: fx.Graph) -> list[fx.Node]:
+    bu = BottomUp(graph)
+    learned = bu.below(node for node in bu.nodes if node.op in ("placeholder", "get_attr") and is_floating(node))
+    return [node for node in bu.nodes if node in learned and passes(node) and not _has_rule(node)]
+
+
+def _has_rule(node: fx.Node) -> bool:
+    """Whether a rule takes the call; code of the user's has none in PyTorch to open into either."""
+    if node.target not in RULES:
+        return is_element(node) or is_users(node.target) or hasattr(node.target, "autograd_function")
+    try:
+        RULES[node.target].operands(node.args, node.kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+def _decompositions() -> dict[Any, Any]:
+    """Those of operators without a function that has a rule, but for random ones: they draw other numbers."""
+    return {
+        operator: decomposition
+        for operator, decomposition in decomposition_table.items()
+        if not is_spelled(operator) and torch.Tag.nondeterministic_seeded not in getattr(operator, "tags", ())
+    }
+
+
+def _call_of(node: fx.Node) -> Any:
+    """What two calls have in common that have the same decomposition: all but the values of their inputs."""
+    places = {source: i for i, source in enumerate(node.all_input_nodes)}
+    return (
+        node.target,
+        repr(fx.map_arg((node.args, node.kwargs), lambda source: places[source])),
+        tuple(map(specs_of, places)),
+    )
+
+
+class _WithGradient(TorchFunctionMode):
+    """Refuses what a function computes under torch.no_grad(), which a graph does not know."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not torch.is_grad_enabled():
+            raise ValueError("it computes under torch.no_grad()")
+        return func(*args, **(kwargs or {}))
+
+
+def _decomposed(node: fx.Node, batch: int) -> fx.GraphModule:
+    """The operators that the node's function calls at this batch size; its inputs are the placeholders, in order."""
+    sources = node.all_input_nodes
+
+    def run(*tensors: Any) -> Any:
+        values = dict(zip(sources, tensors, strict=True))
+        args, kwargs = (plain(fx.map_arg(a, values.__getitem__)) for a in (node.args, node.kwargs))
+        with torch.enable_grad(), _WithGradient():
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    with FakeTensorMode():
+        examples = [torch.empty(_at_batch(specs_of(source), batch), dtype=specs_of(source).dtype) for source in sources]
+    table = _decompositions()
+    traced = make_fx(run, table, tracing_mode="fake")(*examples)
+    for written in traced.graph.find_nodes(op="call_function", target=torch.ops.prims.copy_to.default):
+        written.target = torch.ops.aten.copy_.default
+    traced.recompile()
+    # Decompositions write into what they have made: once more, without.
+    return make_fx(torch.func.functionalize(traced), table, tracing_mode="fake")(*examples)
+
+
+def _at_batch(spec: Any, batch: int) -> list[int]:
+    if not isinstance(spec, Spec):
+        raise TypeError("it takes what is neither a tensor nor a constant")
+    return [size + slope * (batch - EXAMPLE_BATCH) for size, slope in zip(spec.shape, spec.per_sample, strict=True)]
+
+
+class _Emitter(Emitter):
+    """A BU graph has functions only, x.to(...) among them."""
+
+    def create_proxy(self, kind: str, target: Any, *rest: Any, **kwargs: Any) -> Value:
+        if kind == "call_method":
+            kind, target = "call_function", getattr(torch.Tensor, target)
+        return super().create_proxy(kind, target, *rest, **kwargs)
+
+
+class _Opening:
+    """One walk over a decomposition; `values` maps its nodes to proxies in the graph of the node that is opened."""
+
+    def __init__(self, node: fx.Node, tensors: Tensors) -> None:
+        self.node, self.tensors = node, tensors
+        self.emitter = _Emitter()
+        self.emitter.graph = node.graph
+        self.values: dict[fx.Node, Any] = {}
+
+    @functools.cached_property
+    def device(self) -> Any:
+        """The device at run time: that of the node's first input."""
+        return self.emitter.create_proxy(
+            "call_function", getattr, (fx.Proxy(self.node.all_input_nodes[0]), "device"), {}
+        )
+
+    def replace(self, first: fx.GraphModule, second: fx.GraphModule) -> None:
+        """Put the operators of a decomposition, as it is at both batch sizes, in the place of the node.
+
+        Raises:
+            ValueError: it computes in another way at the other batch size.
+        """
+        sources = iter(self.node.all_input_nodes)
+        last = self.node.prev
+        try:
+            with self.node.graph.inserting_before(self.node):
+                inputs = [self.emitter.proxy(node) for node in self.node.graph.nodes if node.op == "placeholder"]
+                self.emitter.batch = batch_size(value for value in inputs if isinstance(value.spec, Spec))
+                for a, b in zip(first.graph.nodes, second.graph.nodes, strict=True):
+                    if (a.op, a.target) != (b.op, b.target):
+                        raise ValueError("it computes in another way at another batch size")
+                    if a.op == "placeholder":
+                        self.values[a] = self.emitter.proxy(next(sources))
+                    elif a.op == "get_attr":
+                        self.values[a] = self.constant(getattr(first, a.target))
+                    else:
+                        self.values[a] = self.run(a, b)
+        except Exception:
+            while self.node.prev is not last:
+                self.node.graph.erase_node(self.node.prev)
+            raise
+        self.hand_over(self.values[a], last)
+
+    def run(self, a: fx.Node, b: fx.Node) -> Any:
+        """What a node of the decomposition computes, which has the arguments `a` has and `b` at the two batch sizes."""
+        args, kwargs = self.both(a.args, b.args), self.both(a.kwargs, b.kwargs)
+        if a.op == "output":
+            return args[0]
+        if a.target is operator.getitem:
+            return args[0][args[1]]
+        value = emit(
+            self.emitter, a.target, args, {k: v for k, v in kwargs.items() if k not in ("layout", "pin_memory")}
+        )
+        if isinstance(value, fx.Proxy):
+            tell(value.node, spec=_spec(a.meta["val"], b.meta["val"]))
+        return value
+
+    def both(self, a: Any, b: Any) -> Any:
+        """An argument that holds at every batch size."""
+        if isinstance(a, fx.Node):
+            return self.values[a]
+        if isinstance(a, (list, tuple)):
+            return type(plain(a))(self.both(*pair) for pair in zip(a, b, strict=True))
+        if isinstance(a, dict):
+            return {key: self.both(value, b[key]) for key, value in a.items()}
+        if isinstance(a, torch.device):
+            return self.device
+        if type(a) is int and type(b) is int and a != b:
+            return self.emitter.size(_grown([a], [b], torch.int64), 0)
+        if repr(a) != repr(b):
+            raise ValueError("a number in it depends on the batch size")
+        return a
+
+    def constant(self, tensor: torch.Tensor) -> Any:
+        """A tensor that the function itself has made."""
+        if tensor not in self.tensors:
+            self.tensors.keep_constant(tensor)
+        return self.emitter.attribute(self.tensors.name_of(tensor))
+
+    def hand_over(self, output: Any, last: fx.Node) -> None:
+        """The users of the node read what the decomposition has computed."""
+        added = []
+        while last.next is not self.node:
+            last = last.next
+            added.append(last)
+            inherit(last, self.node, name=f"{name_of(self.node)}.{last.name}", spec=specs_of(last))
+            last.stack_trace = self.node.stack_trace
+        if isinstance(output, (list, tuple)):
+            for user in list(self.node.users):
+                user.replace_all_uses_with(output[user.args[1]].node)
+                user.graph.erase_node(user)
+        else:
+            tell(output.node, name=name_of(self.node))
+            self.node.replace_all_uses_with(output.node)
+        self.node.graph.erase_node(self.node)
+
+
+def _spec(a: Any, b: Any) -> Any:
+    """What the values at the two batch sizes say of a node."""
+    if not isinstance(a, torch.Tensor):
+        return tuple(map(_spec, a, b)) if isinstance(a, (tuple, list)) else None
+    return _grown(a.shape, b.shape, a.dtype)
+
+
+def _grown(a: Sequence[int], b: Sequence[int], dtype: torch.dtype) -> Spec:
+    """What has these sizes at the two batch sizes."""
+    slopes = []
+    for small, large in zip(a, b, strict=True):
+        slope, rest = divmod(large - small, BATCHES[1] - BATCHES[0])
+        if rest:
+            raise ValueError("a size in it does not grow evenly with the batch size")
+        slopes.append(slope)
+    shape = [size - slope * (BATCHES[0] - EXAMPLE_BATCH) for size, slope in zip(a, slopes, strict=True)]
+    return Spec(tuple(shape), tuple(slopes), dtype)

@@ -1,0 +1,119 @@
+"""What has no rule of its own opens into PyTorch's decomposition of it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxfeedback
+from fxfeedback.errors import RuleError
+from fxfeedback.graph.nodes import name_of
+from fxfeedback.instructed.graphs import Graphs
+from fxfeedback.rules import RULES, T, call
+from test_law import check
+
+OPS = {
+    "entr": call(lambda x: torch.special.entr(x.sigmoid()), T(4, 3)),
+    "diff": call(torch.diff, T(4, 5)),
+    "quantile": call(lambda x: torch.quantile(x, torch.tensor([0.3, 0.8]).double(), 1), T(4, 5)),
+    "renorm": call(lambda x: torch.renorm(x, 2, 1, 1.0), T(4, 3, 2)),
+    "kron": call(lambda x, w: torch.kron(x, w), T(4, 3), T(1, 2)),
+    "block_diag": call(lambda x, w: torch.block_diag(w, w)[:, :4] @ x[:, :4, None], T(4, 5), T(2, 2)),
+    "xlogy": call(lambda x, w: torch.xlogy(w, x.exp()), T(4, 3), T(3)),
+    "logaddexp": call(torch.logaddexp, T(4, 3), T(3)),
+    "trapezoid": call(torch.trapezoid, T(4, 5)),
+    "huber_loss": call(lambda x, w: F.huber_loss(x, w.expand(x.shape), reduction="none"), T(4, 5), T(5)),
+    "multi_margin_loss": call(lambda x: F.multi_margin_loss(x, x.argmin(1), reduction="none"), T(4, 5)),
+    "nll_loss": call(lambda x: F.nll_loss(x.log_softmax(1), x.argmax(1), reduction="none"), T(4, 5)),
+    "div, rounding": call(lambda x, w: torch.div(x, w, rounding_mode="floor") + x / w, T(4, 3), T(3)),
+    "batch norm of aten": call(
+        lambda x: torch.native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5)[0], T(4, 3)
+    ),
+    "layer norm of aten": call(lambda x, w: torch.native_layer_norm(x, [3], w, None, 1e-5)[0], T(4, 3), T(3)),
+    "several outputs": call(lambda x: torch.stack(torch.hsplit(x, 2), 1), T(4, 6)),
+}
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_the_law(name):
+    check(OPS[name])
+
+
+class Trunk(nn.Module):
+    """A linear layer, and a function of what it makes and of its own input."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.fc, self.function = nn.Linear(4, 4), function
+
+    def forward(self, x):
+        return self.function(self.fc(x), x)
+
+
+def bottom_up(monkeypatch, function):
+    """The BU graph of a trunk."""
+    made = []
+    original = Graphs.__init__
+    monkeypatch.setattr(Graphs, "__init__", lambda self, *args: (original(self, *args), made.append(self))[0])
+    fxfeedback.to_butd(Trunk(function), input_size=(4,))
+    return made[0].bu.graph
+
+
+def test_names_and_lines_are_those_of_the_call(monkeypatch):
+    graph = bottom_up(monkeypatch, lambda y, x: torch.trapezoid(y, dim=1))
+    calls = [node for node in graph.nodes if node.op == "call_function"]
+    assert name_of(calls[-1]) == "trapezoid"
+    assert len(calls) > 2 and all(name_of(node).startswith("trapezoid.") for node in calls[1:-1])
+    assert all(node.target in RULES for node in calls)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_the_batch_stays_open(batch):
+    """Also where a number of the decomposition depends on it: the rank of a quantile over the samples."""
+    model = Trunk(lambda y, x: y * torch.quantile(y, 0.3, 0)).double()
+    x, weights = torch.randn(batch, 4, dtype=torch.double), list(model.parameters())
+    butd = fxfeedback.to_butd(model, input_size=(4,))
+    torch.testing.assert_close(butd(x), model(x), rtol=1e-12, atol=1e-12)
+    expected, found = (torch.autograd.grad(net(x).square().sum(), weights) for net in (model, butd))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+class Sign(torch.autograd.Function):
+    """Its backward is not the derivative of its forward."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return torch.special.entr(x)
+
+    @staticmethod
+    def backward(ctx, error):
+        return error
+
+
+REFUSED = {
+    "numbers that grow unevenly": (lambda y, x: y * torch.combinations(y[:, 0]).sum(), r"grow evenly with the batch"),
+    "no decomposition": (lambda y, x: torch.igamma(x, y), r"no rule for torch.igamma \(at node 'igamma', called at"),
+    "a derivative of its own": (lambda y, x: Sign.apply(y), r"no rule for test_open_operators.Sign"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_open_is_refused(name):
+    function, message = REFUSED[name]
+    with pytest.raises(fxfeedback.Error, match=message):
+        fxfeedback.to_butd(Trunk(function), input_size=(4,))
+
+
+def test_torch_no_grad_inside_of_an_op_is_refused(monkeypatch):
+    def detached(y):
+        with torch.no_grad():
+            return torch.special.entr(y)
+
+    detached.__module__ = "torch.somewhere"
+    model = Trunk(lambda y, x: fx_call(detached, y))
+    with pytest.raises(RuleError, match="it computes under torch"):
+        fxfeedback.to_butd(model, input_size=(4,))
+
+
+def fx_call(function, y):
+    return y.tracer.create_proxy("call_function", function, (y,), {}) if isinstance(y, torch.fx.Proxy) else function(y)
