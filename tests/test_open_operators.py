@@ -30,6 +30,9 @@ OPS = {
         lambda x: torch.native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5)[0], T(4, 3)
     ),
     "layer norm of aten": call(lambda x, w: torch.native_layer_norm(x, [3], w, None, 1e-5)[0], T(4, 3), T(3)),
+    "what autograd detaches": call(
+        lambda x, w: x * torch.native_layer_norm(x * w, [3], None, None, 1)[1], T(4, 3), T(3)
+    ),
     "several outputs": call(lambda x: torch.stack(torch.hsplit(x, 2), 1), T(4, 6)),
 }
 

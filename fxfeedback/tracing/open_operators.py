@@ -15,6 +15,7 @@ from torch._decomp import decomposition_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from fxfeedback.graph.bottom_up import BottomUp
 from fxfeedback.graph.nodes import inherit, is_users, name_of, specs_of, tell, unopened
@@ -115,8 +116,18 @@ def _decomposed(node: fx.Node, batch: int) -> fx.GraphModule:
 
     with FakeTensorMode():
         examples = [torch.empty(_at_batch(specs_of(source), batch), dtype=specs_of(source).dtype) for source in sources]
+        results = tree_leaves(run(*(x.clone().requires_grad_(x.is_floating_point()) for x in examples)))
+
+    def differentiated(*tensors: Any) -> Any:
+        """A result that autograd passes nothing on from, as the mean that a layer norm also returns, is detached."""
+        made = tree_leaves(run(*tensors))
+        return [
+            y if like.requires_grad or not y.is_floating_point() else y.detach()
+            for y, like in zip(made, results, strict=True)
+        ]
+
     table = _decompositions()
-    traced = make_fx(run, table, tracing_mode="fake")(*examples)
+    traced = make_fx(differentiated, table, tracing_mode="fake")(*examples)
     for written in traced.graph.find_nodes(op="call_function", target=torch.ops.prims.copy_to.default):
         written.target = torch.ops.aten.copy_.default
     traced.recompile()
@@ -226,13 +237,14 @@ class _Opening:
             added.append(last)
             inherit(last, self.node, name=f"{name_of(self.node)}.{last.name}", spec=specs_of(last))
             last.stack_trace = self.node.stack_trace
-        if isinstance(output, (list, tuple)):
+        if isinstance(specs_of(self.node), tuple):
             for user in list(self.node.users):
                 user.replace_all_uses_with(output[user.args[1]].node)
                 user.graph.erase_node(user)
         else:
-            tell(output.node, name=name_of(self.node))
-            self.node.replace_all_uses_with(output.node)
+            (value,) = output
+            tell(value.node, name=name_of(self.node))
+            self.node.replace_all_uses_with(value.node)
         self.node.graph.erase_node(self.node)
 
 
