@@ -650,7 +650,9 @@ def openings() -> str:
         "## Openings\nModules of `torch.nn` open into functions by their own forward, in-place ops become out-of-place "
         "ones, and the model's\nown functions open op by op. `fxfeedback/tracing/openings.py` opens the following. "
         "The table shows training mode;\ndropout that is off is the input itself. A convolution or pooling of a map "
-        f"without a batch adds a batch dimension\nand removes it again.\n\n{table(['what', 'into'], rows)}"
+        "without a batch adds a batch dimension\nand removes it again. Any other function of PyTorch that has no rule "
+        "opens into PyTorch's own decomposition of it:\n`fxfeedback nodes MODEL --opened` shows into what.\n\n"
+        f"{table(['what', 'into'], rows)}"
     )
 
 

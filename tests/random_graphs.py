@@ -545,6 +545,29 @@ forms("tril", "torch.tril({x}, 1)", "{x}.tril()", when=lambda x: x.ndim >= 2)
 forms("triu", "torch.triu({x}, -1)", "{x}.triu()", when=lambda x: x.ndim >= 2)
 
 
+@grows(when=lambda x: bool(x.free) and x.ndim > 1)
+def opened(g, x):
+    """Ops without a rule, which PyTorch's decompositions open."""
+    dim = g.dim(x, x.free)
+    templates = [
+        "torch.logaddexp({x}, {other})",
+        "torch.xlogy({x}, {safe})",
+        "torch.diff({x}, dim={dim})",
+        "torch.trapezoid({x}, dim={dim})",
+        "torch.cumulative_trapezoid({x}, dx=0.5, dim={dim})",
+        "torch.quantile({distinct}, 0.3, dim={dim}, keepdim=True)",
+        "torch.renorm({x}, 2, {dim}, 1.5)",
+        "F.huber_loss({x}, {x}.tanh(), reduction='none', delta=0.1)",
+        "F.smooth_l1_loss({x}, {x}.detach() + 0.5, reduction='none')",
+        "F.pairwise_distance({x}, {x} * 0.5 + 1)",
+        "torch.div({x}, {safe}, rounding_mode='floor') + {x}",
+        "torch.nansum({x}, {dim})",
+        "torch.std({x}, dim={dim}, correction=0).where({x}.mean({dim}) > 0, 0.5)",
+    ]
+    parts = {"other": lambda: g.other(x), "safe": lambda: g.safe(x), "distinct": lambda: g.distinct(x)}
+    return g.fill(x, templates, dim=dim, **parts)
+
+
 @grows("softmax", "softmin", "log_softmax", when=lambda x: x.ndim > 0)
 def softmax(g, x):
     names = ["softmax", "softmin", "log_softmax"]

@@ -123,7 +123,7 @@ def test_the_script_is_installed_under_its_name():
 def test_json_has_the_documented_keys(files, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(fxfeedback, "draw", lambda model, path: Path(path).write_text("a picture"), raising=False)
     runs = {
-        "nodes": [CONVNET],
+        "nodes": [CONVNET, [*CONVNET, "--opened"]],
         "feedback": [[*CONVNET, *CONNECT]],
         "butd": [[files / "butd"]],
         "export": [[files / "lrm", tmp_path / "lrm.onnx"]],
@@ -174,6 +174,24 @@ def test_nodes_marks_what_add_feedback_takes(capsys, monkeypatch):
             except fxfeedback.errors.NodeNameError:
                 taken = False
             assert node[end] == taken, (node, end)
+
+
+class Opens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return torch.trapezoid(self.fc(x).relu(), dim=1)
+
+
+def test_nodes_shows_what_ops_opened_into_and_their_rules(capsys, monkeypatch):
+    monkeypatch.setattr(networks, "opens", Opens, raising=False)
+    nodes = run(capsys, "nodes", "networks:opens", "--input-size", "4", "--opened")["nodes"]
+    rules = {node["name"]: node["rule"] for node in nodes}
+    assert (rules["fc"], rules["relu"], rules["fc.weight"]) == ("linear", "relu", None)
+    inner = [rule for name, rule in rules.items() if name.startswith("trapezoid.")]
+    assert len(inner) > 2 and all(inner)
 
 
 def test_nodes_of_a_model_of_which_only_parts_can_be_traced(capsys):

@@ -17,6 +17,7 @@ EXAMPLES = [
     "fxfeedback nodes resnet18",
     "fxfeedback nodes alexnet --json",
     "fxfeedback nodes mnist:net --input-size 1x28x28",
+    "fxfeedback nodes vit_b_16 --opened",
 ]
 KEYS = {
     "model": "MODEL, as given",
@@ -28,12 +29,14 @@ KEYS = {
     "nodes[].per_image": "how many parts of one image lie in its batch: 1, as a rule; 0: the batch has no say",
     "nodes[].source": "whether it may be a connection's source",
     "nodes[].destination": "whether it may be a connection's destination",
+    "nodes[].rule": "with --opened, in their place: the rule of its op; null where no error or instruction passes it",
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL and what belongs to it."""
     add_model(parser)
+    parser.add_argument("--opened", action="store_true", help="the ops that learning sees, and the rules they have")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -60,7 +63,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "model": arguments.model,
         "parts": [name for name in graphs if name],
         "inputs": [[None, *x.shape[1:]] for _, inputs in graphs.values() for x in inputs],
-        "nodes": [row for name, (module, inputs) in graphs.items() for row in _nodes(name, module, inputs)],
+        "nodes": [
+            row
+            for name, (module, inputs) in graphs.items()
+            for row in (_opened if arguments.opened else _nodes)(name, module, inputs)
+        ],
     }
 
 
@@ -74,27 +81,47 @@ def _traced(model: Any, examples: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
 
 def _nodes(part: str, module: Any, examples: Sequence[Any]) -> Iterator[dict[str, Any]]:
     """What is said of each node of a model's or a part's graph."""
-    from fxfeedback.graph.nodes import name_of, spec_of, specs_of
     from fxfeedback.graph.shapes import annotate_shapes
-    from fxfeedback.graph.specs import Spec
     from fxfeedback.graph.structures import unpack_tuples
     from fxfeedback.lrm.connections import legal_ends
-    from fxfeedback.tracing.names import op_name
 
     annotate_shapes(module, examples)
     unpack_tuples(module)
     sources, destinations = legal_ends(module.graph)
     for node in module.graph.nodes:
         if node.op != "output":
-            spec = spec_of(node) if isinstance(specs_of(node), Spec) else None
-            yield {
-                "name": f"{part}.{name_of(node)}" if part else name_of(node),
-                "op": op_name(node, module),
-                "shape": spec and spec.sizes,
-                "per_image": spec.per_sample[0] if spec and spec.shape else 0,
-                "source": node in sources,
-                "destination": node in destinations,
-            }
+            yield _row(part, node, module) | {"source": node in sources, "destination": node in destinations}
+
+
+def _opened(part: str, module: Any, examples: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    """The same of the graph that a BU-TD network has of it."""
+    from fxfeedback.graph.shapes import annotate_shapes
+    from fxfeedback.graph.structures import unpack_tuples
+    from fxfeedback.rules import RULES
+    from fxfeedback.tracing.open_modules import open_modules
+    from fxfeedback.tracing.open_operators import open_operators
+
+    opened = open_modules(module, example_inputs=examples)
+    annotate_shapes(opened, examples)
+    unpack_tuples(opened)
+    open_operators(opened, examples, module)
+    for node in opened.graph.nodes:
+        if node.op != "output":
+            yield _row(part, node, opened) | {"rule": getattr(RULES.get(node.target), "name", None)}
+
+
+def _row(part: str, node: Any, module: Any) -> dict[str, Any]:
+    from fxfeedback.graph.nodes import name_of, spec_of, specs_of
+    from fxfeedback.graph.specs import Spec
+    from fxfeedback.tracing.names import op_name
+
+    spec = spec_of(node) if isinstance(specs_of(node), Spec) else None
+    return {
+        "name": f"{part}.{name_of(node)}" if part else name_of(node),
+        "op": op_name(node, module),
+        "shape": spec and spec.sizes,
+        "per_image": spec.per_sample[0] if spec and spec.shape else 0,
+    }
 
 
 def lines(result: dict[str, Any]) -> Iterator[str]:
@@ -104,11 +131,13 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
         parts = ", ".join(result["parts"])
         yield f"torch.fx cannot trace the whole, but {parts}: all connections must lie inside one such part"
     yield ""
-    rows = [
-        (node["name"], node["op"], _shape(node), *("yes" if node[end] else "" for end in ("source", "destination")))
-        for node in result["nodes"]
-    ]
-    yield from table(("node", "op", "shape", "source", "destination"), rows)
+    ends = ("rule",) if "rule" in result["nodes"][0] else ("source", "destination")
+    rows = [(node["name"], node["op"], _shape(node), *(_said(node[end]) for end in ends)) for node in result["nodes"]]
+    yield from table(("node", "op", "shape", *ends), rows)
+
+
+def _said(answer: bool | str | None) -> str:
+    return "yes" if answer is True else answer or ""
 
 
 def _shape(node: dict[str, Any]) -> str:

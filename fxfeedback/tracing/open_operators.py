@@ -105,17 +105,18 @@ class _WithGradient(TorchFunctionMode):
 
 
 def _decomposed(node: fx.Node, batch: int) -> fx.GraphModule:
-    """The operators that the node's function calls at this batch size; its inputs are the placeholders, in order."""
-    sources = node.all_input_nodes
+    """The operators that the node's function calls at this batch size; its tensors are the placeholders, in order."""
+    sources = _tensors(node)
+    sizes = {source: _value(source, batch) for source in node.all_input_nodes if source not in sources}
 
     def run(*tensors: Any) -> Any:
-        values = dict(zip(sources, tensors, strict=True))
+        values = dict(zip(sources, tensors, strict=True)) | sizes
         args, kwargs = (plain(fx.map_arg(a, values.__getitem__)) for a in (node.args, node.kwargs))
         with torch.enable_grad(), _WithGradient():
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
     with FakeTensorMode():
-        examples = [torch.empty(_at_batch(specs_of(source), batch), dtype=specs_of(source).dtype) for source in sources]
+        examples = [_value(source, batch) for source in sources]
         results = tree_leaves(run(*(x.clone().requires_grad_(x.is_floating_point()) for x in examples)))
 
     def differentiated(*tensors: Any) -> Any:
@@ -135,10 +136,20 @@ def _decomposed(node: fx.Node, batch: int) -> fx.GraphModule:
     return make_fx(torch.func.functionalize(traced), table, tracing_mode="fake")(*examples)
 
 
-def _at_batch(spec: Any, batch: int) -> list[int]:
+def _tensors(node: fx.Node) -> list[fx.Node]:
+    """The tensors among its inputs; the others are sizes."""
+    return [source for source in node.all_input_nodes if isinstance(specs_of(source), Spec)]
+
+
+def _value(node: fx.Node, batch: int) -> Any:
+    """What the node is at this batch size: a tensor without data, or a size that is computed from one."""
+    spec = specs_of(node)
     if not isinstance(spec, Spec):
-        raise TypeError("it takes what is neither a tensor nor a constant")
-    return [size + slope * (batch - EXAMPLE_BATCH) for size, slope in zip(spec.shape, spec.per_sample, strict=True)]
+        with FakeTensorMode():
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: _value(source, batch))
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+    shape = [size + slope * (batch - EXAMPLE_BATCH) for size, slope in zip(spec.shape, spec.per_sample, strict=True)]
+    return torch.empty(shape, dtype=spec.dtype)
 
 
 class _Emitter(Emitter):
@@ -172,7 +183,7 @@ class _Opening:
         Raises:
             ValueError: it computes in another way at the other batch size.
         """
-        sources = iter(self.node.all_input_nodes)
+        sources = iter(_tensors(self.node))
         last = self.node.prev
         try:
             with self.node.graph.inserting_before(self.node):
