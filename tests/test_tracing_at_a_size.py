@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fxfeedback
-from fxfeedback.errors import TraceError
+from fxfeedback.errors import RuleError, TraceError
 from marks import long, one_in
 from networks import Recurrent
 
@@ -521,3 +521,146 @@ def test_stand_ins_are_no_tensors_to_torchs_own_code(looks):
         assert (update - gradient).abs().max() <= 1e-9 * gradient.abs().max()
     feedback = fxfeedback.add_feedback(model, [("head", "fc")], input_size=(6,))
     torch.testing.assert_close(feedback(x)[0], model(x), rtol=1e-12, atol=0)
+
+
+# -- values that have several names ------------------------------------------------------------------------------------
+
+
+class Writes(nn.Module):
+    """Between two layers, code that writes into what the first has made; where it looks, at one size only."""
+
+    def __init__(self, write, looks: bool) -> None:
+        super().__init__()
+        self.first, self.head, self.write, self.looks = nn.Linear(4, 4), nn.Linear(4, 2), write, looks
+
+    def forward(self, x):
+        if self.looks and x.shape[1] > 100:
+            return x
+        return self.head(self.write(self.first(x).sin()).tanh())
+
+
+def add_one(y):
+    y += 1
+
+
+def halve(y, z):
+    F.leaky_relu(y, inplace=True)
+    z.copy_(z / 2)
+
+
+def as_rows(y):
+    return y.view(-1, 4)
+
+
+def twice_by_another_name(y):
+    z = y
+    z *= 2
+    return y + 1
+
+
+def by_a_view_inside(y):
+    rows = y.view(-1, 4)
+    y += 1
+    return rows * 2
+
+
+for name in ("add_one", "halve", "as_rows", "twice_by_another_name", "by_a_view_inside"):
+    torch.fx.wrap(name)
+
+
+def lines(code):
+    """A function of y that runs these statements and returns the expression after the last semicolon."""
+    *statements, last = code.split("; ")
+    source = "\n    ".join(["def write(y):", *statements, f"return {last}"])
+    space = dict(globals())
+    exec(compile(source, code, "exec"), space)
+    return space["write"]
+
+
+RIGHT = [
+    "z = y; z += 1; y * 2",
+    "z = y; z -= y.detach().cos(); y * z",
+    "z = y; z **= 2; z /= 3; y + z",
+    "z = w = y; z *= 2; w += 1; y + z + w",
+    "mask = m = y > 0; m &= y < 0.5; y * mask",
+    "both = [y, 2 * y]; both[0] += 1; both[1] *= 3; y * both[1]",
+    "named = {'a': y}; named['a'] += 1; y * 2",
+    "z = y; z.copy_(y * 3); y * 2",
+    "z = y * 2; w = z; torch.sigmoid_(z); w * 2",
+    "z = y; F.relu(z, inplace=True); y * 2",
+    "z = y.__iadd__(1); y * z",
+    "add_one(y); y * 2",
+    "z = 2 * y; w = z; halve(y, z); y * w",
+    "twice_by_another_name(y) * y",
+    "rows = y.view(-1, 4); rows += 1; rows *= 2; rows",
+    "m = n = y.shape[0]; m *= 2; y * n + m",
+]
+AT_ONE_SIZE = [
+    "part = y[:, 1:]; y += 1; y[:, 2] = 0; torch.cat([part, y[:, :1]], 1)",
+    "one, other = y[:, 1:], y[:, :3]; one += 1; other *= 2; y + one.sum(1, keepdim=True)",
+    "part = y[:, 1:]; part += 1; y *= 5; torch.cat([part, part[:, :1]], 1)",
+    "q, k = y[0], y[1]; q *= 3; (q * k)[None] + y",
+]
+OVERWRITTEN = [
+    *(f"z = y.{view}; z += 1; y * 2" for view in ("view(-1, 4)", "T", "mT", "data", "detach()", "swapaxes(0, 1)")),
+    *(f"z = y.{view}; z += 1; y * 2" for view in ("double()", "to(y)", "diagonal()", "unfold(1, 2, 2)", "ravel()")),
+    "rows = y.view(-1, 4); y += 1; rows * 2",
+    "rows = y.view(-1, 4); y[:, 1] = 0; rows * 2",
+    "rows = y.view(-1, 4); add_one(y); rows * 2",
+    "rows = as_rows(y); rows += 1; y * 2",
+    "by_a_view_inside(y) * 2",
+    "a, b = torch.broadcast_tensors(y, y.sum()); a += 1; y * b",
+    "a, b = y.tensor_split(2, 1); a.mul_(2); y * 2",
+    "z = F.dropout(y, 0.5, False); z += 1; y * 2",
+]
+KEPT_BY_NO_GRAPH = {
+    "under torch.no_grad": ["scale(y); y * 2"],
+    "gives an op out=": ["z = torch.empty_like(y); torch.add(y.detach(), 1, out=z); z * y"],
+    "puts torch.float64 into a tensor of torch.float32: write": ["z = y.float(); z += y; z.double()"],
+    "puts torch.bool into a tensor": ["z = y * 2; z.gt_(0.1); z * y"],
+}
+
+
+def scale(y):
+    with torch.no_grad():
+        y *= 2
+
+
+@pytest.mark.parametrize(
+    "code, looks",
+    [*((code, looks) for code in RIGHT for looks in (False, True)), *((code, True) for code in AT_ONE_SIZE)],
+)
+def test_what_is_written_under_one_name_is_read_under_the_others(code, looks):
+    torch.manual_seed(0)
+    model, x = Writes(lines(code), looks).double(), torch.randn(4, 4, dtype=torch.double)
+    butd = fxfeedback.to_butd(model, example_inputs=(x,), verify=False)
+    feedback = fxfeedback.add_feedback(model, [("head", "first")], example_inputs=(x,), verify=False)
+    for update, gradient in zip(learned(model, butd(x)), learned(model, model(x)), strict=True):
+        assert (update - gradient).abs().max() <= 1e-9 * gradient.abs().max()
+    assert torch.equal(butd(x), model(x)) and torch.equal(feedback(x)[0], model(x))
+
+
+@pytest.mark.parametrize("looks", [False, True])
+@pytest.mark.parametrize("code", OVERWRITTEN)
+def test_memory_with_two_names_is_not_written_out_of_place(code, looks):
+    model, x = Writes(lines(code), looks).double(), torch.randn(4, 4, dtype=torch.double)
+    for convert in (
+        fxfeedback.to_butd,
+        lambda model, **how: fxfeedback.add_feedback(model, [("head", "first")], **how),
+    ):
+        with pytest.raises(RuleError, match=r"in-place op at node .* overwrites memory that is read again as"):
+            convert(model, example_inputs=(x,), verify=False)
+
+
+@pytest.mark.parametrize("looks", [False, True])
+@pytest.mark.parametrize(
+    "message, code", [(message, code) for message, codes in KEPT_BY_NO_GRAPH.items() for code in codes]
+)
+def test_writing_that_a_graph_cannot_hold_is_refused(message, code, looks):
+    model, x = Writes(lines(code), looks).double(), torch.randn(4, 4, dtype=torch.double)
+    for convert in (
+        fxfeedback.to_butd,
+        lambda model, **how: fxfeedback.add_feedback(model, [("head", "first")], **how),
+    ):
+        with pytest.raises(TraceError, match=message):
+            convert(model, example_inputs=(x,), verify=False)

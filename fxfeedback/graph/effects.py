@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from fxfeedback.graph.nodes import draws, is_users
 from fxfeedback.graph.operands import operand
-from fxfeedback.rules.ops import ADVANCES, cumulative_momentum, drawn_like
+from fxfeedback.rules.ops import ADVANCES, cumulative_momentum, drawn_like, filled_from, put_at
 
 OPERATORS = {
     operator.iadd: operator.add,
@@ -22,10 +22,14 @@ OPERATORS = {
     operator.iand: operator.and_,
     operator.ior: operator.or_,
     operator.ixor: operator.xor,
+    operator.ilshift: operator.lshift,
+    operator.irshift: operator.rshift,
 }
 """Operators in place, as x += y, and the same out of place. (x @= y makes a new tensor.)"""
-FILLING = {"zero_": torch.zeros_like, "fill_": torch.full_like, "bernoulli_": drawn_like}
+FILLING = {"zero_": torch.zeros_like, "fill_": torch.full_like, "bernoulli_": drawn_like, "copy_": filled_from}
 """Methods in place whose twin out of place has another name."""
+ONLY_MARKS = ("requires_grad_", "share_memory_")
+"""Methods that leave a tensor's values as they are."""
 LOGICAL = (operator.and_, operator.or_, operator.not_)
 """Functions that are called as if they were in place."""
 
@@ -38,7 +42,7 @@ def is_in_place(target: Any) -> bool:
 
 def out_of_place(target: Any) -> Any:
     """relu_ -> relu, add_ -> add, operator.iadd -> operator.add; a target without such a twin as it is."""
-    if not is_in_place(target):
+    if not is_in_place(target) or is_users(target):
         return target
     if target in OPERATORS:
         return OPERATORS[target]
@@ -61,6 +65,14 @@ def has_twin(node: fx.Node, root: nn.Module) -> bool:
     return bool(node.kwargs.get("inplace")) or out_of_place(node.target) is not node.target
 
 
+def writes_into_first(node: fx.Node, root: nn.Module) -> bool:
+    """Whether the node of a traced graph writes into its first argument, with or without such a twin."""
+    calls = node.op in ("call_function", "call_method")
+    return has_twin(node, root) or (
+        calls and is_in_place(node.target) and not is_users(node.target) and node.target not in ONLY_MARKS
+    )
+
+
 def has_effect(node: fx.Node) -> bool:
     """Whether the node of an opened graph matters although it is unused: inputs, outputs, in-place ops."""
     calls = node.op in ("call_function", "call_method")
@@ -77,7 +89,8 @@ def has_effect_as_traced(node: fx.Node, module: nn.Module | None) -> bool:
     if module is not None:
         counts = module.training and getattr(module, "running_mean", None) is not None  # a norm that is unused
         return counts or bool(getattr(module, "inplace", False))
-    return has_effect(node) or bool(node.kwargs.get("inplace")) or is_users(node.target)  # who knows what it does
+    writes = has_effect(node) or bool(node.kwargs.get("inplace")) or node.target is put_at
+    return writes or is_users(node.target)  # who knows what it does
 
 
 def counts_batches(node: fx.Node) -> bool:

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxfeedback.errors import TraceError
 from fxfeedback.graph.meta_device import MetaRun
-from fxfeedback.graph.nodes import name_of, tell, user_line
+from fxfeedback.graph.nodes import name_of, specs_of, tell, user_line, was_in_place
 from fxfeedback.graph.specs import EXAMPLE_BATCH, NamedSpecs, Spec, at_batch
 
 
@@ -27,6 +27,18 @@ def annotate_shapes(module: fx.GraphModule, example_inputs: Sequence[torch.Tenso
     small, large = _shapes(module, example_inputs, EXAMPLE_BATCH), _shapes(module, example_inputs, EXAMPLE_BATCH + 1)
     for node in module.graph.nodes:
         tell(node, spec=_spec(small.get(node), large.get(node)))
+        if was_in_place(node):
+            _check_dtype(node)
+
+
+def _check_dtype(node: fx.Node) -> None:
+    """An op in place keeps its tensor's dtype, where the same out of place may have another."""
+    kept, made = (getattr(specs_of(each), "dtype", None) for each in (node.args[0], node))  # type: ignore[arg-type]
+    if kept != made:
+        raise TraceError(
+            f"the in-place op at node {name_of(node)!r}{user_line(node)} puts {made} into a tensor of {kept}: write it "
+            "out of place, with the cast, as in x = x + y.to(x.dtype)"
+        )
 
 
 def _spec(small: Any, large: Any) -> Any:

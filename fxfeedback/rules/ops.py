@@ -105,6 +105,11 @@ def put_at(input: Any, index: Any, value: Any) -> Any:
     return output
 
 
+def filled_from(input: Any, src: Any, non_blocking: bool = False) -> Any:
+    """x.copy_(y) out of place."""
+    return put_at(input, (...,), src)
+
+
 @one_node
 def or_zeros(update: Any, rows: Any) -> Any:
     """`update` with `rows` rows: for an empty batch, torch's convolution returns none."""

@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from fxfeedback.errors import RuleError
-from fxfeedback.graph.effects import has_effect, has_twin, out_of_place
+from fxfeedback.graph.effects import has_effect, has_twin, out_of_place, writes_into_first
 from fxfeedback.graph.nodes import (
     built_in,
     identifier,
@@ -30,9 +30,9 @@ from fxfeedback.graph.nodes import (
 from fxfeedback.graph.structures import plain
 from fxfeedback.graph.writable import refuse_unwritable
 from fxfeedback.rules.core import CONSTANT, RULES
-from fxfeedback.rules.ops import same
+from fxfeedback.rules.ops import put_at, same
 from fxfeedback.tracing.known_shapes import Shapes
-from fxfeedback.tracing.memory import Memory, is_view
+from fxfeedback.tracing.memory import Write, check_overwriting, is_view
 from fxfeedback.tracing.on_sizes import is_on_sizes
 from fxfeedback.tracing.openings import OPENINGS, call
 from fxfeedback.tracing.stand_ins import Shaped, device_of_inputs, elements
@@ -62,6 +62,7 @@ def open_modules(
         opener = _Opener(module, strict, example_inputs, owner or module)
         for node in module.graph.nodes:
             opener.open(node)
+    check_overwriting(opener.graph, opener.writes, opener.shapes)
     if example_inputs is not None:
         opener.graph.eliminate_dead_code(is_impure_node=has_effect)
     for node in opener.graph.nodes:
@@ -83,7 +84,7 @@ class _Opener(fx.Tracer):
         self.strict = strict
         self.graph = fx.Graph(tracer_cls=type(self))
         self.tensors = Tensors(self.owner, module)
-        self.memory = Memory(module.graph, module)
+        self.writes: list[Write] = []  # what was in place
         self.values: dict[fx.Node, Any] = {}
         self.present: Any = None  # the node that is being opened
         self.origin: dict[fx.Node, fx.Node] = {}  # of each node of the opened graph: which one it was made for
@@ -117,9 +118,12 @@ class _Opener(fx.Tracer):
             if module_path_of(node) is not None:
                 tell(named.node, module=module_path_of(node))
         self.values[node] = value
-        if has_twin(node, self.root) and isinstance(node.args[0], fx.Node) and node.args[0].op != "get_attr":
-            self.memory.check_overwriting(node)
-            self.values[node.args[0]] = value  # later readers of the overwritten value read the new one
+        first = args[0] if args else None
+        if isinstance(first, fx.Proxy) and first.node.op != "get_attr" and writes_into_first(node, self.root):
+            if has_twin(node, self.root) and isinstance(value, fx.Proxy):
+                self.writes.append((first.node, value.node))
+            for other in [other for other, known in self.values.items() if known is first]:
+                self.values[other] = value  # later readers of the overwritten value read the new one
 
     def open_module(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         opening = next((OPENINGS[kind] for kind in type(module).__mro__ if kind in OPENINGS), None)
@@ -182,33 +186,41 @@ class _Opener(fx.Tracer):
         changes_state = bool(args) and isinstance(args[0], fx.Proxy) and args[0].node.op == "get_attr"
         in_place = False
         if not changes_state or self.inside:
+            in_place = out_of_place(target) is not target or bool(kwargs.get("inplace"))
             kwargs = {key: value for key, value in kwargs.items() if key != "inplace"}
-            in_place = out_of_place(target) is not target
             target = out_of_place(target)
         if kind == "call_method":
             kind, target = "call_function", getattr(torch.Tensor, target) if isinstance(target, str) else target
+        value: Any = NotImplemented
         if kind == "call_function" and target in OPENINGS:
-            opened = OPENINGS[target](*args, **kwargs)
-            if opened is not NotImplemented:
-                return opened
-        if self.shapes and kind == "call_function" and is_users(target) and not (target in RULES or target in CONSTANT):
-            opened = self.open_function(target, args, kwargs)
-            if opened is not NotImplemented:
-                return opened
-        proxy = super().create_proxy(kind, target, args, kwargs, name, *rest)
-        if not isinstance(proxy, fx.Proxy):
-            return proxy  # a size, or another fact
-        if self.present is not None:
+            value = OPENINGS[target](*args, **kwargs)
+        has_rule = target in RULES or target in CONSTANT
+        if value is NotImplemented and self.shapes and kind == "call_function" and is_users(target) and not has_rule:
+            value = self.open_function(target, args, kwargs)
+        if value is NotImplemented:
+            value = self.make(super().create_proxy(kind, target, args, kwargs, name, *rest))
+        old = args[0] if in_place or target is put_at else None
+        if not isinstance(value, fx.Proxy) or not isinstance(old, fx.Proxy) or old.node is value.node:
+            return value
+        if value.node.args[:1] == (old.node,):
+            tell(value.node, in_place=True)
+        if not isinstance(old, Shaped) or old.view_of is None:  # otherwise the whole is written, which is noted then
+            self.writes.append((old.node, value.node))
+        if not (self.inside and in_place and isinstance(old, Shaped)):
+            return value
+        if old.view_of is None and is_view(old.node):
+            raise RuleError(f"an in-place op on {old.node}, a view of another value: write it out of place")
+        old.becomes(value)
+        return old
+
+    def make(self, proxy: Any) -> Any:
+        """The proxy of a new node; it is said of the node what it was made for."""
+        if isinstance(proxy, fx.Proxy) and self.present is not None:  # otherwise a size, or another fact
             origin = self.present
             inner = f"{name_of(origin)}.{proxy.node.name}"
             self.origin[proxy.node] = origin
             tell(proxy.node, name=inner)
             proxy.node.stack_trace = origin.stack_trace
-        if self.inside and in_place and isinstance(args[0], Shaped):
-            if args[0].view_of is None and is_view(args[0].node, self.root):
-                raise RuleError(f"an in-place op on {args[0].node}, a view of another value: write it out of place")
-            args[0].becomes(proxy)
-            return args[0]
         return proxy
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:

@@ -15,7 +15,14 @@ from torchvision.ops import stochastic_depth
 from fxfeedback.errors import TraceError
 from fxfeedback.rules.convolution import CONV
 from fxfeedback.rules.core import as_tuple
-from fxfeedback.rules.ops import ADVANCES, cumulative_momentum, survival, surviving_channels, synced_batch_norm
+from fxfeedback.rules.ops import (
+    ADVANCES,
+    cumulative_momentum,
+    filled_from,
+    survival,
+    surviving_channels,
+    synced_batch_norm,
+)
 from fxfeedback.tracing.open_attention import decoder, dot_product, encoder, multi_head
 from fxfeedback.tracing.open_recurrent import cell, sequence
 from fxfeedback.tracing.stand_ins import Shaped
@@ -188,6 +195,7 @@ OPENINGS: dict[Any, Callable[..., Any]] = {
     F.alpha_dropout: _alpha_dropout,
     torch.alpha_dropout: _alpha_dropout,
     F.gumbel_softmax: _gumbel_softmax,
+    filled_from: filled_from,
     torch.fliplr: lambda input: input.flip(1),
     torch.flipud: lambda input: input.flip(0),
     stochastic_depth: _stochastic_depth,

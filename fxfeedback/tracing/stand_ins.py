@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxfeedback.graph.effects import OPERATORS
 from fxfeedback.rules.ops import put_at
 from fxfeedback.tracing.known_shapes import Shapes
 
-OUT_OF_PLACE = {"add_": operator.add, "sub_": operator.sub, "mul_": operator.mul, "div_": operator.truediv}
+TENSORS = ("T", "mT", "H", "mH", "real", "imag", "data")
+"""Attributes of tensors that are tensors."""
+IN_PLACE = {operator.iadd: "add_", operator.isub: "sub_", operator.imul: "mul_", operator.itruediv: "div_"}
 
 
 class StandIn(fx.Proxy):
@@ -35,33 +38,39 @@ class StandIn(fx.Proxy):
             values = None if name.startswith("__") else self.tracer.values(self.node)
             if name.startswith("__") or (values and not hasattr(values[0], name)):
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        if name in TENSORS:
+            return self.tracer.create_proxy("call_function", getattr, (self, name), {})
         return super().__getattr__(name)
 
-    def written(self, method: str, other: Any) -> Any:
-        """What is left of x += y: a buffer is written in the graph; other tensors, if not parts, are made anew."""
+    def written(self, function: Any, other: Any) -> Any:
+        """x += y, with operator.iadd: in the graph it is in place, under the name that x + y has."""
         if self.node.op == "get_attr":
-            self.tracer.create_proxy("call_method", method, (self, other), {})
+            self.tracer.create_proxy("call_method", IN_PLACE[function], (self, other), {})
             return self
+        if self.is_number():
+            return OPERATORS[function](self, other)
         if self.is_part():
             raise ValueError("it writes into a part of a tensor, of which only the size says what it is")
-        return OUT_OF_PLACE[method](self, other)
+        name = OPERATORS[function].__name__
+        return self.tracer.create_proxy("call_function", function, (self, other), {}, name)
+
+    def is_number(self) -> bool:
+        """Whether it is a size, say."""
+        values = None if self.node.op == "call_module" else self.tracer.values(self.node)
+        return values is not None and not isinstance(values[0], torch.Tensor)
 
     def is_part(self) -> bool:
         """Whether it is x[index] of a tensor."""
         values = self.tracer.values(self.node) if self.node.target is operator.getitem else None
         return values is not None and isinstance(values[0], torch.Tensor)
 
-    def __iadd__(self, other: Any) -> Any:
-        return self.written("add_", other)
 
-    def __isub__(self, other: Any) -> Any:
-        return self.written("sub_", other)
+def _in_place(function: Any) -> Any:
+    return lambda self, other: self.written(function, other)
 
-    def __imul__(self, other: Any) -> Any:
-        return self.written("mul_", other)
 
-    def __itruediv__(self, other: Any) -> Any:
-        return self.written("div_", other)
+for _function in OPERATORS:
+    setattr(StandIn, f"__{_function.__name__.rstrip('_')}__", _in_place(_function))
 
 
 class Shaped(StandIn):
@@ -73,10 +82,24 @@ class Shaped(StandIn):
 
     is_nested = False
     view_of: "tuple[Shaped, Any] | None" = None
+    seen: "fx.Node | None" = None  # the node of what it is a view of, when it was read from there
 
     def __init__(self, node: fx.Node, tracer: Any, small: torch.Tensor, large: torch.Tensor) -> None:
         super().__init__(node, tracer)
         self.small, self.large = small, large
+
+    @property
+    def node(self) -> fx.Node:  # type: ignore[override]
+        """A slice is read again where the whole has been written into."""
+        if self.view_of is not None and self.view_of[0].node is not self.seen:
+            whole, index = self.view_of
+            self.seen = whole.node
+            self.present = fx.Proxy.__getitem__(whole, index).node
+        return self.present
+
+    @node.setter
+    def node(self, node: fx.Node) -> None:
+        self.present = node
 
     def stands_for(self) -> Any:
         return self.tracer.shapes.tensor(self.node) if self.node.op == "get_attr" else self.small
@@ -141,16 +164,21 @@ class Shaped(StandIn):
         part = super().__getitem__(index)
         entries = index if isinstance(index, tuple) else (index,)
         if isinstance(part, Shaped) and all(i is None or i is Ellipsis or isinstance(i, (int, slice)) for i in entries):
-            part.view_of = self, index
+            part.view_of, part.seen = (self, index), self.node
         return part
 
     def is_part(self) -> bool:
         return False
 
-    def written(self, method: str, other: Any) -> Any:
-        if self.view_of is None:
-            return super().written(method, other)
-        self.becomes(OUT_OF_PLACE[method](self, other))
+    def is_number(self) -> bool:
+        return False
+
+    def written(self, function: Any, other: Any) -> Any:
+        if self.node.op == "get_attr":
+            return super().written(function, other)
+        value = OPERATORS[function](self, other) if self.view_of else super().written(function, other)
+        if value is not self:
+            self.becomes(value)
         return self
 
     def __setitem__(self, index: Any, value: Any) -> None:
@@ -163,7 +191,7 @@ class Shaped(StandIn):
         self.node, self.small, self.large = value.node, value.small, value.large
         if self.view_of is not None:
             whole, index = self.view_of
-            whole.becomes(put_at(whole, index, self))
+            whole.becomes(put_at(whole, index, value))
 
 
 def device_of_inputs(tracer: fx.Tracer) -> fx.Proxy:

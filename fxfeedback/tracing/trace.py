@@ -19,20 +19,14 @@ from torchvision.models.feature_extraction import NodePathTracer
 
 from fxfeedback.errors import TraceError
 from fxfeedback.graph.effects import has_effect_as_traced, is_in_place
-from fxfeedback.graph.nodes import (
-    built_in,
-    identifier,
-    is_torchs,
-    name_of,
-    tell,
-    user_line,
-)
+from fxfeedback.graph.nodes import built_in, identifier, is_torchs, name_of, tell, user_line
 from fxfeedback.graph.writable import refuse_unwritable
 from fxfeedback.rules.ops import without_gradient
 from fxfeedback.tracing.arguments import PROXIES, Form, form_of
 from fxfeedback.tracing.attributes import CONSTANT, Stage
 from fxfeedback.tracing.buffers import FromBuffers, is_same, noted
 from fxfeedback.tracing.draws import random_states, refusing_draws, watching_draws
+from fxfeedback.tracing.memory import refuse_out, refuse_writing
 from fxfeedback.tracing.next_call import (
     carry_over,
     difference,
@@ -110,9 +104,11 @@ class PathTracer(NodePathTracer):
         if args and isinstance(args[0], fx.Node) and args[0].op == "get_attr" and is_in_place(target):
             self.from_buffers.use_all(self)
         node = super().create_node(kind, target, args, *rest, **kwargs)
+        refuse_out(node)
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             raise ValueError("it switches autocast on, which a graph cannot hold: call what is returned under autocast")
         if kind.startswith("call") and not torch.is_grad_enabled():
+            refuse_writing(node, self.root, self.without_gradient)
             self.without_gradient[node] = None
         if kind == "call_module" and self.calling is not None:
             self.called[node] = self.stage.as_called(self.calling)
