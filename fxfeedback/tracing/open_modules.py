@@ -106,8 +106,9 @@ class _Opener(fx.Tracer):
             elif self.shapes and is_on_sizes(node, args):
                 value = node.target(*args) if callable(node.target) else getattr(args[0], node.target)(*args[1:])
             else:
-                name = node.name if node.op == "placeholder" else None
-                value = self.create_proxy(node.op, node.target, args, kwargs, name)
+                value = self.create_proxy(
+                    node.op, node.target, args, kwargs, node.name if node.op == "placeholder" else None
+                )
             if isinstance(value, fx.Proxy) and value.node.op == "get_attr":
                 self.origin.setdefault(value.node, node)
             elif node.op.startswith("call") and isinstance(value, fx.Proxy) and self.origin.get(value.node) is not node:
@@ -217,9 +218,8 @@ class _Opener(fx.Tracer):
         """The proxy of a new node; it is said of the node what it was made for."""
         if isinstance(proxy, fx.Proxy) and self.present is not None:  # otherwise a size, or another fact
             origin = self.present
-            inner = f"{name_of(origin)}.{proxy.node.name}"
             self.origin[proxy.node] = origin
-            tell(proxy.node, name=inner)
+            tell(proxy.node, name=f"{name_of(origin)}.{proxy.node.name}")
             proxy.node.stack_trace = origin.stack_trace
         return proxy
 
