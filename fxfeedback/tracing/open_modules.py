@@ -106,9 +106,8 @@ class _Opener(fx.Tracer):
             elif self.shapes and is_on_sizes(node, args):
                 value = node.target(*args) if callable(node.target) else getattr(args[0], node.target)(*args[1:])
             else:
-                value = self.create_proxy(
-                    node.op, node.target, args, kwargs, node.name if node.op == "placeholder" else None
-                )
+                name = node.name if node.op == "placeholder" else None
+                value = self.create_proxy(node.op, node.target, args, kwargs, name)
             if isinstance(value, fx.Proxy) and value.node.op == "get_attr":
                 self.origin.setdefault(value.node, node)
             elif node.op.startswith("call") and isinstance(value, fx.Proxy) and self.origin.get(value.node) is not node:
@@ -119,8 +118,12 @@ class _Opener(fx.Tracer):
             if module_path_of(node) is not None:
                 tell(named.node, module=module_path_of(node))
         self.values[node] = value
-        first = args[0] if args else None
-        if isinstance(first, fx.Proxy) and first.node.op != "get_attr" and writes_into_first(node, self.root):
+        if (
+            args
+            and isinstance(first := args[0], fx.Proxy)
+            and first.node.op != "get_attr"
+            and writes_into_first(node, self.root)
+        ):
             if has_twin(node, self.root) and isinstance(value, fx.Proxy):
                 self.writes.append((first.node, value.node))
             for other in [other for other, known in self.values.items() if known is first]:
@@ -271,7 +274,6 @@ class _Opener(fx.Tracer):
             self.inside = outside
 
     def last_node(self) -> fx.Node | None:
-        """The newest one of the opened graph."""
         return next(iter(reversed(self.graph.nodes)), None)
 
     def erase_after(self, last: fx.Node | None) -> None:
