@@ -3,6 +3,7 @@
 By default its threads spin, one on every core; where tests run side by side they take the cores from each other.
 """
 
+import gc
 import importlib.util
 from collections import Counter
 
@@ -38,3 +39,8 @@ def pytest_collection_modifyitems(items):
         if seen[test] % n:
             item.add_marker(pytest.mark.long)
         seen[test] += 1
+
+
+def pytest_collection_finish():
+    """What is imported now stays: looking through it for garbage again and again takes a thirtieth of all the time."""
+    gc.freeze()

@@ -1,12 +1,14 @@
 """Small and real networks that the tests share."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 import torchvision
 from torch import nn
+from torchvision.models import detection, video
 from torchvision.models import swin_transformer as swin
-from torchvision.models import video
+from torchvision.ops import MultiScaleRoIAlign
 
 import fxfeedback
 
@@ -42,6 +44,43 @@ class Residual(nn.Module):
         x = self.drop(self.mean(x * self.scale)).permute(0, 2, 3, 1)
         x = nn.functional.hardswish(self.layer_norm(x))
         return self.head(x.flatten(1, 2).mean(1))
+
+
+class Outputs(NamedTuple):
+    """What `Auxiliary` returns in training mode."""
+
+    logits: torch.Tensor
+    aux: torch.Tensor
+
+
+class Auxiliary(nn.Module):
+    """With an auxiliary head in training mode, as GoogLeNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.second = nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 8, 3)
+        self.aux, self.drop, self.fc = nn.Linear(6, 5), nn.Dropout(0.4), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | Outputs:
+        x = torch.relu(self.norm(self.conv(x)))
+        aux = self.aux(x.mean((2, 3))) if self.training else None
+        logits = self.fc(self.drop(torch.relu(self.second(x)).mean((2, 3))))
+        return logits if aux is None else Outputs(logits, aux)
+
+
+def detector() -> nn.Module:
+    """torchvision's Faster R-CNN with a backbone of two layers, for images of 32 x 32."""
+    backbone = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), nn.ReLU(), nn.Conv2d(6, 8, 3, 2, 1), nn.ReLU())
+    backbone.out_channels = 8
+    return detection.FasterRCNN(
+        backbone,
+        min_size=32,
+        max_size=32,
+        rpn_anchor_generator=detection.rpn.AnchorGenerator(((16,),), ((1.0,),)),
+        box_roi_pool=MultiScaleRoIAlign(["0"], 2, 2),
+        box_head=detection.faster_rcnn.TwoMLPHead(32, 16),
+        box_predictor=detection.faster_rcnn.FastRCNNPredictor(16, 2),
+    )
 
 
 class Scaled(nn.Module):

@@ -6,22 +6,27 @@ import torchvision
 
 import fxfeedback
 from marks import long, long_but, one_in
+from networks import convnet
 
 MODELS = {
-    "alexnet": (("classifier.6", "features.8"), 64),
-    "resnet18": (("layer4", "layer3.0.conv1"), 64),
-    "vit_b_16": (("encoder.layers.encoder_layer_11", "encoder.layers.encoder_layer_1"), 224),
+    "convnet": (convnet, ("8", "4"), (2, 8, 8)),
+    "alexnet": (torchvision.models.alexnet, ("classifier.6", "features.8"), (3, 64, 64)),
+    "resnet18": (torchvision.models.resnet18, ("layer4", "layer3.0.conv1"), (3, 64, 64)),
+    "vit": (
+        lambda: torchvision.models.VisionTransformer(32, 8, 3, 2, 16, 32),
+        ("encoder.layers.encoder_layer_2", "encoder.layers.encoder_layer_1"),
+        (3, 32, 32),
+    ),
 }
 
 
-@pytest.fixture(params=long_but(["alexnet"], MODELS))
+@pytest.fixture(params=long_but(["convnet"], MODELS))
 def feedback(request):
-    connection, size = MODELS[request.param]
+    make, connection, size = MODELS[request.param]
     torch.manual_seed(0)
     torch._dynamo.reset()
-    plain = torchvision.models.get_model(request.param, weights=None).eval()
-    model = fxfeedback.add_feedback(plain, [connection], input_size=(3, size, size))
-    return model, connection[0], torch.randn(2, 3, size, size)
+    model = fxfeedback.add_feedback(make().eval(), [connection], input_size=size)
+    return model, connection[0], torch.randn(2, *size)
 
 
 def compiled(function):
@@ -34,7 +39,6 @@ def test_the_unrolled_graph(feedback):
     torch.testing.assert_close(compiled(graph)(x), graph(x))
 
 
-@pytest.mark.long
 def test_the_model_itself_in_every_way_of_calling_it(feedback):
     model, source, x = feedback
     steering = fxfeedback.Steering(source, model.readout(x, [source])[0][source].value.detach(), strength=2.0)
@@ -76,15 +80,19 @@ def test_changed_modes_and_attributes_compile_anew(learns):
         torch.testing.assert_close(*outputs)
 
 
-@pytest.mark.parametrize(
-    "task", [long(None), torch.tensor([0, 2, 1, 0]), long(torch.rand(4, 3))], ids=["plain", "ids", "vectors"]
-)
+TASKS = {"plain": None, "ids": torch.tensor([0, 2, 1, 0]), "vectors": torch.rand(4, 3)}
+
+
 @pytest.mark.parametrize("train", [long(False), True], ids=["eval", "train"])
-def test_an_instructed_network_and_its_learning(task, train):
+@pytest.mark.parametrize(
+    "name, task", [("convnet", "ids"), long("convnet", "plain"), long("convnet", "vectors"), long("resnet18", "ids")]
+)
+def test_an_instructed_network_and_its_learning(name, task, train):
     """Inputs of another batch size compile once more at most."""
     torch.manual_seed(0)
     torch._dynamo.reset()
-    butd = fxfeedback.to_butd(torchvision.models.resnet18(num_classes=5), n_tasks=3, input_size=(3, 32, 32))
+    net, size = (convnet(), (2, 6, 6)) if name == "convnet" else (torchvision.models.resnet18(), (3, 32, 32))
+    task, butd = TASKS[task], fxfeedback.to_butd(net, n_tasks=3, input_size=size)
     butd = butd.double().train(train)
     given = () if task is None else (task if not task.is_floating_point() else task.double(),)
     fast, state = compiled(butd), {name: value.clone() for name, value in butd.state_dict().items()}
@@ -93,7 +101,7 @@ def test_an_instructed_network_and_its_learning(task, train):
         for call in (butd, fast):
             butd.load_state_dict(state)
             butd.zero_grad()
-            logits = call(torch.ones(batch, 3, 32, 32).double().cumsum(-1), *[t[:batch] for t in given])
+            logits = call(torch.ones(batch, *size).double().cumsum(-1), *[t[:batch] for t in given])
             logits.square().sum().backward()
             updates = [p.grad for p in butd.parameters() if p.grad is not None]
             results.append([logits, *updates, *butd.buffers()])

@@ -18,6 +18,7 @@ from fxfeedback.commands import info
 from fxfeedback.commands.main import main
 from fxfeedback.errors import CheckpointError
 from fxfeedback.runtime import Learner, Session
+from marks import long, long_but
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def good(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("first", range(0, 300, 100))
+@pytest.mark.parametrize("first", long_but([0], range(0, 300, 100)))
 def test_a_file_that_nobody_wrote_is_an_error_and_does_nothing(first, good):
     assert not fuzz_files.fuzz(good, range(first, first + 100))
 
@@ -133,7 +134,7 @@ def test_info_carries_out_nothing_that_a_file_says(good, tmp_path, capsys):
     assert "\\x1b" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("unbuffered", ["", long("1")])
 def test_a_full_disk_where_the_output_goes_is_an_error(unbuffered, good):
     command = [sys.executable, "-m", "fxfeedback", "info", str(good / "lrm.onnx")]
     with Path("/dev/full").open("w") as full:

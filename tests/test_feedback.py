@@ -383,6 +383,7 @@ def test_no_connections_at_all():
     assert all(torch.equal(output, net(x)) for output in model(x, passes=3))
 
 
+@one_in(3)
 @pytest.mark.parametrize(
     "options",
     [
@@ -1021,7 +1022,7 @@ def destinations(net, size):
     return [node.meta["name"] for node in legal], [node.meta["name"] for node in legal if node in rectified]
 
 
-@one_in(2)
+@one_in(3)
 @pytest.mark.parametrize("activation", ["auto", "none"])
 @pytest.mark.parametrize("name", RECTIFIED)
 def test_with_all_modulations_at_zero_every_pass_is_the_model(name, activation):

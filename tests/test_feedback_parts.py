@@ -6,6 +6,8 @@ import torchvision
 from torch import nn
 
 import fxfeedback
+import networks
+from marks import long
 from networks import convnet
 
 
@@ -41,10 +43,13 @@ def test_a_part_is_rewritten_in_a_copy():
     assert model.head.weight.grad is not None  # the parameters are shared
 
 
-def test_a_detector_keeps_its_call_and_its_losses():
-    small = {"weights": None, "weights_backbone": None, "min_size": 64, "max_size": 64}
-    model = torchvision.models.get_model("fasterrcnn_resnet50_fpn", **small)
-    connection = ("backbone.body.layer4", "backbone.body.layer2.0.conv1")
+@pytest.mark.parametrize("name", ["small", long("fasterrcnn_resnet50_fpn")])
+def test_a_detector_keeps_its_call_and_its_losses(name):
+    sizes = {"weights": None, "weights_backbone": None, "min_size": 64, "max_size": 64}
+    model = networks.detector() if name == "small" else torchvision.models.get_model(name, **sizes)
+    connection = ("backbone.2", "backbone.0")
+    if name != "small":
+        connection = ("backbone.body.layer4", "backbone.body.layer2.0.conv1")
     detector = fxfeedback.add_feedback(model, [connection]).train()
     images = [torch.rand(3, 64, 64)] * 2
     targets = [{"boxes": torch.tensor([[10.0, 10.0, 50.0, 50.0]]), "labels": torch.tensor([1])}] * 2

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 import fxfeedback
 from fxfeedback.errors import NodeNameError
 from marks import long, one_in
-from networks import build
+from networks import Auxiliary, build
 
 
 class Site(torch.autograd.Function):
@@ -92,6 +92,7 @@ def reference_counters(model, x, instruction, through_head, by_channel=False):
     return [t for t in mode.notes if t is not None]  # none above the head
 
 
+@one_in(3)
 @pytest.mark.parametrize("by_channel", [False, True], ids=["unit", "channel"])
 @pytest.mark.parametrize("through_head", [False, True], ids=["tasks", "classes"])
 @pytest.mark.parametrize(
@@ -164,7 +165,7 @@ def test_td_biases_by_hand():
     assert all(p.grad is None for p in butd.instruction_head.parameters())
 
 
-@pytest.mark.parametrize("name", ["mlp", "squeezenet1_1"])
+@pytest.mark.parametrize("name", ["mlp", long("squeezenet1_1")])
 def test_heads_per_task(name):
     model, x = build(name, train=False)
     butd = fxfeedback.to_butd(model, n_tasks=3, example_inputs=(x,), heads="per_task")
@@ -221,7 +222,7 @@ ONE = {
 }
 
 
-@one_in(2)
+@one_in(3)
 @pytest.mark.parametrize("heads", ["shared", "per_task"])
 @pytest.mark.parametrize("give", SEVERAL.values(), ids=SEVERAL)
 def test_of_several_heads_the_user_chooses(give, heads):
@@ -249,11 +250,13 @@ def test_the_head_that_was_found(give, head):
         assert fxfeedback.to_butd(model, n_tasks=2, input_size=(4,)).head == head
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("train", [True, long(False)])
-def test_the_head_of_models_with_auxiliary_ones(train):
-    net = torchvision.models.googlenet(num_classes=5, init_weights=False).train(train)
-    assert fxfeedback.to_butd(net, n_tasks=2, input_size=(3, 64, 64)).head == "fc"
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("name", ["small", long("googlenet")])
+def test_the_head_of_models_with_auxiliary_ones(name, train):
+    small = name == "small"
+    net = Auxiliary() if small else torchvision.models.googlenet(num_classes=5, init_weights=False)
+    size = (2, 6, 6) if small else (3, 64, 64)
+    assert fxfeedback.to_butd(net.train(train), n_tasks=2, input_size=size).head == "fc"
     passes = fxfeedback.add_feedback(build("convnet", train)[0], [("10", "5")], passes=3, input_size=(2, 6, 6))
     assert fxfeedback.to_butd(passes, n_tasks=2, input_size=(2, 6, 6)).head == "10.pass3"
 

@@ -17,7 +17,7 @@ import published_nets
 from fxfeedback.feedback import FeedbackModel
 from fxfeedback.graph.operands import rectifies
 from fxfeedback.rules import RULES, Rule, T, call, transpose
-from marks import one_in
+from marks import long, one_in
 from networks import LARGE, SMALL, TRANSFORMERS, build
 
 ALL_RULES = list(dict.fromkeys(RULES.values()))
@@ -191,7 +191,7 @@ def corners() -> Iterator[Any]:
 QUICK = ("vit", "swin", "mvit", "resnet18")
 
 
-@one_in(3)
+@one_in(5)
 @pytest.mark.parametrize("name, mode, how", corners())
 def test_networks_obey_the_law(name, mode, how):
     instructed = how == "instructed"
@@ -229,10 +229,9 @@ def test_networks_obey_the_law(name, mode, how):
         assert (update - gradient).abs().max() <= 1e-9 * scale, key
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", ["convnet", "published"])
-def test_both_kinds_of_learning_have_the_same_losses(name):
-    """From one seed, for 50 steps of Adam, each on a new random batch."""
+@pytest.mark.parametrize("name, steps", [("convnet", 8), long("convnet", 50), long("published", 50)])
+def test_both_kinds_of_learning_have_the_same_losses(name, steps):
+    """From one seed, by Adam, each step on a new random batch; of 50 steps the last have smaller losses."""
     losses = {}
     for learning in ("counter_hebb", "backprop"):
         torch.manual_seed(0)
@@ -241,7 +240,7 @@ def test_both_kinds_of_learning_have_the_same_losses(name):
         butd = fxfeedback.to_butd(net.double().train(), n_tasks=2, embedding=50, input_size=size, learning=learning)
         optimizer = torch.optim.Adam([p for p in butd.parameters() if p.requires_grad], 5e-4)
         losses[learning] = []
-        for _ in range(50):
+        for _ in range(steps):
             x, task = torch.randn(8, *size, dtype=torch.double), torch.randint(2, (8,))
             loss = F.cross_entropy(butd(x, task), torch.where(task == 0, x[:, 0, 0, 0] > 0, x[:, 0, 1, 1] > 0).long())
             optimizer.zero_grad()
@@ -249,7 +248,7 @@ def test_both_kinds_of_learning_have_the_same_losses(name):
             optimizer.step()
             losses[learning].append(loss.item())
     ours, theirs = torch.tensor(losses["counter_hebb"]), torch.tensor(losses["backprop"])
-    assert ours[-10:].mean() < ours[:10].mean()
+    assert steps < 50 or ours[-10:].mean() < ours[:10].mean()
     assert ((ours - theirs).abs() <= 1e-9 * theirs).all()
 
 

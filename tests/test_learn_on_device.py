@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from torch import nn
 
 import fxfeedback
 from jobs import UserError
-from multi_mnist import Composites
+from marks import long
+from multi_mnist import Composites, draw_composites
+from small_data import random_digits
 from train_multi_mnist import OWN_MODELS
 
 pytest.importorskip("onnx")
@@ -28,14 +31,32 @@ TINY = ["--first-steps=40", "--steps=50", "--batch-size=48", "--every=25", "--tr
 RESULTS = {"learner.onnx", "composites.npz", "learned.safetensors", "curve.json"}
 
 
-@pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    """The whole job, run once: the folder with its results, and what both processes said."""
+def tiny():
+    torch.manual_seed(0)
+    layers = [nn.MaxPool2d(4), nn.Flatten(), nn.Linear(49, 16), nn.ReLU(), nn.Linear(16, 10)]
+    return fxfeedback.to_butd(nn.Sequential(*layers), n_tasks=2, input_size=(1, 28, 28))
+
+
+def whole():
+    return fxfeedback.to_butd(OWN_MODELS["convnet"](), n_tasks=2, embedding=50, input_size=(1, 28, 28))
+
+
+@pytest.fixture(scope="module", params=["small", long("the whole job")])
+def done(request, tmp_path_factory):
+    """The job, run once: the folder with its results, what both processes said, and a network of the kind.
+
+    Small: with a network of two layers that has learned nothing before.
+    """
     out = tmp_path_factory.mktemp("job")
-    command = [sys.executable, learn_on_device.__file__, *TINY, "--provider=cpu", f"--out={out}"]
+    if request.param == "small":
+        train, test = (draw_composites(random_digits(30), n, torch.Generator().manual_seed(n)) for n in (60, 20))
+        learn_on_device.hand_over(tiny(), train, test, out)
+        command, make = [sys.executable, on_device.__file__, str(out), "--provider=cpu", "--steps=4", "--every=2"], tiny
+    else:
+        command, make = [sys.executable, learn_on_device.__file__, *TINY, "--provider=cpu", f"--out={out}"], whole
     finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
-    return out, finished.stdout
+    return out, finished.stdout, make
 
 
 @pytest.fixture
@@ -50,18 +71,25 @@ def curve(out: Path) -> list[dict]:
     return json.loads((out / "curve.json").read_text())
 
 
-@pytest.mark.long  # with a smaller learner: tests/test_learner.py
 def test_the_new_task_is_learned_without_torch_and_comes_back(done):
-    out, said = done
+    out, said, make = done
     assert {path.name for path in out.iterdir()} == RESULTS
-    first, *_, last = curve(out)
-    assert [point["steps"] for point in curve(out)] == [0, 25, 50]
-    assert first["accuracy"]["left"] > 0.4 and first["accuracy"]["right"] < 0.25
-    assert last["accuracy"]["left"] > 0.3 and last["accuracy"]["right"] > first["accuracy"]["right"] + 0.2
-    assert "torch was never imported" in said and "with the device's weights" in said
+    first, *_, last = points = curve(out)
+    assert "torch was never imported" in said
+    if make is whole:
+        assert [point["steps"] for point in points] == [0, 25, 50]
+        assert first["accuracy"]["left"] > 0.4 and first["accuracy"]["right"] < 0.25
+        assert last["accuracy"]["left"] > 0.3 and last["accuracy"]["right"] > first["accuracy"]["right"] + 0.2
+        assert "with the device's weights" in said
+    else:
+        assert [point["steps"] for point in points] == [0, 2, 4]
+        butd, before = tiny(), tiny().state_dict()
+        with np.load(out / "composites.npz") as arrays:
+            test = Composites(*(torch.from_numpy(arrays[f"test_{part}"]) for part in ("images", "labels")))
+        learn_on_device.take_back(butd, test, out)
+        assert all(not torch.equal(p, before[name]) for name, p in butd.named_parameters() if p.requires_grad)
 
 
-@pytest.mark.long
 def test_ctrl_c_keeps_the_weights_so_far(handed_over, monkeypatch, capsys):
     step, calls = on_device.Run.step, []
 
@@ -80,7 +108,6 @@ def test_ctrl_c_keeps_the_weights_so_far(handed_over, monkeypatch, capsys):
     assert "interrupted" in said.err and f"{handed_over / 'learned.safetensors'}, of the steps so far" in said.out
 
 
-@pytest.mark.long
 def test_ctrl_c_reaches_the_other_process(handed_over):
     def interrupt():
         while not (handed_over / "curve.json").exists():
@@ -108,7 +135,6 @@ def test_wrong_flags(tmp_path, capsys, flags, expected):
     assert refusal.value.code == 2 and expected in capsys.readouterr().err
 
 
-@pytest.mark.long
 def test_what_the_device_lacks(handed_over, tmp_path, capsys):
     assert on_device.main([str(handed_over), "--provider", "abacus"]) == 1
     assert "the provider abacus cannot be used" in capsys.readouterr().err
@@ -119,18 +145,16 @@ def test_what_the_device_lacks(handed_over, tmp_path, capsys):
     assert "there is no file" in capsys.readouterr().err
 
 
-@pytest.mark.long
 def test_a_loss_that_is_no_number_stops_the_device(handed_over, monkeypatch, capsys):
     monkeypatch.setattr("fxfeedback.runtime.Learner.step", lambda *given, **more: float("nan"))
     assert on_device.main([str(handed_over), "--provider", "cpu"]) == 1
     assert "the loss became nan in step 1; a lower --lr may help" in capsys.readouterr().err
 
 
-@pytest.mark.long
 def test_weights_that_do_not_come_back_are_seen(handed_over, done):
     for name in ("learned.safetensors", "curve.json"):
         (handed_over / name).symlink_to(done[0] / name)
-    butd = fxfeedback.to_butd(OWN_MODELS["convnet"](), n_tasks=2, embedding=50, input_size=(1, 28, 28))
+    butd = done[2]()
     another = Composites(torch.zeros(10, 1, 28, 28), torch.full((10, 2), -1))
     with pytest.raises(UserError, match="the device read other shares right"):
         learn_on_device.take_back(butd, another, handed_over)

@@ -374,7 +374,7 @@ some = settings(
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of degrees of freedom
-@settings(some, max_examples=15)
+@settings(some, max_examples=10)
 @given(cases(most=6))
 def test_random_graphs(case):
     check(case)

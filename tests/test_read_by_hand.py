@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations
 
 import fxfeedback
 from fxfeedback.errors import OptionError, RuleError
-from marks import one_in
+from marks import long, one_in
 
 
 def near(a, b, tolerance=1e-9):
@@ -162,7 +162,7 @@ def test_a_task_is_selected_where_a_weight_is_read_twice(name):
         assert near(butd.select(task)(x), butd(x, task))
 
 
-@pytest.mark.parametrize("name", ["tied autoencoder", "second name, first name", "biases", "slice"])
+@pytest.mark.parametrize("name", ["tied autoencoder", long("second name, first name"), long("biases"), "slice"])
 def test_a_device_learns_a_weight_that_is_read_twice(name, tmp_path):
     runtime = pytest.importorskip("fxfeedback.runtime")
     model = model_of(*CASES[name]).float().eval()

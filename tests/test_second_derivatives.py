@@ -66,7 +66,7 @@ def check_near(found, expected, tolerance=1e-9):
 # -- the law -----------------------------------------------------------------------------------------------------------
 
 
-@one_in(3)
+@one_in(5)
 @pytest.mark.parametrize("fused", [False, True], ids=["rules", "kernels"])
 @pytest.mark.parametrize("rule", ALL_RULES, ids=lambda rule: rule.name)
 def test_every_rule_obeys_the_law_of_second_derivatives(rule, fused):
@@ -121,6 +121,7 @@ def test_norms_have_second_derivatives_where_values_are_zero(name, p):
         assert ((0 if a is None else a) - b)[here].abs().max() < 1e-9
 
 
+@one_in(3)
 @pytest.mark.parametrize("train,instructed", [(False, False), (True, True)], ids=["eval", "train-instructed"])
 @pytest.mark.parametrize("name", long_but(SMALL.keys() - {"feedback"}, [*SMALL, "vit"]))
 def test_networks_obey_the_law_of_second_derivatives(name, train, instructed):
@@ -252,6 +253,7 @@ def _hooked(y):
 USES = [wgan_gp, r1, hessian_vector, hessian, gradient_norm, inner_step, third, kept_graph, inside_a_checkpoint, hooked]
 
 
+@one_in(2)
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
 @pytest.mark.parametrize(
     "use,train", [(use, train) for use in USES for train in (False, True) if not (use is third and train)]
@@ -409,6 +411,7 @@ def test_an_op_that_draws_by_itself_is_refused(same_rules):
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
+@one_in(3)
 @pytest.mark.parametrize("reduce", [torch.Tensor.sum, lambda y: y.square().sum()], ids=["sum", "square"])
 @pytest.mark.parametrize(
     "options", [{"weights": "separate"}, {"lateral": "multiply"}, {"lateral": lambda v, c: v}, {"update_noise": 0.1}]

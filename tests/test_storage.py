@@ -19,6 +19,7 @@ import torchvision
 from torch import nn
 
 import fxfeedback
+import networks
 from fxfeedback import files
 from fxfeedback.errors import CheckpointError, OptionError
 from fxfeedback.storage import save_load as storage
@@ -70,7 +71,7 @@ CASES = {
 }
 
 
-@one_in(2)
+@one_in(3)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("plain", [False, True], ids=["from the file alone", "into a plain model"])
 def test_a_saved_model_comes_back_as_it_was(case, plain, tmp_path):
@@ -105,12 +106,15 @@ def test_torchvision_models_need_nothing_but_the_file(name, tmp_path):
     torch.testing.assert_close(fxfeedback.load(tmp_path)(x), model(x), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.long  # with networks of a few layers: above, and tests/test_feedback_parts.py
-def test_a_detection_model_with_feedback_in_its_backbone_comes_back(tmp_path):
+@pytest.mark.parametrize("name", ["small", long("ssdlite320_mobilenet_v3_large")])
+def test_a_detection_model_with_feedback_in_its_backbone_comes_back(name, tmp_path):
     torch.manual_seed(0)
-    make = torchvision.models.detection.ssdlite320_mobilenet_v3_large
-    plain = make(weights=None, weights_backbone=None)
-    model = fxfeedback.add_feedback(plain, [("backbone.features.1.3", "backbone.features.0.3")]).eval()
+    if name == "small":
+        plain, connection = networks.detector(), ("backbone.2", "backbone.0")
+    else:
+        plain = torchvision.models.get_model(name, weights=None, weights_backbone=None)
+        connection = ("backbone.features.1.3", "backbone.features.0.3")
+    model = fxfeedback.add_feedback(plain, [connection]).eval()
     fxfeedback.save(model, tmp_path)
     again = fxfeedback.load(tmp_path)
     images = [torch.rand(3, 64, 64)]

@@ -126,7 +126,7 @@ def test_only_a_terminal_shows_a_bar(
         assert "epoch 3/3" in sys.stderr.getvalue()
 
 
-@pytest.mark.parametrize("case", long_but(["multi_mnist", "mnist", "cifar10"], CASES))
+@pytest.mark.parametrize("case", long_but(["multi_mnist", "mnist"], CASES))
 def test_200_steps_lower_the_loss(case: str, data: Path, tmp_path: Path) -> None:
     flags = ["--batch-size", "4", "--epochs", "200", "--stop-after", "200", "--lr", "2e-3", "--schedule", "constant"]
     assert job(case, data, tmp_path, *flags) == 130
@@ -160,8 +160,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
     assert log(tmp_path / "whole") == log(tmp_path / "parts") and len(log(tmp_path / "whole")) == 3
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("case", ["celeba", long("lrm")])
+@pytest.mark.parametrize("case", ["cifar10", long("celeba"), long("lrm")])
 def test_the_workers_change_nothing(case: str, data: Path, tmp_path: Path) -> None:
     assert job(case, data, tmp_path / "none") == job(case, data, tmp_path / "two", "--workers", "2") == 0
     assert_same(checkpoint(tmp_path / "none"), checkpoint(tmp_path / "two"))
@@ -336,7 +335,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(data: Path, tmp_path: Path, caps
     assert_same(checkpoint(tmp_path), before)
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("workers", [long("0"), "2"])
 def test_a_picture_cut_short_while_training(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str
 ) -> None:

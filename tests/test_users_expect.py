@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import fxfeedback
 from fxfeedback.errors import GradientError, OptionError, RuleError
 from fxfeedback.rules import RULES, rule
+from marks import long
 from networks import build
 
 ROOT = Path(__file__).parents[1]
@@ -558,9 +559,9 @@ def test_a_child_that_is_forked_while_another_thread_builds_can_build():
 # -- passes compose ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.long
-def test_feedback_networks_learn_alike():
-    """Three passes: the losses of 20 steps by Counter-Hebb learning and by autograd."""
+@pytest.mark.parametrize("steps", [3, long(20)])
+def test_feedback_networks_learn_alike(steps):
+    """Three passes: the losses of some steps by Counter-Hebb learning and by autograd."""
     losses = []
     for learning in ("counter_hebb", "backprop"):
         torch.manual_seed(0)
@@ -569,7 +570,7 @@ def test_feedback_networks_learn_alike():
         butd = fxfeedback.to_butd(network, input_size=SIZE, learning=learning)
         assert any(name.startswith("modulations.") for name, _ in butd.named_parameters())
         optimizer, history = torch.optim.Adam(butd.parameters(), 0.01), []
-        for _ in range(20):
+        for _ in range(steps):
             x = torch.randn(8, *SIZE, dtype=torch.double)
             loss = sum(F.cross_entropy(y, (x[:, 0, 0, 0] > 0).long()) for y in butd(x))
             optimizer.zero_grad()
@@ -578,7 +579,7 @@ def test_feedback_networks_learn_alike():
             history.append(loss.item())
         losses.append(torch.tensor(history))
     ours, theirs = losses
-    assert ours[-1] < ours[0] and ((ours - theirs).abs() <= 1e-9 * theirs).all()
+    assert (steps < 20 or ours[-1] < ours[0]) and ((ours - theirs).abs() <= 1e-9 * theirs).all()
 
 
 # -- rules of one's own ------------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from torch.nn.utils import parametrizations
 from torchvision.models.feature_extraction import get_graph_node_names
 
 import fxfeedback
-from marks import long
-from networks import build
+from marks import long, one_in
+from networks import Auxiliary, build
 
 
 def law_holds(model: nn.Module, butd: nn.Module, *inputs: torch.Tensor) -> None:
@@ -103,10 +103,13 @@ def test_what_fxfeedback_adds_is_no_part_of_the_model():
     assert butd.eval()(x).shape == before.shape
 
 
-def test_auxiliary_heads_come_in_training_mode_only():
-    model = torchvision.models.googlenet(num_classes=5, aux_logits=True, init_weights=False).double().eval()
-    x = torch.randn(2, 3, 64, 64, dtype=torch.double)
-    butd = fxfeedback.to_butd(model, input_size=(3, 64, 64))
+@pytest.mark.parametrize("name", ["small", long("googlenet")])
+def test_auxiliary_heads_come_in_training_mode_only(name):
+    small = name == "small"
+    model = Auxiliary() if small else torchvision.models.googlenet(num_classes=5, aux_logits=True, init_weights=False)
+    size = (2, 6, 6) if small else (3, 64, 64)
+    model, x = model.double().eval(), torch.randn(2, *size, dtype=torch.double)
+    butd = fxfeedback.to_butd(model, input_size=size)
     law_holds(model, butd, x)
     model.train(), butd.train()
     for module in (*model.modules(), *butd.modules()):
@@ -338,6 +341,7 @@ def test_casting_a_converted_model():
     assert butd.bfloat16()(x.bfloat16(), 1).dtype == torch.bfloat16
 
 
+@one_in(3)
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."])
 @pytest.mark.parametrize(
     "convert",

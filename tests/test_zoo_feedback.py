@@ -22,8 +22,8 @@ KINDS = dict(zoo.models())
 @pytest.mark.parametrize(
     "name",
     [
-        "resnet18",
         "squeezenet1_1",
+        long("resnet18"),
         long("convnext_tiny"),
         long("fasterrcnn_mobilenet_v3_large_320_fpn"),
         long("googlenet"),

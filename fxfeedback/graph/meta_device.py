@@ -51,6 +51,9 @@ class MetaRun:
 
     def attribute(self, node: fx.Node) -> Any:
         """The parameter, buffer or constant of a get_attr node."""
+        tensor = registered(self.root, str(node.target))
+        if tensor is not None:
+            return tensor
         with self.around():
             return operator.attrgetter(str(node.target))(self.root)
 
@@ -68,6 +71,18 @@ class MetaRun:
         if [arg._version for arg in given] != versions:
             tell(node, writes=True)
         return value
+
+
+def registered(root: Any, target: str) -> torch.Tensor | None:
+    """The parameter or buffer with this path; None where a module computes it, or has it as something else."""
+    *path, name = target.split(".")
+    owner: Any = root
+    for part in path:
+        owner = owner._modules.get(part) if isinstance(owner, nn.Module) else None
+    if not isinstance(owner, nn.Module):
+        return None
+    found = owner._parameters.get(name)
+    return owner._buffers.get(name) if found is None else found
 
 
 SHAPED_LIKE = {nn.TransformerEncoder: "src", nn.TransformerDecoder: "tgt", nn.Transformer: "tgt"}
