@@ -1,5 +1,6 @@
 """The instruction pass, against autograd run backwards through a network whose ops are replaced by their TD roles."""
 
+import itertools
 from typing import NamedTuple
 
 import pytest
@@ -92,13 +93,19 @@ def reference_counters(model, x, instruction, through_head, by_channel=False):
     return [t for t in mode.notes if t is not None]  # none above the head
 
 
+def corners():
+    """A head of tasks or the model's own, gates by unit or by channel: all four for small networks, two for large."""
+    for name in ("mlp", "convnet", "residual", "squeezenet1_1", "resnet18", "mobilenet_v2", "densenet121"):
+        large = name in ("resnet18", "mobilenet_v2", "densenet121")
+        for through_head, by_channel in itertools.product([False, True], repeat=2):
+            if not large or through_head != by_channel:
+                marks = pytest.mark.long if large else ()
+                words = name, "classes" if through_head else "tasks", "channel" if by_channel else "unit"
+                yield pytest.param(name, through_head, by_channel, marks=marks, id="-".join(words))
+
+
 @one_in(3)
-@pytest.mark.parametrize("by_channel", [False, True], ids=["unit", "channel"])
-@pytest.mark.parametrize("through_head", [False, True], ids=["tasks", "classes"])
-@pytest.mark.parametrize(
-    "name",
-    ["mlp", "convnet", "residual", "squeezenet1_1", long("resnet18"), long("mobilenet_v2"), long("densenet121")],
-)
+@pytest.mark.parametrize("name, through_head, by_channel", corners())
 def test_counter_neurons(name, through_head, by_channel):
     model, x = build(name, train=False)
     options = {} if through_head else {"n_tasks": 3, "embedding": (7, 6)}

@@ -117,12 +117,12 @@ MOMENTUM = {"momentum": 0.9, "weight_decay": 1e-2}
 TASKS = {"n_tasks": 2, "embedding": 50}
 SEPARATE = {"n_tasks": 2, "weights": "separate", "td_bias": True, "norm": "separate"}
 CASES = {
-    "multi_mnist-sgd": (50, 0.05, "multi_mnist", TASKS, MOMENTUM),
-    "multi_mnist-adam": (50, 1e-3, "multi_mnist", TASKS, {"optimizer": "adam"}),
-    "resnet18-sgd": (12, 0.01, "resnet18", {"size": (3, 32, 32)}, MOMENTUM),
-    "resnet18-frozen_norms-adam": (12, 1e-4, "resnet18", {"size": (3, 32, 32)}, {"optimizer": "adam"}),
-    "vit-sgd": (50, 0.05, "vit", {}, {}),
-    "vit-adam": (50, 1e-3, "vit", {}, {"optimizer": "adam", "weight_decay": 1e-2}),
+    "multi_mnist-sgd": (20, 0.05, "multi_mnist", TASKS, MOMENTUM),
+    "multi_mnist-adam": (20, 1e-3, "multi_mnist", TASKS, {"optimizer": "adam"}),
+    "resnet18-sgd": (5, 0.01, "resnet18", {"size": (3, 32, 32)}, MOMENTUM),
+    "resnet18-frozen_norms-adam": (5, 1e-4, "resnet18", {"size": (3, 32, 32)}, {"optimizer": "adam"}),
+    "vit-sgd": (20, 0.05, "vit", {}, {}),
+    "vit-adam": (20, 1e-3, "vit", {}, {"optimizer": "adam", "weight_decay": 1e-2}),
     "residual-mse": (5, 0.01, "residual", {"n_tasks": 3, "gating": "channel"}, {"loss": "mse"}),
     "mlp-bce": (5, 0.05, "mlp", {}, {"loss": "bce_with_logits"}),
     "swin-bce": (5, 0.05, "swin", {}, {"loss": "bce_with_logits"}),

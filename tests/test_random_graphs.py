@@ -382,7 +382,7 @@ def test_random_graphs(case):
 
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@settings(some, max_examples=160)
+@settings(some, max_examples=100)
 @given(cases(most=6))
 def test_more_random_graphs(case):
     check(case)

@@ -275,7 +275,7 @@ def test_random_graphs_agree_with_the_reference(data):
 
 
 @pytest.mark.long
-@settings(some, max_examples=160)
+@settings(some, max_examples=80)
 @given(st.data())
 def test_more_random_graphs_agree_with_the_reference(data):
     check(data)
