@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 
 import fxfeedback
 from fxfeedback.errors import TraceError
-from marks import one_in
+from marks import long, one_in
 
 
 def model_of(init, forward):
@@ -169,6 +169,7 @@ CHANGES = {
 }
 
 
+@one_in(3)
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("name", CHANGES)
 def test_each_call_of_a_layer_has_the_attributes_of_its_time(name, train):
@@ -237,7 +238,7 @@ def cornet():
     return nn.Sequential(v1, Block(4, 6, 2), Block(6, 6, 3), decoder).double()
 
 
-@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("train", [long(False), True], ids=["eval", "train"])
 def test_cornet_s_learns_and_runs_in_passes(train, tmp_path):
     model = cornet().train(train)
     twin, x = copy.deepcopy(model), torch.randn(3, 3, 16, 16, dtype=torch.double, requires_grad=True)

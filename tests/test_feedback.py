@@ -1045,6 +1045,7 @@ def test_with_all_modulations_at_zero_every_pass_is_the_model(name, activation):
     assert all((values.value >= 0).all() for values in read.values())
 
 
+@one_in(3)
 @pytest.mark.parametrize(
     "destination, instead", [("0", "'2', which"), ("1", "'2', which"), ("8", "'9', which"), ("10", "a node")]
 )

@@ -75,6 +75,7 @@ WITHOUT_BATCH = {
 }
 
 
+@one_in(4)
 @pytest.mark.parametrize("of", ["a parameter", "a sample", "the batch"])
 @pytest.mark.parametrize("name", WITHOUT_BATCH)
 def test_maps_without_a_batch(name, of):

@@ -130,7 +130,7 @@ def logits(output):
     return output[-1] if isinstance(output, list) else output
 
 
-@one_in(5)
+@one_in(7)
 @pytest.mark.parametrize("how", MADE)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_switch_is_the_models_own(kind, how):

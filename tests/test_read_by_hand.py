@@ -109,7 +109,7 @@ CASES = {
 }
 
 
-@one_in(3)
+@one_in(5)
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("name", CASES)
 def test_read_by_hand_and_by_a_module_a_parameter_gets_both_updates(name, train):

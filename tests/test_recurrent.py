@@ -8,7 +8,7 @@ from torch import nn
 import fxfeedback
 from marks import one_in
 
-STEPS, FEATURES = 5, 4
+STEPS, FEATURES = 3, 4
 
 
 class Recurrent(nn.Module):

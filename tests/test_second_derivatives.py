@@ -150,6 +150,7 @@ def test_networks_obey_the_law_of_second_derivatives(name, train, instructed):
     assert all(map(torch.equal, statistics, expected_statistics))
 
 
+@one_in(3)
 @pytest.mark.parametrize("slice_size", [1, 2**23])
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("train", [False, True])
@@ -300,6 +301,7 @@ def test_several_outputs_of_which_some_are_used(used):
     check_near(found[1], expected[1])
 
 
+@one_in(2)
 @pytest.mark.parametrize(
     "options", [{"heads": "per_task"}, {"gating": "channel"}, {"td_bias": True, "norm": "separate"}]
 )

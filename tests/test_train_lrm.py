@@ -269,7 +269,7 @@ def test_a_small_network_learns_digits_where_there_is_no_folder(tmp_path: Path) 
     assert train_lrm.main(flags) == 130
     settings = checkpoints.load(tmp_path / checkpoints.FILE)[0]["settings"]
     assert settings["classes"] == [str(digit) for digit in range(10)] and settings["model"] == "resnet18"
-    assert train_lrm.main([*flags, *SQUEEZENET, "--image-size", "64"]) == 130
+    assert train_lrm.main([*flags, *SQUEEZENET, "--image-size", "32"]) == 130
     settings = checkpoints.load(tmp_path / checkpoints.FILE)[0]["settings"]
     assert settings["model"] == "squeezenet1_1" and settings["connect"] == [["features.12", "features.3.squeeze"]]
 
