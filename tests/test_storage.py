@@ -554,7 +554,7 @@ def test_the_next_save_removes_what_a_killed_one_left_and_nothing_of_a_living_on
     (foreign / files.LOCK).write_text("another machine")
     os.utime(former, (0, 0))
     assert len(list(tmp_path.iterdir())) == 4
-    save_lrm(tmp_path)
+    fxfeedback.save(lrm(), tmp_path)
     left = sorted(path.name for path in tmp_path.iterdir())
     assert len(left) == 3 and {foreign.name, storage.FILE} < set(left)
     living.communicate("")
