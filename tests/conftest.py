@@ -3,8 +3,11 @@
 By default its threads spin, one on every core; where tests run side by side they take the cores from each other.
 """
 
+import copy
+import functools
 import gc
 import importlib.util
+import sys
 from collections import Counter
 
 import pytest
@@ -44,3 +47,19 @@ def pytest_collection_modifyitems(items):
 def pytest_collection_finish():
     """What is imported now stays: looking through it for garbage again and again takes a thirtieth of all the time."""
     gc.freeze()
+
+
+def pytest_runtest_setup():
+    """torch's exporter makes its table of operators for every file, which takes a sixth of an export: here once."""
+    registration = sys.modules.get("torch.onnx._internal.exporter._registration")
+    registry = getattr(registration, "ONNXRegistry", None)
+    if registry is None or not hasattr(registry, "from_torchlib") or hasattr(registry, "made_once"):
+        return
+    registry.made_once = functools.cache(registry.from_torchlib)
+
+    def from_torchlib(*given, **more):
+        made = copy.copy(registry.made_once(*given, **more))
+        made.functions = {target: list(functions) for target, functions in made.functions.items()}
+        return made
+
+    registry.from_torchlib = staticmethod(from_torchlib)

@@ -7,6 +7,7 @@ import json
 import operator
 import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from torch import nn
 import fxfeedback
 import networks
 from fxfeedback import files
+from fxfeedback.commands.main import main
 from fxfeedback.errors import CheckpointError, OptionError
 from fxfeedback.storage import save_load as storage
 from marks import long, one_in
@@ -562,17 +564,20 @@ def test_the_next_save_removes_what_a_killed_one_left_and_nothing_of_a_living_on
     assert sorted(path.name for path in tmp_path.iterdir()) == [foreign.name, "b", storage.FILE]
 
 
-def test_a_full_disk_is_an_error_that_says_so_and_leaves_the_old_file(tmp_path):
+def test_a_full_disk_is_an_error_that_says_so_and_leaves_the_old_file(tmp_path, monkeypatch, capsys):
     saved = tmp_path / "saved"
     fxfeedback.save(lrm(), saved)
     before = (saved / storage.FILE).read_bytes()
     (tmp_path / "mine.py").write_text(
         "from torch import nn\nnet = nn.Sequential(nn.Linear(50, 50), nn.Linear(50, 50))\n"
     )
-    command = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); import fxfeedback.__main__"
-    arguments = ["feedback", "mine:net", "--connect", "1:0", "--save", str(saved)]
-    run = subprocess.run([sys.executable, "-c", command, *arguments], capture_output=True, text=True, cwd=tmp_path)
-    assert run.returncode == 1
-    assert re.fullmatch(r"fxfeedback: error: .*cannot be written.*", run.stderr.splitlines()[-1])
+    monkeypatch.chdir(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # bytes that a file may have
+    try:
+        assert main(["feedback", "mine:net", "--connect", "1:0", "--save", str(saved)]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert re.fullmatch(r"fxfeedback: error: .*cannot be written.*", capsys.readouterr().err.splitlines()[-1])
     assert (saved / storage.FILE).read_bytes() == before
     assert [path.name for path in saved.iterdir()] == [storage.FILE]

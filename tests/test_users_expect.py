@@ -559,14 +559,14 @@ def test_a_child_that_is_forked_while_another_thread_builds_can_build():
 # -- passes compose ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("steps", [3, long(20)])
-def test_feedback_networks_learn_alike(steps):
-    """Three passes: the losses of some steps by Counter-Hebb learning and by autograd."""
+@pytest.mark.parametrize("passes, steps", [(2, 3), long(3, 20)])
+def test_feedback_networks_learn_alike(passes, steps):
+    """The losses of some steps by Counter-Hebb learning and by autograd."""
     losses = []
     for learning in ("counter_hebb", "backprop"):
         torch.manual_seed(0)
         model, _ = build("convnet", train=True)
-        network = fxfeedback.add_feedback(model, [("8", "4"), ("5", "1")], passes=3, input_size=SIZE)
+        network = fxfeedback.add_feedback(model, [("8", "4"), ("5", "1")], passes=passes, input_size=SIZE)
         butd = fxfeedback.to_butd(network, input_size=SIZE, learning=learning)
         assert any(name.startswith("modulations.") for name, _ in butd.named_parameters())
         optimizer, history = torch.optim.Adam(butd.parameters(), 0.01), []
