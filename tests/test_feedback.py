@@ -920,10 +920,15 @@ WRONG_CALLS = {
 }
 
 
+@pytest.fixture(scope="module")
+def called():
+    return convnet()
+
+
 @pytest.mark.parametrize("case", WRONG_CALLS)
-def test_mistakes_in_calls(case):
+def test_mistakes_in_calls(case, called):
     call, kind, message = WRONG_CALLS[case]
-    net, model, x = convnet()
+    net, model, x = called
     with raises(kind, message) as caught:
         call(model, x)
     assert isinstance(caught.value, fxfeedback.Error)
