@@ -152,9 +152,24 @@ def sharded_one_of_two(rank, kind, path):
     end_together()
 
 
+@pytest.mark.skipif(not dist.is_available(), reason="this PyTorch was built without torch.distributed")
+def test_parameters_that_a_single_process_shards_learn_the_same(tmp_path):
+    """As below, with everything that sharding does but other processes."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
+    try:
+        sharded, alone = made("shared"), made("shared")
+        fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
+        for model in (sharded, alone):
+            learn(model, "shared", slice(None))
+        for (name, parameter), whole in zip(sharded.named_parameters(), alone.parameters(), strict=True):
+            assert torch.allclose(parameter.full_tensor(), whole, rtol=0, atol=1e-10), name
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.mark.long
 @pytest.mark.skipif(not dist.is_available(), reason="this PyTorch was built without torch.distributed")
-@pytest.mark.parametrize("kind", ["shared", long("feedback")])
+@pytest.mark.parametrize("kind", ["shared", "feedback"])
 def test_sharded_parameters_learn_the_same(kind, tmp_path):
     """torch's fully_shard: every process keeps half of each parameter, of its gradient and of the optimizer's state."""
     mp.spawn(sharded_one_of_two, (kind, str(tmp_path / "state.pt")), nprocs=2)

@@ -185,6 +185,16 @@ def test_both_learn_along_the_same_curve(tmp_path):
     assert np.abs(learner.predict(x, task=task) - logits).max() <= TOLERANCE * np.abs(logits).max()
 
 
+def test_a_small_learner_learns_along_the_same_curve(small):
+    butd, size, path = small
+    butd = copy.deepcopy(butd)
+    learner, reference = Learner(path, "cpu"), Torch(butd, 0.02, momentum=0.9)
+    batches = [a_batch(butd, size) for _ in range(3)] * 4
+    theirs = [reference.step(*batch) for batch in batches]
+    ours = [learner.step(x, target, task=task, lr=0.02) for x, target, task in batches]
+    assert np.allclose(ours, theirs, rtol=1e-2) and np.mean(ours[-3:]) < np.mean(ours[:3])
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """An instructed network with batch norms in training mode, some of its parameters frozen, and its learner."""

@@ -93,6 +93,32 @@ def test_the_shipped_learner_learns(networks):
         networks.weights = before
 
 
+def test_one_script_puts_everything_together(tmp_path, monkeypatch):
+    """With the shipped networks in the place of those that it trains."""
+    shipped = json.loads((page_networks.DATA / "page.json").read_text())
+
+    def files(names, about=None):
+        def copied(*given):
+            for name in names:
+                shutil.copy(page_networks.DATA / name, given[-1] / name)
+            return about
+
+        return copied
+
+    monkeypatch.setattr(make_models, "steered_network", files(["steering.onnx"], shipped["steering"]))
+    monkeypatch.setattr(make_models, "instructed_network", files(["instructed.onnx"], shipped["instructed"]))
+    learner = ["learner_step.onnx", "learner_predict.onnx", "weights.safetensors"]
+    monkeypatch.setattr(make_models, "learner", files(learner))
+    assert make_models.main(["--out", str(tmp_path)]) == 0
+    names = sorted(path.name for path in page_networks.DATA.iterdir())
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    for name in names:
+        if name != "page.json":
+            assert (tmp_path / name).read_bytes() == (page_networks.DATA / name).read_bytes(), name
+    page = json.loads((tmp_path / "page.json").read_text())
+    assert page.keys() == shipped.keys() and page["pair"] == shipped["pair"]
+
+
 @pytest.mark.long  # its parts: test_steer_composites.py, test_train_multi_mnist.py, test_learn_on_device.py
 def test_everything_is_made_by_one_script(tmp_path, monkeypatch):
     tiny = ["--train-size=64", "--test-size=20", "--batch-size=32"]
