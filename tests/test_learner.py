@@ -272,7 +272,7 @@ def same_state(learner, before):
     return all(np.array_equal(value, before[name]) for name, value in learner.state_dict().items())
 
 
-@pytest.mark.parametrize("how", [SGD, ADAM], ids=["sgd", "adam"])
+@pytest.mark.parametrize("how", [long(SGD), ADAM], ids=["sgd", "adam"])
 def test_labels_that_are_left_out_are_as_in_torch(how, tmp_path):
     """None, some or all of a batch, in turns: what the optimizer keeps goes on moving the weights."""
     butd, path = small_mlp(tmp_path, **how)

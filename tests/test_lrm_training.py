@@ -114,7 +114,7 @@ def test_a_model_that_is_checkpointed(tmp_path):
     assert not model.checkpoint
 
 
-@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("checkpoint", [long(False), True])
 def test_others_who_rewrite_gradients_find_the_flat_graph(checkpoint):
     model = fxfeedback.add_feedback(convnet().eval(), [("7", "0")], input_size=(2, 8, 8), checkpoint=checkpoint)
     x, parameters = torch.randn(3, 2, 8, 8), dict(model.named_parameters())

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxfeedback
-from marks import one_in
+from marks import long, one_in
 
 
 class Plain(nn.Module):
@@ -183,7 +183,9 @@ def run(path, *xs: np.ndarray) -> list[np.ndarray]:
     return [session.run(None, {session.get_inputs()[0].name: x})[0] for x in xs]
 
 
-@pytest.mark.parametrize(("how", "kind"), [("butd", PartOfItsOwn), ("feedback", FrozenNorm), ("both", PartOfItsOwn)])
+@pytest.mark.parametrize(
+    ("how", "kind"), [long("butd", PartOfItsOwn), ("feedback", FrozenNorm), ("both", PartOfItsOwn)]
+)
 def test_a_file_is_the_model_in_its_own_eval_mode(kind, how, tmp_path):
     made, x = MADE[how](kind().train()), torch.randn(2, *SIZE)
     task = {} if how == "feedback" else {"task": 1}
