@@ -149,6 +149,7 @@ class BUTD(Wrapper):
         if task is None and per_task:
             raise InputError("there is one prediction head per task: give the call a task")
         graphs = self._graphs(tensors, form)
+        self._check_autocast(graphs.bu.graph, tensors, form or self._form)
         if task is None:
             return self._run(graphs, False, False, tensors)
         batch = next(len(x) for x in tensors if x.ndim)
@@ -229,8 +230,7 @@ class BUTD(Wrapper):
 
     def _run(self, graphs: Graphs, instructed: bool, by_row: bool, values: list[torch.Tensor]) -> Any:
         call = graphs.call(instructed, by_row)
-        own = {name: self._fetch(name) for name in call.all_attributes}
-        tensors = dict(zip(call.inputs, values, strict=True)) | own
+        tensors = dict(zip(call.inputs, values, strict=True)) | {n: self._fetch(n) for n in call.all_attributes}
         wanted = frozenset([name for name, tensor in tensors.items() if tensor.requires_grad])
         learns = self.options.learning == "counter_hebb" and 0 not in values[0].shape  # kernels refuse an empty batch
         if wanted and torch.is_grad_enabled() and learns:

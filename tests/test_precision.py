@@ -10,6 +10,7 @@ from torch import nn
 
 import fxfeedback
 import networks
+from fxfeedback.errors import TraceError
 from marks import long, long_but, one_in
 from test_unrolling import names_of, reference
 
@@ -247,3 +248,48 @@ def test_passes_in_low_precision(norms, train, dtype, how):
     for name, value in statistics.items():
         assert ours[2][name].dtype == theirs[2][name].dtype
         assert (ours[2][name] - value).norm() <= 1.2 * (theirs[2][name] - value).norm() + 1e-3 * value.norm(), name
+
+
+class AsksForDtypes(nn.Module):
+    """At one size: what it adds depends on the dtype of a value of its own."""
+
+    def __init__(self, ask) -> None:
+        super().__init__()
+        self.first, self.head, self.ask = nn.Linear(6, 6), nn.Linear(6, 3), ask
+
+    def forward(self, x):
+        return x if x.shape[1] > 100 else self.head(self.ask(self.first(x)))
+
+
+def doubles_low_precision(y):
+    return 2 * y if y.dtype == torch.bfloat16 else y
+
+
+torch.fx.wrap("doubles_low_precision")
+ASK = {
+    "branches": lambda y: 2 * y if y.dtype == torch.bfloat16 else y,
+    "size": lambda y: y * y.itemsize,
+    "function": lambda y: doubles_low_precision(y),
+    "limits": lambda y: y + (100 if torch.finfo(y.dtype).eps > 1e-3 else 0),
+}
+HARMLESS = {
+    "alike": lambda y: y * torch.full((6,), 0.5, dtype=y.dtype),
+    "floating": lambda y: 2 * y if y.is_floating_point() else y,
+    "to": lambda y: y + torch.ones(6).to(y),
+}
+
+
+@pytest.mark.parametrize("ask", [*ASK, *HARMLESS])
+def test_autocast_where_forward_asks_for_a_dtype(ask):
+    torch.manual_seed(0)
+    model, x = AsksForDtypes({**ASK, **HARMLESS}[ask]), torch.randn(4, 6)
+    butd = fxfeedback.to_butd(model, input_size=(6,))
+    feedback = fxfeedback.add_feedback(model, [("head", "first")], input_size=(6,))
+    for call in (butd, lambda x: feedback(x)[0]):
+        assert torch.equal(call(x), model(x))
+        with torch.autocast("cpu", torch.bfloat16):
+            if ask in ASK and (ask != "function" or call is butd):  # a function that stays whole asks at run time
+                with pytest.raises(TraceError, match=r"under autocast .* asks what dtype a value has at node"):
+                    call(x)
+            else:
+                torch.testing.assert_close(call(x), model(x), rtol=0.02, atol=0.02)

@@ -24,6 +24,7 @@ KEYS = {
     "unopened": "why its op, which has no rule, does not open into others (tracing/open_operators.py)",
     "drawn": "its op draws random numbers (graph/shapes.py)",
     "writes": "its function, the user's, writes into its arguments (graph/meta_device.py)",
+    "asked_dtype": "the model's code asks for its dtype, and the graph has the answer (tracing/known_shapes.py)",
     "in_place": "it stands for an op in place, which keeps its tensor's dtype (tracing/open_modules.py)",
     "pass": "the number of the pass that computes it; none is the first (rewrite.py)",
     "instruction": "it is the input for the instruction (instructed/task_heads.py, td_graph.py)",
@@ -100,6 +101,11 @@ def draws(node: fx.Node) -> bool:
 def writes_into_arguments(node: fx.Node) -> bool:
     """Whether it is a call of a function of the user's that writes into its arguments."""
     return "writes" in node.meta
+
+
+def asked_dtype(node: fx.Node) -> bool:
+    """Whether the graph was made with an answer to the question what dtype it has."""
+    return "asked_dtype" in node.meta
 
 
 def was_in_place(node: fx.Node) -> bool:

@@ -203,6 +203,8 @@ class FeedbackModel(Wrapper):
         steered = tuple([one.source for one in several])
         what = Unrolling(what.passes, what.all_outputs, tuple(state), steered, what.steer_first, what.readout)
         plan = self._plan(inputs, what, form)
+        if self._by_size:
+            self._check_autocast(self._bottom_up(self._sizes(inputs, form), form).graph, inputs, form or self._form)
         signals = self._signals(plan, inputs, state, several, form is None)
         try:
             return plan.run(self._root, *inputs, *signals)

@@ -2,12 +2,17 @@
 
 import itertools
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
+from fxfeedback.graph.nodes import asked_dtype
+from fxfeedback.graph.specs import of_size, size_of
+from fxfeedback.tracing.arguments import Form
 from fxfeedback.tracing.fingerprint import Cache, Fingerprint, refuse_hooks
+from fxfeedback.tracing.verify import verify_under_autocast
 from fxfeedback.tracing.while_tracing import building, forget
 
 _NUMBERS = itertools.count()
@@ -90,6 +95,26 @@ class KeepsGraphs(nn.Module):
         graphs = [key for key in list(self._cache) if key != "gates"]
         for oldest in graphs[: -self.max_graphs]:
             self._cache.pop(oldest, None)
+
+    def _check_autocast(self, graph: fx.Graph, inputs: Sequence[torch.Tensor], form: Form) -> None:
+        """Under autocast, compare a graph that has answers about dtypes with the model: once for each.
+
+        Raises:
+            TraceError: the graph differs.
+        """
+        device = inputs[0].device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        if autocast and any(map(asked_dtype, graph.nodes)):
+            sizes = tuple([(size_of(x), x.dtype) for x in inputs])
+            self._compare((self._fingerprint(), sizes, form, torch.get_autocast_dtype(device)))
+
+    @torch.compiler.assume_constant_result
+    def _compare(self, key: tuple[Any, ...]) -> None:
+        if self._cache.get(("autocast", key)) is None:
+            _, sizes, form, dtype = key
+            with building(self._net):
+                examples = [of_size(*each) for each in sizes]
+                self._cache["autocast", key] = verify_under_autocast(self._net, form, examples, dtype)
 
     def _build(self, key: tuple[Any, ...]) -> Any:
         raise NotImplementedError

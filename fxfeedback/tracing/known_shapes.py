@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from fxfeedback.graph.meta_device import MetaRun
+from fxfeedback.graph.nodes import tell
 from fxfeedback.graph.specs import EXAMPLE_BATCH, at_batch
 from fxfeedback.tracing.while_tracing import untraced
 
@@ -17,6 +18,8 @@ SETTLED = (torch.dtype, torch.layout, torch.memory_format)
 """Kinds of facts that are the same in every call of one size and dtype."""
 QUESTIONS = ("is_floating_point", "is_complex", "is_signed", "is_sparse", "is_quantized", "is_conj", "is_neg")
 """What is asked of a tensor's dtype and layout with yes or no."""
+OF_DTYPE = ("element_size", "itemsize", "nbytes", "type")
+"""What else depends on a tensor's dtype."""
 CHANGING = (
     "stride",
     "storage_offset",
@@ -87,6 +90,14 @@ class Shapes:
             same = (asked == "eq" and small) or (asked == "ne" and not small)  # at two batch sizes, so at every one
             return small if same or asked in QUESTIONS or self._is_beyond(node) else NotImplemented
         return small
+
+    def note_dtype(self, node: fx.Node) -> None:
+        """Say of a value whose dtype `node` asks for that it was asked: under autocast it may have another."""
+        small, _ = self.of(node) or (None, None)
+        of_dtype = isinstance(small, torch.dtype) or _asked(node) in OF_DTYPE
+        for source in node.all_input_nodes if of_dtype else ():
+            if source.op not in ("placeholder", "get_attr"):
+                tell(source, asked_dtype=True)
 
     def _is_beyond(self, node: fx.Node) -> bool:
         """Whether the node compares a number that grows with the batch with one that batch 1 is beyond already."""

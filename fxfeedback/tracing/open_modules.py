@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 from fxfeedback.errors import RuleError
 from fxfeedback.graph.effects import has_effect, has_twin, out_of_place, writes_into_first
 from fxfeedback.graph.nodes import (
+    asked_dtype,
     built_in,
     identifier,
     is_as_called,
@@ -96,34 +97,33 @@ class _Opener(fx.Tracer):
     def open(self, node: fx.Node) -> None:
         args = fx.map_arg(node.args, self.values.__getitem__)
         kwargs = fx.map_arg(node.kwargs, self.values.__getitem__)
-        with self._at(node):
-            if node.op == "call_module":
-                module = self.root.get_submodule(str(node.target))
-                self.readings.check(module, node)
-                value = self.open_module(module, *args, **kwargs)
-            elif node.op == "get_attr":
-                value = self.parameter(self.tensors.by_name[str(node.target)])
-            elif self.shapes and is_on_sizes(node, args):
-                value = node.target(*args) if callable(node.target) else getattr(args[0], node.target)(*args[1:])
-            else:
-                name = node.name if node.op == "placeholder" else None
-                value = self.create_proxy(node.op, node.target, args, kwargs, name)
-            if isinstance(value, fx.Proxy) and value.node.op == "get_attr":
-                self.origin.setdefault(value.node, node)
-            elif node.op.startswith("call") and isinstance(value, fx.Proxy) and self.origin.get(value.node) is not node:
-                value = call(same, value)  # dropout that is off, an identity: they keep their name
+        self.present = node
+        if node.op == "call_module":
+            module = self.root.get_submodule(str(node.target))
+            self.readings.check(module, node)
+            value = self.open_module(module, *args, **kwargs)
+        elif node.op == "get_attr":
+            value = self.parameter(self.tensors.by_name[str(node.target)])
+        elif self.shapes and is_on_sizes(node, args):
+            value = node.target(*args) if callable(node.target) else getattr(args[0], node.target)(*args[1:])
+        else:
+            name = node.name if node.op == "placeholder" else None
+            value = self.create_proxy(node.op, node.target, args, kwargs, name)
+        if isinstance(value, fx.Proxy) and value.node.op == "get_attr":
+            self.origin.setdefault(value.node, node)
+        elif node.op.startswith("call") and isinstance(value, fx.Proxy) and self.origin.get(value.node) is not node:
+            value = call(same, value)  # dropout that is off, an identity: they keep their name
+        self.present = None
         named = value[0] if isinstance(value, tuple) and value else value
         if isinstance(named, fx.Proxy) and self.origin.get(named.node) is node:
             tell(named.node, name=name_of(node))
             if module_path_of(node) is not None:
                 tell(named.node, module=module_path_of(node))
+            if asked_dtype(node):
+                tell(named.node, asked_dtype=True)
         self.values[node] = value
-        if (
-            args
-            and isinstance(first := args[0], fx.Proxy)
-            and first.node.op != "get_attr"
-            and writes_into_first(node, self.root)
-        ):
+        first = args[0] if args and writes_into_first(node, self.root) else None
+        if isinstance(first, fx.Proxy) and first.node.op != "get_attr":
             if has_twin(node, self.root) and isinstance(value, fx.Proxy):
                 self.writes.append((first.node, value.node))
             for other in [other for other, known in self.values.items() if known is first]:
@@ -177,12 +177,6 @@ class _Opener(fx.Tracer):
             mock.patch.object(nn.Module, "__call__", enter),
         ):
             yield
-
-    @contextmanager
-    def _at(self, node: fx.Node) -> Iterator[None]:
-        self.present = node
-        yield
-        self.present = None
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, *rest: Any) -> Any:
         if target is getattr and args[1] == "data":
@@ -241,6 +235,8 @@ class _Opener(fx.Tracer):
             return Shaped(node, self, *values)
         fact = self.shapes.fact(node)
         if fact is not NotImplemented:
+            if self.inside:
+                self.shapes.note_dtype(node)
             self.graph.erase_node(node)
             return fact
         return super().proxy(node)

@@ -63,6 +63,7 @@ class _TracerAtSize(_Tracer):
         if values and type(values[0]) in (tuple, list) and len(values[0]) == len(values[1]):
             return type(values[0])(proxy[i] for i in range(len(values[0])))
         fact = self.shapes.fact(proxy.node)
+        self.shapes.note_dtype(proxy.node)
         return proxy if fact is NotImplemented else fact
 
     def create_arg(self, a: Any) -> Any:

@@ -13,11 +13,13 @@ import torch
 from torch import fx, nn
 
 from fxfeedback.errors import TraceError
-from fxfeedback.graph.nodes import module_path_of, name_of, user_line
+from fxfeedback.graph.nodes import asked_dtype, module_path_of, name_of, user_line
 from fxfeedback.graph.structures import plain
 from fxfeedback.tracing.arguments import Form
 from fxfeedback.tracing.attributes import attributes_of
+from fxfeedback.tracing.open_modules import open_modules
 from fxfeedback.tracing.share import share
+from fxfeedback.tracing.trace_at_size import trace_for
 
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 """How far apart two ways to compute a value may lie, relative to its largest element; in other dtypes 3e-2."""
@@ -65,6 +67,41 @@ def verify_graph(graph: fx.GraphModule, net: nn.Module, form: Form, examples: Se
             )
         if _differences(first, _of_graph(graph.graph, net, inputs)):
             _compare_exactly(graph.graph, net, form, inputs)
+
+
+def verify_under_autocast(
+    net: nn.Module, form: Form, examples: Sequence[torch.Tensor], dtype: torch.dtype
+) -> fx.GraphModule:
+    """Refuse autocast where the model asks its values for their dtypes, and computes something else for the answers.
+
+    A graph at one size has the answers of a call without autocast. One run of each, in evaluation mode; they may differ
+    by rounding in `dtype`.
+
+    Returns:
+        the graph that was compared.
+
+    Raises:
+        TraceError: the graph differs from the model.
+    """
+    device = next((tensor.device for tensor in (*net.parameters(), *net.buffers())), torch.device("cpu"))
+    devices = [device] if device.type == "cuda" else []
+    net = _private(net).eval()
+    graph = open_modules(trace_for(net, examples, form)[0], strict=False, example_inputs=examples, owner=net)
+    if device.type == "meta":
+        return graph
+    with torch.no_grad(), torch.autocast(device.type, dtype), torch.random.fork_rng(devices):
+        inputs, first = _first_call(graph.graph, net, form, examples, device)
+        found = _of_graph(graph.graph, net, inputs)
+        differences = _differences(first, found, {})
+    if differences:
+        asked = next((node for node in graph.graph.nodes if asked_dtype(node)), None)
+        where = f" at node {name_of(asked)!r}{user_line(asked)}" if asked is not None else ""
+        raise TraceError(
+            f"under autocast the graph does not compute what {type(net).__name__} does ({_shown(differences)}): its "
+            f"forward asks what dtype a value has{where}, and the graph has the answer of a call without autocast. "
+            "Let the tensor decide, as in y.to(x), x.new_zeros(...) and torch.zeros_like(x), or call without autocast."
+        )
+    return graph
 
 
 def _drew(device: torch.device) -> bool:
@@ -220,13 +257,13 @@ def _places(value: Any, place: str = "output") -> Iterator[tuple[str, Any]]:
 # -- how far it differs -----------------------------------------------------------------------------------------------
 
 
-def _differences(expected: Values, found: Values) -> dict[Any, float]:
+def _differences(expected: Values, found: Values, rounding: Mapping[torch.dtype, float] = ROUNDING) -> dict[Any, float]:
     """Place -> relative difference, where that is more than rounding; infinite where they cannot be compared."""
-    differences = {place: _difference(value, found.get(place)) for place, value in expected.items()}
+    differences = {place: _difference(value, found.get(place), rounding) for place, value in expected.items()}
     return {place: size for place, size in differences.items() if size > 0}
 
 
-def _difference(a: Any, b: Any) -> float:
+def _difference(a: Any, b: Any, rounding: Mapping[torch.dtype, float]) -> float:
     """0 where two values are the same but for rounding."""
     if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
         return 0.0 if type(a) is type(b) and a == b else float("inf")
@@ -238,7 +275,7 @@ def _difference(a: Any, b: Any) -> float:
         return float("inf")
     same = (a == b) | (a.isnan() & b.isnan())
     size = (a - b).abs().masked_fill(same, 0).max() / a.abs().nan_to_num(posinf=0.0).max()
-    return 0.0 if size <= ROUNDING.get(a.dtype, 3e-2) else float(size.nan_to_num(nan=float("inf")))
+    return 0.0 if size <= rounding.get(a.dtype, 3e-2) else float(size.nan_to_num(nan=float("inf")))
 
 
 def _shown(differences: Mapping[Any, float]) -> str:
