@@ -371,7 +371,7 @@ def test_a_small_file_takes_pictures_of_any_size(tmp_path):
     model = fxfeedback.add_feedback(nn.Sequential(*layers).eval(), [("2", "0")], input_size=(2, 16, 12)).eval()
     export(model, tmp_path / "any.onnx", dynamic_size=True, check=False)
     session = Session(tmp_path / "any.onnx", "cpu")
-    assert session.inputs == {"x": ["batch", 2, "height", "width"]}
+    assert session.inputs == {"input": ["batch", 2, "height", "width"]}
     for batch, size in enumerate(SIZES[2], 1):
         x = torch.randn(batch, 2, *size)
         assert_close(session(x), model(x))
