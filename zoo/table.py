@@ -28,11 +28,12 @@ class Line(NamedTuple):
 
 
 class Table(NamedTuple):
-    """What is printed above the rows, and the names and the widths of the columns."""
+    """What is printed above the rows, the names and widths of the columns, and what stands before them in a file."""
 
     legend: str
     columns: Mapping[str, int]
     remarks: str
+    first: Sequence[str] = ("model", "seconds")
 
     def fill(
         self,
@@ -88,7 +89,7 @@ class Table(NamedTuple):
         def write(path: str) -> None:
             with Path(path).open("w", newline="") as whole:
                 table = csv.writer(whole, lineterminator="\n")
-                table.writerow(["model", "seconds", *self.columns, self.remarks, "torch"])
+                table.writerow([*self.first, *self.columns, self.remarks, "torch"])
                 table.writerows(rows[name] for name in order if name in rows)
 
         replace_whole(file, write)
