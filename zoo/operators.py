@@ -24,6 +24,7 @@ is not one of fxfeedback's. WRONG: other numbers than torch's. not tried: torch 
 import copy
 import functools
 import importlib
+import inspect
 import random
 import re
 import tempfile
@@ -102,19 +103,16 @@ def samples_of(op: Any, number: int) -> list[Any]:
 # -- a call as a model -------------------------------------------------------------------------------------------------
 
 
-WHOLE = None
-"""What is wanted of a call that returns one tensor; of several outputs, the numbers of those with a gradient."""
-
-
 class Case(nn.Module):
     """A sample's call as a model of one input x (batch, ...) that returns (batch, numbers)."""
 
     def __init__(self, op: Any, sample: Any, every: bool) -> None:
         """`every`: not only those are parameters that PyTorch's test differentiates, but all float64 tensors."""
         super().__init__()
-        self.function, self.process = op.op, sample.output_process_fn_grad
+        self.function, self.process = as_called(op.op), sample.output_process_fn_grad
         self.values, self.structure = tree_flatten((sample.input, sample.args, sample.kwargs))
-        self.role, self.wanted = "parameters", WHOLE
+        self.role, self.several = "parameters", False
+        self.wanted: dict[int, torch.dtype] = {}
         self.names: dict[int, str] = {}
         for i, value in enumerate(self.values):
             if isinstance(value, torch.Tensor):
@@ -137,8 +135,8 @@ class Case(nn.Module):
     def numbers(self, first: Any = None) -> list[Any]:
         """Its outputs that have a gradient, as real numbers."""
         made = self.outputs(first)
-        made = [made] if self.wanted is None else [made[i] for i in self.wanted]
-        return [real(y) for y in made]
+        chosen = made if self.several else [made]
+        return [real(chosen[i], dtype) for i, dtype in self.wanted.items()]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.role == "batch":
@@ -149,11 +147,18 @@ class Case(nn.Module):
         return torch.cat(rows, 1) if len(rows) > 1 else rows[0]
 
 
-def real(y: Any) -> Any:
+def as_called(function: Any) -> Any:
+    """A method of tensors in C, which takes nothing but tensors, called as users call it: x.double()."""
+    if not inspect.ismethoddescriptor(function):
+        return function
+    return lambda x, *args, **kwargs: getattr(x, function.__name__)(*args, **kwargs)
+
+
+def real(y: Any, dtype: torch.dtype) -> Any:
     """In float64, a complex tensor as real and imaginary parts."""
-    if y.is_complex():
-        return torch.view_as_real(torch.resolve_conj(y if y.dtype == torch.cdouble else y.to(torch.cdouble)))
-    return y if y.dtype == torch.double else y.to(torch.double)
+    if dtype.is_complex:
+        return torch.view_as_real(torch.resolve_conj(y if dtype == torch.cdouble else y.to(torch.cdouble)))
+    return y if dtype == torch.double else y.to(torch.double)
 
 
 def cases(op: Any, sample: Any) -> Iterator[tuple[Case, torch.Tensor]]:
@@ -173,15 +178,16 @@ def cases(op: Any, sample: Any) -> Iterator[tuple[Case, torch.Tensor]]:
             raise NoGradient(in_words(error)) from error
     if case.first is None:
         raise NoGradient("no float64 tensor has a gradient")
-    case.wanted = WHOLE
-    if isinstance(outputs, (tuple, list)):
-        case.wanted = [i for i, y in enumerate(outputs) if has_gradient(y)]
-    if not (has_gradient(outputs) if case.wanted is WHOLE else case.wanted):
+    case.several = isinstance(outputs, (tuple, list))
+    every_output = outputs if case.several else [outputs]
+    case.wanted = {i: y.dtype for i, y in enumerate(every_output) if has_gradient(y)}
+    if not case.wanted:
         raise NoGradient("no output has a gradient")
     factors = torch.tensor([[0.5, 1.5], [1.25, -0.5], [-1.0, 0.25]], dtype=torch.double)
     yield case, factors
     other, first = Case(op, sample, every), case.get_parameter(case.names[case.first]).detach()
-    other.wanted, scales = case.wanted, torch.tensor([1.0, 0.75, 1.125], dtype=torch.double)
+    other.several, other.wanted = case.several, case.wanted
+    scales = torch.tensor([1.0, 0.75, 1.125], dtype=torch.double)
     scaled = [first * scale for scale in scales]
     for x in [torch.stack(scaled), *([torch.cat(scaled)] if first.ndim else [])]:
         if is_per_sample(other, x):

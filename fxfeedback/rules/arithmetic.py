@@ -166,7 +166,8 @@ def lerp(y, input, end, weight):
 def cosine_similarity(y, x1, x2, dim=1, eps=1e-8):
     """x · z / (|x| |z|) over dim; instructed, to each evenly over dim"""
     dim = dim - y.ndim - 1 if dim >= 0 else dim  # counted from the end, x1 and x2 may have different dimensions
-    length = x2.shape[dim] if is_one(x1.shape[dim]) else x1.shape[dim]
+    lengths = [x.shape[dim] for x in (x1, x2) if x.ndim >= -dim]
+    length = next((size for size in lengths if not is_one(size)), 1)
     wide = list(y.shape)
     wide.insert(y.ndim + 1 + dim, length)
 

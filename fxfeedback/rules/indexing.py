@@ -114,6 +114,8 @@ def start_of(entry, size, count):
 
 def from_rows(t, input, dim, positions):
     """The transpose of picking positions along one dimension, as rows of a table: each summed where it came from."""
+    if not input.ndim:
+        return t.sum()
     if positions.ndim != 1:
         t = t.flatten(dim, dim + positions.ndim - 1) if positions.ndim else t.unsqueeze(dim)
     positions = positions.reshape(-1)
@@ -130,6 +132,8 @@ def from_places(t, input, pick):
 
 def evenly(t, input, dim):
     """Over all positions along dim, as if each value of t were their mean."""
+    if not input.ndim:
+        return t.sum()
     return t.sum(dim, keepdim=True).expand(input.shape) / input.shape[dim]
 
 
@@ -160,7 +164,13 @@ def narrow(y, input, dim, start, length=None):
     return getitem.table(y, input, tuple(entries))
 
 
-@rule(torch.index_select, examples=[call(lambda x: x.index_select(-1, torch.tensor([2, 0, 2])), T(4, 5, 3))])
+@rule(
+    torch.index_select,
+    examples=[
+        call(lambda x: x.index_select(-1, torch.tensor([2, 0, 2])), T(4, 5, 3)),
+        call(lambda x, w: x * w.index_select(0, torch.tensor([0])), T(4), T()),
+    ],
+)
 def index_select(y, input, dim, index):
     """x at the positions `index` along dim"""
     dim = dim % (input.ndim or 1)
@@ -351,13 +361,23 @@ def picked(y, input, dim, keepdim=True):
     }
 
 
-@rule(getattr, examples=[call(lambda x: x.T, T(4, 3)), call(lambda x: x.mT, T(4, 3, 2))])
+@rule(
+    getattr,
+    examples=[
+        call(lambda x: x.T, T(4, 3)),
+        call(lambda x: x.mT, T(4, 3, 2)),
+        call(lambda x: x.H.T, T(4, 3)),
+        call(lambda x: x.mH, T(4, 3, 2)),
+    ],
+)
 def attribute(y, input, name):
-    """x.T, x.mT"""
+    """x.T, x.mT; of real numbers, x.H and x.mH are the same"""
     ways = {
         "T": lambda t: t.permute(list(reversed(range(y.ndim)))),
         "mT": lambda t: t.transpose(-2, -1),
     }
+    if dtype_of(input) is not None and not dtype_of(input).is_complex:
+        ways |= {"H": ways["T"], "mH": ways["mT"]}
     if name not in ways:
         raise RuleError(f"no rule for the attribute .{name} of a tensor: use a function of torch")
     return {"input": transpose(ways[name])}

@@ -205,14 +205,16 @@ def pad(y, input, pad, mode="constant", value=None):
     examples=[
         call(lambda x: torch.cat([x, 2 * x], 1), T(4, 5)),
         call(lambda x, w: torch.cat([w, x]), T(4, 5), T(2, 5)),
+        call(lambda x, w: torch.cat([x, w, x], 1), T(4, 5), T(0)),
     ],
 )
 def cat(y, tensors, dim=0):
-    """Tensors one after the other"""
+    """Tensors one after the other; torch takes an empty vector along with tensors of any shape"""
+    left_out = [y.ndim > 1 and x.ndim == 1 for x in tensors]
 
     def parts(t):
-        pieces = t.split([x.shape[dim] for x in tensors], dim)
-        return [pieces[i] for i in range(len(tensors))]
+        pieces = t.split([0 if out else x.shape[dim] for x, out in zip(tensors, left_out, strict=True)], dim)
+        return [t.new_zeros(0) if out else pieces[i] for i, out in enumerate(left_out)]
 
     return {"tensors": transpose(parts)}
 
