@@ -235,10 +235,17 @@ def in_groups(model, x):
     return x.repeat(2, 1).view(batch, -1, 6)[:, x.repeat(2, 1).shape[0] // batch - 1]
 
 
+def by_shape(model, x):
+    if x.shape == (3, 7) or x.shape == (6,) or x.shape == (1, 3, 6) or x.shape != x.sin().shape or x.shape == [3, 6]:
+        raise ValueError
+    return x * (2 if x.shape != (7,) and x.repeat(1, 2).shape[1:] == (12,) else 1)
+
+
+ASKS = [checked, cast, of_kind, made_alike, made_dense, cheaper, another_way, of_parts, in_part, in_groups, by_shape]
+
+
 @one_in(3)
-@pytest.mark.parametrize(
-    "ask", [checked, cast, of_kind, made_alike, made_dense, cheaper, another_way, of_parts, in_part, in_groups]
-)
+@pytest.mark.parametrize("ask", ASKS)
 def test_code_may_ask_what_a_tensor_is(ask):
     torch.manual_seed(0)
     model, x = Asks(ask).double(), torch.randn(4, 6, dtype=torch.double)
@@ -281,6 +288,7 @@ UNASKED = {
         lambda model, x: x * 2 if x.shape[0] > 2 else x,
         lambda model, x: x * 2 if x.shape[0] // 4 == 0 else x,
         lambda model, x: x * 2 if x.numel() > 12 else x,
+        lambda model, x: x * 2 if x.shape == (3, 6) else x,
     ],
     "Linear that is not one of its modules": [lambda model, x: layers[0](x)],
 }

@@ -73,6 +73,29 @@ for _function in OPERATORS:
     setattr(StandIn, f"__{_function.__name__.rstrip('_')}__", _in_place(_function))
 
 
+class Sizes(tuple):
+    """A shape whose batch sizes are proxies. It knows whether it equals another where that depends on no batch size."""
+
+    ends: tuple[tuple[int, ...], tuple[int, ...]]
+    """The shape at two batch sizes; a size is a line through both."""
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, tuple):
+            return False
+        ends = other.ends if isinstance(other, Sizes) else (other, other)
+        if self.ends == ends:
+            return True
+        fixed = [(a, c) for a, b, c, d in zip(*self.ends, *ends, strict=False) if type(c) is int and (a, c) == (b, d)]
+        if len(self) != len(other) or any(a != c for a, c in fixed):
+            return False
+        return super().__eq__(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = tuple.__hash__
+
+
 class Shaped(StandIn):
     """A proxy of a tensor whose shape is known. Sizes are ints, but for batch dimensions, which are proxies.
 
@@ -120,8 +143,11 @@ class Shaped(StandIn):
 
     @property
     def shape(self) -> tuple[Any, ...]:
-        pairs = enumerate(zip(self.small.shape, self.large.shape, strict=True))
-        return tuple(a if a == b else self.tracer.size_node(self, dim) for dim, (a, b) in pairs)
+        ends = tuple(self.small.shape), tuple(self.large.shape)
+        pairs = enumerate(zip(*ends, strict=True))
+        sizes = Sizes(a if a == b else self.tracer.size_node(self, dim) for dim, (a, b) in pairs)
+        sizes.ends = ends
+        return sizes
 
     @property
     def ndim(self) -> int:

@@ -16,7 +16,7 @@ from fxfeedback.errors import TraceError
 from fxfeedback.graph.specs import EXAMPLE_BATCH
 from fxfeedback.tracing.arguments import Form, form_of
 from fxfeedback.tracing.known_shapes import Either, Shapes
-from fxfeedback.tracing.stand_ins import Shaped, StandIn, device_of_inputs, elements
+from fxfeedback.tracing.stand_ins import Shaped, Sizes, StandIn, device_of_inputs, elements
 from fxfeedback.tracing.trace import PathTracer, trace_with
 
 
@@ -67,6 +67,7 @@ class _TracerAtSize(_Tracer):
         return proxy if fact is NotImplemented else fact
 
     def create_arg(self, a: Any) -> Any:
+        a = tuple(a) if isinstance(a, Sizes) else a
         return super().create_arg(device_of_inputs(self) if a is self.shapes.device else a)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
