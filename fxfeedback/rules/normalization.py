@@ -9,7 +9,19 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from fxfeedback.rules.core import along, as_is, channelwise, dtype_of, eye_like, fused, roles, rule, spatial, update
+from fxfeedback.rules.core import (
+    along,
+    as_is,
+    channelwise,
+    dtype_of,
+    eye_like,
+    fused,
+    roles,
+    rule,
+    spatial,
+    transpose,
+    update,
+)
 from fxfeedback.rules.examples import C, T, call
 from fxfeedback.rules.ops import BOUNDS_PASS, laid_out_as, mean_over_processes, synced_batch_norm
 from fxfeedback.rules.reduction import slope_of_norm
@@ -54,7 +66,18 @@ def through_statistics(e, statistics, dims, mean=mean_over):
 )
 def batch_norm(y, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
     """Statistics over the batch and positions in training, the running ones otherwise"""
+    if has_none(input):
+        return {
+            "input": transpose(as_is),
+            "weight": update(lambda e: torch.zeros_like(weight)),
+            "bias": update(lambda e: torch.zeros_like(bias)),
+        }
     return batch_norm_over(mean_over, input, running_mean, running_var, weight, training, eps)
+
+
+def has_none(x):
+    """Whether a tensor has no values: the fused kernel would divide by their number."""
+    return any(isinstance(size, int) and size == 0 for size in x.shape)
 
 
 @rule(
@@ -107,7 +130,7 @@ def _native_batch_norm(
     return y[0], (y[1], y[2]) if training else (None, None)
 
 
-@fused(batch_norm, forward=_native_batch_norm)
+@fused(batch_norm, forward=_native_batch_norm, applies=lambda y, *call, **options: not has_none(y))
 def batch_norm_backward(
     e,
     y,

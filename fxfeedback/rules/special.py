@@ -115,9 +115,9 @@ def multivariate_lgamma(y, input, p):
     ],
 )
 def logit(y, input, eps=None):
-    """log(x / (1 - x)); with eps, of x between eps and 1 - eps, beyond which nothing passes"""
+    """log(x / (1 - x)), NaN where x is not between 0 and 1; with eps, of x kept eps away from both: no error beyond"""
     if eps is None:
-        return pointwise(lambda e: e / (input * (1 - input)))
+        return pointwise(lambda e: torch.where((input < 0) | (input > 1), math.nan, e / (input * (1 - input))))
 
     def error(e):
         within = (input >= eps) & (input <= 1 - eps)
