@@ -246,8 +246,17 @@ def glu(y, input, dim=-1):
     return {"input": roles(instruct=lambda t: torch.cat([t, t], dim), error=error)}
 
 
-@rule(F.softmax, torch.softmax, examples=[call(F.softmax, T(4, 5), 1), call(lambda x: x.softmax(-1), T(4, 5, 3))])
-def softmax(y, input, dim, **options):
+@rule(
+    F.softmax,
+    torch.softmax,
+    torch.ops.aten._safe_softmax.default,
+    examples=[
+        call(F.softmax, T(4, 5), 1),
+        call(lambda x: x.softmax(-1), T(4, 5, 3)),
+        call(lambda x: torch.ops.aten._safe_softmax.default(x.masked_fill(x > 0, -math.inf), 1), T(9, 2)),
+    ],
+)
+def softmax(y, input, dim, dtype=None, **options):
     """exp x / Σ exp x over dim"""
     return pointwise(lambda e: y * (e - (e * y).sum(dim, keepdim=True)))
 

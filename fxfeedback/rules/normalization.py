@@ -16,6 +16,7 @@ from fxfeedback.rules.core import (
     dtype_of,
     eye_like,
     fused,
+    nothing,
     roles,
     rule,
     spatial,
@@ -71,6 +72,8 @@ def batch_norm(y, input, running_mean, running_var, weight=None, bias=None, trai
             "input": transpose(as_is),
             "weight": update(lambda e: torch.zeros_like(weight)),
             "bias": update(lambda e: torch.zeros_like(bias)),
+            "running_mean": update(nothing),
+            "running_var": update(nothing),
         }
     return batch_norm_over(mean_over, input, running_mean, running_var, weight, training, eps)
 

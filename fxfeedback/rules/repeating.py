@@ -53,7 +53,8 @@ def repeat(y, input, *times, repeats=None, dims=None):
             if is_one(size):
                 t = t.sum(d, keepdim=True)
             elif not is_one(n):
-                t = t.unflatten(d, (-1, size) if isinstance(size, int) else (n, -1)).sum(d)
+                known_n = isinstance(n, int) or not isinstance(size, int)  # -1 for both says nothing, nor for one of 0
+                t = t.unflatten(d, (n if known_n else -1, size if isinstance(size, int) else -1)).sum(d)
         return t
 
     return {"input": transpose(copies_summed)}
