@@ -34,7 +34,7 @@ from fxfeedback.drawing.picture import picture
 from fxfeedback.drawing.places import Rect, Way, place
 from fxfeedback.drawing.read import read_drawing
 from fxfeedback.errors import InputError, NodeNameError, OptionError, TraceError
-from marks import long_but
+from marks import long_but, one_in
 from networks import convnet, residual
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -286,6 +286,7 @@ DRAWN = {
 }
 
 
+@one_in(2)
 @pytest.mark.parametrize("case", DRAWN)
 def test_svg_and_png_are_whole(case: str, tmp_path: Path) -> None:
     for suffix in ("svg", "png"):

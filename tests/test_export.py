@@ -593,7 +593,7 @@ def test_large_weights_lie_beside_the_file(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
 
 
-@pytest.mark.parametrize("largest", [1000, 2**30])
+@pytest.mark.parametrize("largest", [long(1000), 2**30])
 def test_a_failed_export_leaves_the_old_file(tmp_path, monkeypatch, largest):
     path = tmp_path / "model.onnx"
     path.write_bytes(b"old")

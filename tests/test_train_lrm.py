@@ -79,6 +79,7 @@ def test_the_job_writes_its_results(data: Path, tmp_path: Path, capsys: pytest.C
     assert not model.training and [y.shape for y in model(torch.zeros(5, 3, 32, 32))] == [(5, 3)] * 2
 
 
+@pytest.mark.long  # steps with connections: test_feedback_networks_learn_alike in tests/test_users_expect.py
 def test_it_learns(data: Path, tmp_path: Path) -> None:
     model = ["--model", "resnet18", "--connect", "layer4:layer1.0.conv1"]
     rate = ["--optimizer", "adamw", "--learning-rate", "0.001"]

@@ -53,7 +53,7 @@ def test_a_model_of_torchvision(name):
 @pytest.mark.parametrize(
     "name",
     [
-        "timm/resnet10t",
+        long("timm/resnet10t"),
         long("timm/convnext_atto"),
         long("timm/mobilevit_xxs"),
         long("timm/xcit_nano_12_p16_224"),
@@ -177,7 +177,7 @@ def test_statistics_that_advance_otherwise_are_seen(net, x, monkeypatch):
         compare(net, x, plain=copy.deepcopy(net))
 
 
-@pytest.mark.parametrize("sign, share", [(-1, "0 % 2, "), (1, ", 99 % 2 for tasks")])
+@pytest.mark.parametrize("sign, share", [(-1, "0 % 2, "), long(1, ", 99 % 2 for tasks")])
 def test_closed_and_open_gates_are_seen(net, monkeypatch, sign, share):
     monkeypatch.setitem(zoo.zoo.ODD, "odd/net", lambda: net)
     monkeypatch.setitem(zoo.zoo.SIZES, "odd/net", (2, 8, 8))
