@@ -1061,6 +1061,67 @@ def moments(g, x):
     return g.fill(x, templates, k=k, d=g.dim(x, [d for d in x.free if x.shape[d] > 1]))
 
 
+def squares(x: Value) -> bool:
+    """Small square matrices whose sizes do not depend on the batch."""
+    return x.ndim >= 2 and x.slopes[-2:] == (0, 0) and 1 < x.shape[-1] == x.shape[-2] < 5 and x.small
+
+
+@grows(
+    *("inv", "inv_ex", "pinv", "det", "det_with_factors", "logdet", "slogdet", "matrix_exp", "cholesky_inverse"),
+    *("solve", "solve_ex", "solve_triangular", "triangular_solve", "cholesky_solve", "cholesky", "cholesky_ex"),
+    *("lu", "lu_factor", "lu_factor_ex", "lu_unpack", "lu_solve", "lu_solve_of", "polar", "matrix_sqrth"),
+    when=squares,
+)
+def of_squares(g, x):
+    n = x.shape[-1]
+    regular, definite = (
+        f"({x.name}.tanh() + {n} * torch.eye({n}))",
+        f"({x.name}.tanh() @ {x.name}.tanh().mT + torch.eye({n}))",
+    )
+    templates = [
+        "torch.linalg.inv({r})",
+        "torch.linalg.inv_ex({r})[0]",
+        "torch.linalg.pinv({r})",
+        "torch.linalg.det({r})",
+    ]
+    templates += ["torch.ops.aten._linalg_det({r})[0]", "torch.logdet({d})", "torch.linalg.slogdet({r}).logabsdet"]
+    templates += ["torch.linalg.matrix_exp({x}.tanh())", "torch.cholesky_inverse({r})", "torch.linalg.solve({r}, {w})"]
+    templates += ["torch.linalg.solve_ex({r}, {w}, left=False)[0]", "torch.cholesky_solve({x}, {r})"]
+    templates += ["torch.linalg.solve_triangular({r}, {w}, upper=True)", "torch.triangular_solve({x}, {r}, False)[0]"]
+    templates += ["torch.linalg.cholesky({d})", "torch.linalg.cholesky_ex({d}).L", "torch.linalg.lu({r})[2]"]
+    templates += ["torch.linalg.lu_factor({r})[0]", "torch.linalg.lu_factor_ex({r}).LU"]
+    templates += ["torch.lu_unpack({x}, torch.linalg.lu_factor({r})[1]).U"]
+    templates += ["torch.linalg.lu_solve({r}, torch.linalg.lu_factor({r})[1], {x})"]
+    templates += ["torch.lu_solve({x}, {r}, torch.linalg.lu_factor({r})[1])"]
+    templates += ["torch.linalg.polar({r}).H"] if hasattr(torch.linalg, "polar") else []
+    templates += ["torch.linalg.matrix_sqrth({d})"] if hasattr(torch.linalg, "matrix_sqrth") else []
+    return g.fill(x, templates, r=regular, d=definite, w=lambda: g.parameter(n, n))
+
+
+@grows(
+    *("qr", "svd", "svd_of", "svdvals", "svd_with_options", "eigh", "eigvalsh", "householder_product", "ormqr"),
+    *("addbmm", "cross", "cross_of"),
+    when=lambda x: x.ndim >= 2 and x.slopes[-2:] == (0, 0) and x.small,
+)
+def factors(g, x):
+    n = min(x.shape[-2:])
+    v = f"({x.name} + {g.constant(*x.shape[-2:])} + 2 * torch.eye({x.shape[-2]}, {x.shape[-1]}))"
+    spread = f"({x.name}[..., :{n}, :{n}].tanh() * 0.3 + torch.arange({n}).diag())"
+    templates = [
+        "torch.linalg.qr({v})[1].abs()",
+        "torch.linalg.svdvals({v})",
+        "torch.linalg.svd({v}, full_matrices=False)[1]",
+    ]
+    templates += ["{v}.svd()[1]", "torch.ops.aten._linalg_svd({v})[1]", "torch.linalg.eigvalsh({s})"]
+    templates += ["torch.linalg.eigh({s}).eigenvalues", "torch.ormqr({x}, {x}[..., 0, :{n}] * 0.3, {x})"]
+    templates += ["torch.linalg.householder_product({x}[..., :{n}], {x}[..., 0, :{n}] * 0.3)"]
+    if x.shape[-1] == 3:
+        templates += ["torch.linalg.cross({x}, {x}.sin())", "torch.cross({x}, {x}.cos(), -1)"]
+    if x.ndim == 3 and x.slopes[0] == 0:
+        templates += ["torch.addbmm({x}[0] @ {x}[0].mT, {x}, {x}.mT, beta=0.5)"]
+    return g.fill(x, templates, v=v, s=spread, n=n)
+
+
 @grows("cdist", when=lambda x: x.ndim > 1 and x.slopes[-1] == 0 and x.small)
 def cdist(g, x):
     p = g.pick([2.0, 1.0, 3.0])

@@ -90,14 +90,26 @@ class Value(fx.Proxy):
     def ndim(self) -> int:
         return len(self.spec.shape)
 
+    def __getitem__(self, index: Any) -> Any:
+        part = super().__getitem__(index)
+        if isinstance(self.spec, tuple) and isinstance(index, int):
+            part.spec = self.spec[index]
+        return part
+
 
 class Unknown:
     """A BU value in the instruction pass: it has a shape, but does not exist yet."""
 
     has_value = False
 
-    def __init__(self, emitter: Emitter, node: fx.Node) -> None:
-        self.emitter, self.node, self.spec = emitter, node, specs_of(node)
+    def __init__(self, emitter: Emitter, node: fx.Node, spec: Any = None) -> None:
+        self.emitter, self.node, self.spec = emitter, node, spec or specs_of(node)
+
+    def __getitem__(self, index: Any) -> "Unknown":
+        """One of several outputs."""
+        if not isinstance(self.spec, tuple):
+            return self.__getattr__("__getitem__")
+        return Unknown(self.emitter, self.node, self.spec[index])
 
     @property
     def shape(self) -> tuple[Any, ...]:

@@ -17,14 +17,19 @@ from fxfeedback.one_task.steps import Mixing, PerChannel, Whole
 from fxfeedback.rules import (
     RULES,
     Rule,
+    factorizations,
     indexing,
+    linear_algebra,
+    linear_systems,
     matmul,
     pooling,
     reduction,
+    reflections,
     repeating,
     resizing,
     sampling,
     special,
+    spectra,
     writing,
 )
 from fxfeedback.rules import activation as act
@@ -170,6 +175,9 @@ def _table(*rows: tuple[Choice, Iterable[Rule]]) -> dict[Rule, Choice]:
     return {rule: choice for choice, rules in rows for rule in rules}
 
 
+OF_MATRICES = {part.__name__ for part in (linear_algebra, linear_systems, factorizations, spectra, reflections)}
+"""The files whose rules all mix channels."""
+
 STEPS: dict[Rule, Choice] = _table(
     (
         elementwise,
@@ -227,6 +235,7 @@ MIXES: list[Rule] = [
     *(reduction.vector_norm, reduction.linalg_norm, reduction.norm, reduction.cdist, reduction.logsumexp),
     *(reduction.cumsum, reduction.cumprod, reduction.prod, reduction.logcumsumexp, reduction.cummax),
     *(reduction.kthvalue, reduction.mode, special.frexp),
+    *(rule for rule in dict.fromkeys(RULES.values()) if rule.table.__module__ in OF_MATRICES),
     *(norms.synced, norms.layer_norm, norms.group_norm, norms.rms_norm, norms.normalize, norms.local_response_norm),
     *(repeating.expand, repeating.expand_as, repeating.repeat, repeating.repeat_interleave),
     *(moves.pixel_shuffle, moves.pixel_unshuffle, moves.unfold, moves.fold, moves.stack),
