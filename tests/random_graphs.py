@@ -568,6 +568,12 @@ def opened(g, x):
     return g.fill(x, templates, dim=dim, **parts)
 
 
+@grows("rrelu", weight=1)
+def rrelu(g, x):
+    g.random = True
+    return g.fill(x, ["F.rrelu({x}, 0.1, 0.4, True)", "{m}({x})"], m=lambda: g.module("nn.RReLU()"))
+
+
 @grows("softmax", "softmin", "log_softmax", when=lambda x: x.ndim > 0)
 def softmax(g, x):
     names = ["softmax", "softmin", "log_softmax"]
@@ -954,6 +960,24 @@ def pool(g, x):
     return g.fill(x, templates, n=n, d=g.distinct(x), o=options, c=ceil, m=lambda: g.module(made))
 
 
+@grows("max_pool_with_positions", "max_unpool1d", "max_unpool2d", "max_unpool3d", when=proper(3, 4, 5))
+def pool_and_back(g, x):
+    n, options = x.ndim - 2, f"{g.number(1, 2)}, {g.number(1, 2)}"
+    templates = ["F.max_pool{n}d({v}, {o}, return_indices=True)[0]"]
+    templates += ["F.max_unpool{n}d(*F.max_pool{n}d({v}, {o}, return_indices=True), {o}, output_size={v}.shape[2:])"]
+    return g.fill(x, templates, n=n, v=g.distinct(x), o=options)
+
+
+@grows("adaptive_max_pool_with_positions", "fractional_max_pool", when=proper(4, 5))
+def pool_to_size(g, x):
+    n, size = x.ndim - 2, tuple(g.number(1, max(m - 1, 1)) for m in x.shape[2:])
+    pool = g.pick(["adaptive", "fractional"])
+    if pool == "fractional":
+        g.random = True
+        return f"F.fractional_max_pool{n}d({g.distinct(x)}, {g.pick([1, 2])}, {size})"
+    return f"F.adaptive_max_pool{n}d({g.distinct(x)}, {size}, return_indices=True)[0]"
+
+
 @grows("adaptive_avg_pool", "adaptive_max_pool", when=proper(3, 4, 5))
 def adaptive_pool(g, x):
     n = x.ndim - 2
@@ -1265,6 +1289,54 @@ def scatter(g, x):
     parts = {"i": f"torch.tensor({index})", "o": lambda: g.like(x), "v": lambda: g.distinct(x)}
     part = lambda: f"{g.like(x)}.narrow({dim}, 0, {len(index)})"  # noqa: E731
     return g.fill(x, templates, d=dim, part=part, p=lambda: g.parameter(), **parts)
+
+
+@grows(
+    "scatter_reduce",
+    "index_reduce",
+    "segment_reduce",
+    "index",
+    "index_put",
+    when=lambda x: any(x.shape[d] > 1 for d in x.free),
+)
+def combined(g, x):
+    dim = g.pick([d for d in x.free if x.shape[d] > 1])
+    n = x.shape[dim]
+    index = [g.number(0, n - 1) for _ in range(g.number(1, n))]
+    how, tail, every = g.pick(["mean", "prod", "amax", "amin"]), ", include_self=False", "None, " * dim
+    templates = ["torch.scatter_reduce({v}, {d}, ({o} > 0).long(), {v} * 0.7, '{how}'{t})"]
+    templates += ["{x}.scatter_reduce({d}, ({x} > 0).long(), {o}, 'sum')"]
+    templates += ["{v}.index_reduce({d}, torch.tensor({i}), {v}.narrow({d}, 0, {k}) * 0.7, '{how}'{t})"]
+    templates += ["torch.ops.aten.index.Tensor({x}, [{every}torch.tensor({i})])"]
+    templates += ["torch.ops.aten.index_put.default({x}, [{every}torch.tensor({i})], {p}, {accumulate})"]
+    if dim == 1:
+        lengths = f"torch.tensor([{n - 1}, 0, 1])"
+        templates += [f"torch.segment_reduce({{v}}.transpose(0, 1), '{{run}}', lengths={lengths}, axis=0, initial=0.5)"]
+    parts = {"i": index, "k": len(index), "o": lambda: g.like(x), "every": every, "p": lambda: g.parameter()}
+    parts |= {"how": how, "t": g.pick(["", tail]), "v": lambda: g.distinct(x), "accumulate": g.pick([True, False])}
+    return g.fill(x, templates, d=dim, run=g.pick(["sum", "mean", "max", "prod"]), **parts)
+
+
+@grows("take", "put_flat", "masked_scatter", "as_strided", "as_strided_scatter", when=lambda x: x.shape.numel() > 3)
+def in_the_flat_tensor(g, x):
+    count = g.number(1, 3)
+    index = g.draw(st.permutations(range(-2, 2)))[:count]
+    templates = ["torch.take({x}, torch.tensor({i}))", "torch.put({x}, torch.tensor({i}), {p})"]
+    templates += ["{x}.put(torch.tensor({i}), {p}, accumulate=True)", "{x}.masked_scatter({x} > 0, {o})"]
+    templates += ["{x}.contiguous().as_strided((2, 2), (1, {step}), 1 - {step} % 2)"]
+    templates += ["{x}.detach().as_strided_scatter({p}, ({k},), (1,), 1)"]
+    return g.fill(
+        x, templates, i=index, k=count, step=g.number(1, 2), p=lambda: g.parameter(count), o=lambda: g.like(x)
+    )
+
+
+@grows("diagonal_scatter", "diag_embed", "diag", "diagflat", "trace", when=wide)
+def diagonals(g, x):
+    n, k = x.shape[-1], g.number(-1, 1)
+    templates = ["{x}.diag_embed({k})", "{x} * torch.trace({q})", "{x} * torch.diag({q})", "{x} @ torch.diag({p})"]
+    templates += ["{x} * torch.diagflat({p}, {k}).sum(0)[:{n}]"]
+    templates += ["{x}.diag_embed().diagonal_scatter({x}.sin(), dim1=-2, dim2=-1)"]
+    return g.fill(x, templates, n=n, k=k, p=lambda: g.parameter(n), q=lambda: g.parameter(n, n))
 
 
 @grows("put", when=lambda x: x.proper and x.ndim > 1)

@@ -28,8 +28,10 @@ from fxfeedback.rules import (
     repeating,
     resizing,
     sampling,
+    scattering,
     special,
     spectra,
+    unpooling,
     writing,
 )
 from fxfeedback.rules import activation as act
@@ -184,7 +186,7 @@ STEPS: dict[Rule, Choice] = _table(
         [
             *(act.relu, act.leaky_relu, act.relu6, act.hardtanh, act.sigmoid, act.tanh, act.gelu, act.silu, act.mish),
             *(act.elu, act.hardswish, act.hardsigmoid, act.softplus, act.celu, act.selu, act.logsigmoid, act.softsign),
-            *(act.tanhshrink, act.hardshrink, act.softshrink, act.threshold),
+            *(act.tanhshrink, act.rrelu, act.hardshrink, act.softshrink, act.threshold),
             *each.FUNCTIONS,
             *special.FUNCTIONS,
             *(special.polygamma, special.tensor_polygamma, special.multivariate_lgamma, special.logit, special.angle),
@@ -241,6 +243,11 @@ MIXES: list[Rule] = [
     *(moves.pixel_shuffle, moves.pixel_unshuffle, moves.unfold, moves.fold, moves.stack),
     *(sampling.grid_sample, sampling.affine_grid),
     *(writing.put, writing.scatter, writing.scatter_add, writing.index_copy, writing.index_add, writing.index_fill),
+    *(scattering.index, scattering.index_put, scattering.take, scattering.put_flat, scattering.masked_scatter),
+    *(scattering.scatter_reduce, scattering.index_reduce, scattering.segment_reduce, scattering.diagonal_scatter),
+    *(scattering.diag_embed, scattering.diag, scattering.diagflat, scattering.trace, scattering.as_strided),
+    *(scattering.as_strided_scatter, unpooling.max_pool_with_positions, unpooling.adaptive_max_pool_with_positions),
+    *(unpooling.fractional_max_pool, *unpooling.PUT_BACK),
 ]
 """The other rules: their ops mix channels, or are too rare to have a step. Nothing is removed."""
 

@@ -25,9 +25,11 @@ from fxfeedback.rules import (  # noqa: F401  (importing a file registers its ru
     reshaping,
     resizing,
     sampling,
+    scattering,
     special,
     spectra,
     two_values,
+    unpooling,
     writing,
 )
 from fxfeedback.rules.core import RULES, Roles, Rule, constant, fused, known, roles, rule, sum_to, transpose, update

@@ -5,8 +5,9 @@ import math
 import torch
 import torch.nn.functional as F
 
-from fxfeedback.rules.core import as_is, channelwise, fused, roles, rule, spatial, update, without_derivative
+from fxfeedback.rules.core import as_is, channelwise, constant, fused, roles, rule, spatial, update, without_derivative
 from fxfeedback.rules.examples import Example, T, call
+from fxfeedback.rules.ops import drawn_slopes, leaky_by
 
 aten = torch.ops.aten
 
@@ -36,6 +37,15 @@ def leaky_relu(y, input, negative_slope=0.01, inplace=False):
 @fused(leaky_relu)
 def leaky_relu_backward(e, y, saved, wanted, input, negative_slope=0.01, inplace=False):
     return {"input": aten.leaky_relu_backward(e, input, negative_slope, False)}
+
+
+@rule(leaky_by, rectifies=True, examples=[call(F.rrelu, T(4, 5), training=True), call(F.rrelu, T(4, 5), 0.2, 0.4)])
+def rrelu(y, input, slopes):
+    """x where x > 0, x times the slope that was drawn elsewhere"""
+    return pointwise(lambda e: e * slopes)
+
+
+constant(drawn_slopes)
 
 
 @rule(F.relu6, rectifies=True, step=True, examples=[call(F.relu6, T(200, 5))])

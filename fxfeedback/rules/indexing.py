@@ -144,7 +144,9 @@ def put_back(way, positions, input, dim):
 
 @rule(
     torch.select,
+    torch.select_copy,
     torch.narrow,
+    torch.narrow_copy,
     examples=[
         call(torch.select, T(4, 5, 3), -2, -1),
         call(torch.narrow, T(4, 5, 3), 1, 2, 3),
@@ -173,7 +175,9 @@ def narrow(y, input, dim, start, length=None):
 )
 def index_select(y, input, dim, index):
     """x at the positions `index` along dim"""
-    dim = dim % (input.ndim or 1)
+    if input.ndim == 0:
+        return {"input": transpose(lambda t: t.reshape(()))}
+    dim = dim % input.ndim
     return put_back(lambda t: from_rows(t, input, dim, index), index, input, dim)
 
 
@@ -293,6 +297,7 @@ def triu(y, input, diagonal=0):
 
 @rule(
     torch.diagonal,
+    torch.diagonal_copy,
     examples=[call(torch.diagonal, T(4, 3, 5), 1, -1, 1), call(lambda x: (x @ x.t()).diagonal(), T(4, 3))],
 )
 def diagonal(y, input, offset=0, dim1=0, dim2=1):
@@ -300,7 +305,7 @@ def diagonal(y, input, offset=0, dim1=0, dim2=1):
     return {"input": transpose(lambda t: from_places(t, input, lambda p: p.diagonal(offset, dim1, dim2)))}
 
 
-@rule(Tensor.unfold, examples=[call(lambda x: x.unfold(1, 3, 2), T(4, 8, 2))])
+@rule(Tensor.unfold, torch.unfold_copy, examples=[call(lambda x: x.unfold(1, 3, 2), T(4, 8, 2))])
 def windows(y, input, dimension, size, step):
     """Sliding windows along a dimension, each a new last dimension"""
     return {"input": transpose(lambda t: from_places(t, input, lambda p: p.unfold(dimension, size, step)))}

@@ -92,6 +92,19 @@ def surviving_channels(input: torch.Tensor, p: float) -> torch.Tensor:
     return torch.feature_dropout(input.new_ones(input.shape[:2] + (1,) * (input.ndim - 2)), p, True)
 
 
+def drawn_slopes(input: torch.Tensor, lower: float, upper: float) -> torch.Tensor:
+    """RReLU's factors: 1 where x > 0, elsewhere drawn between the bounds, as F.rrelu draws them."""
+    slopes = torch.zeros_like(input)
+    torch._C._nn.rrelu_with_noise(input.detach(), slopes, lower, upper, True)
+    return slopes
+
+
+@one_node
+def leaky_by(input: Any, slopes: Any) -> Any:
+    """x where x > 0, x times its slope elsewhere."""
+    return input * slopes
+
+
 def cumulative_momentum(num_batches_tracked: torch.Tensor) -> float:
     """The momentum that makes running statistics a plain average: 1 / number of batches."""
     return 1.0 if num_batches_tracked.is_meta else 1.0 / num_batches_tracked.item()

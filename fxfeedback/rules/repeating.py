@@ -12,6 +12,7 @@ Tensor = torch.Tensor
 
 @rule(
     Tensor.expand,
+    torch.expand_copy,
     torch.broadcast_to,
     examples=[
         call(lambda x: x.unsqueeze(1).expand(-1, 5, -1), T(4, 3)),

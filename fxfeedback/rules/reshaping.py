@@ -17,6 +17,9 @@ Tensor = torch.Tensor
     torch.unflatten,
     torch.squeeze,
     torch.unsqueeze,
+    torch.squeeze_copy,
+    torch.unsqueeze_copy,
+    torch.view_copy,
     torch.ravel,
     Tensor.view,
     Tensor.view_as,
@@ -59,6 +62,8 @@ def cast(y, input, *dtype, **options):
 
 @rule(
     torch.clone,
+    torch.alias_copy,
+    torch.detach_copy,
     Tensor.contiguous,
     torch.positive,
     operator.pos,
@@ -71,6 +76,7 @@ def copy(y, input, **options):
 
 @rule(
     torch.permute,
+    torch.permute_copy,
     examples=[
         call(torch.permute, T(4, 5, 3), (2, 0, -2)),
         call(lambda x: x.permute(0, 2, 1).permute(dims=(0, 2, 1)), T(4, 5, 3)),
@@ -82,13 +88,19 @@ def permute(y, input, *order, dims=None):
     return {"input": transpose(lambda t: t.permute([before.index(d) for d in range(input.ndim)]))}
 
 
-@rule(torch.transpose, torch.swapaxes, torch.swapdims, examples=[call(torch.transpose, T(4, 5, 3), 1, -1)])
+@rule(
+    torch.transpose,
+    torch.transpose_copy,
+    torch.swapaxes,
+    torch.swapdims,
+    examples=[call(torch.transpose, T(4, 5, 3), 1, -1)],
+)
 def swap(y, input, dim0, dim1):
     """Two dimensions exchanged"""
     return {"input": transpose(lambda t: t.transpose(dim0, dim1))}
 
 
-@rule(torch.t, examples=[call(torch.t, T(4, 5))])
+@rule(torch.t, torch.t_copy, examples=[call(torch.t, T(4, 5))])
 def t(y, input):
     """xᵀ"""
     return {"input": transpose(lambda t: t.t())}
@@ -241,6 +253,8 @@ def tensor_split(y, input, indices_or_sections=None, dim=0, indices=None, sectio
     torch.chunk,
     torch.split,
     torch.split_with_sizes,
+    torch.split_copy,
+    torch.split_with_sizes_copy,
     examples=[
         call(torch.chunk, T(4, 5), 2, 1),
         call(lambda x: torch.chunk(x, 2, 1)[1], T(4, 5)),
@@ -253,7 +267,7 @@ def split(y, input, sections, dim=0):
     return {"input": transpose(lambda ts: torch.cat(ts, dim))}
 
 
-@rule(torch.unbind, examples=[call(torch.unbind, T(4, 3), 1)])
+@rule(torch.unbind, torch.unbind_copy, examples=[call(torch.unbind, T(4, 3), 1)])
 def unbind(y, input, dim=0):
     """A tensor's slices along one dimension"""
     return {"input": transpose(lambda ts: torch.stack(ts, dim))}

@@ -18,7 +18,9 @@ from fxfeedback.rules.core import as_tuple
 from fxfeedback.rules.ops import (
     ADVANCES,
     cumulative_momentum,
+    drawn_slopes,
     filled_from,
+    leaky_by,
     survival,
     surviving_channels,
     synced_batch_norm,
@@ -135,6 +137,54 @@ def _batched(function: Callable[..., Any], ndim: int) -> Callable[..., Any]:
     return opening
 
 
+def _with_positions(function: Callable[..., Any], ndim: int) -> Callable[..., Any]:
+    """The same of an op that returns maps and the positions of their values."""
+
+    def opening(input: Any, *args: Any, **kwargs: Any) -> Any:
+        if not lacks_batch(input, ndim):
+            return NotImplemented
+        values, positions = function(input.unsqueeze(0), *args, **kwargs)
+        return values.squeeze(0), positions.squeeze(0)
+
+    return opening
+
+
+def _fractional_max_pool(pool: Callable[..., Any], n: int, with_positions: bool) -> Callable[..., Any]:
+    """Pooling over windows of random steps, which a node of its own draws, as torch's function does."""
+
+    def opening(
+        input: Any,
+        kernel_size: Any,
+        output_size: Any = None,
+        output_ratio: Any = None,
+        return_indices: bool = False,
+        _random_samples: Any = None,
+    ) -> Any:
+        if not isinstance(input, Shaped):
+            return NotImplemented
+        alone = lacks_batch(input, n + 2)
+        x = input.unsqueeze(0) if alone else input
+        if output_size is None:
+            factors = as_tuple(output_ratio, n)
+            output_size = [int(size * factor) for size, factor in zip(input.shape[-n:], factors, strict=True)]
+        samples = torch.rand_like(x.flatten(2)[:, :, :n]) if _random_samples is None else _random_samples
+        values, positions = pool(x, kernel_size, list(as_tuple(output_size, n)), samples)
+        if alone:
+            values, positions = values.squeeze(0), positions.squeeze(0)
+        return (values, positions) if with_positions else values
+
+    return opening
+
+
+def _rrelu(
+    input: fx.Proxy, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False
+) -> Any:
+    """A leaky ReLU whose slopes are drawn; in evaluation mode all are their mean."""
+    if not training:
+        return F.leaky_relu(input, (lower + upper) / 2)
+    return leaky_by(input, call(drawn_slopes, input, lower, upper))
+
+
 def _convolution(
     input: fx.Proxy,
     weight: Any,
@@ -176,6 +226,13 @@ OPS_OF_MAPS = {
 }
 """How many dimensions a map has with its batch -> ops that also take it without; their rules do not."""
 
+WITH_POSITIONS = {
+    3: (F.max_pool1d_with_indices, F.adaptive_max_pool1d_with_indices),
+    4: (F.max_pool2d_with_indices, F.adaptive_max_pool2d_with_indices),
+    5: (F.max_pool3d_with_indices, F.adaptive_max_pool3d_with_indices),
+}
+"""The same of ops that also return positions."""
+
 OPENINGS: dict[Any, Callable[..., Any]] = {
     nn.modules.batchnorm._BatchNorm: _batch_norm,
     nn.modules.instancenorm._InstanceNorm: _instance_norm,
@@ -196,11 +253,18 @@ OPENINGS: dict[Any, Callable[..., Any]] = {
     torch.alpha_dropout: _alpha_dropout,
     F.gumbel_softmax: _gumbel_softmax,
     filled_from: filled_from,
+    F.fractional_max_pool2d: _fractional_max_pool(torch._C._nn.fractional_max_pool2d, 2, False),
+    F.fractional_max_pool3d: _fractional_max_pool(torch._C._nn.fractional_max_pool3d, 3, False),
+    F.fractional_max_pool2d_with_indices: _fractional_max_pool(torch._C._nn.fractional_max_pool2d, 2, True),
+    F.fractional_max_pool3d_with_indices: _fractional_max_pool(torch._C._nn.fractional_max_pool3d, 3, True),
+    F.rrelu: _rrelu,
+    torch.rrelu: _rrelu,
     torch.fliplr: lambda input: input.flip(1),
     torch.flipud: lambda input: input.flip(0),
     stochastic_depth: _stochastic_depth,
     **dict.fromkeys(CONV.values(), _convolution),
     **{op: _batched(op, ndim) for ndim, ops in OPS_OF_MAPS.items() for op in ops},
+    **{op: _with_positions(op, ndim) for ndim, ops in WITH_POSITIONS.items() for op in ops},
 }
 """nn.Module class or function -> the same in ops that have rules, or NotImplemented.
 
