@@ -16,9 +16,10 @@ from fxfeedback.errors import Error, RuleError
 from fxfeedback.graph.bottom_up import BottomUp
 from fxfeedback.graph.channels import along_channels, channels_of, switch_off_channels
 from fxfeedback.graph.nodes import name_of, spec_of, specs_of, tell, unopened, user_line
-from fxfeedback.graph.operands import batch_norm_of, is_element, is_floating, operand, weight_of
+from fxfeedback.graph.operands import batch_norm_of, is_complex, is_element, is_floating, operand, weight_of
 from fxfeedback.graph.values import Emitter, Unknown, Value
 from fxfeedback.rules import RULES, Rule
+from fxfeedback.rules.complex_values import on_complex
 
 
 @dataclass
@@ -96,9 +97,11 @@ class Walk:
     def apply(self, rule: Rule, node: fx.Node, t: Any, y: Any, wanted: Sequence[str]) -> dict[str, Any]:
         """Operand name -> counter neuron, by the rule or by its fused kernel, for the op's value `y`."""
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._see(rule, node, t))
-        if self.fused and rule.fused and rule.fused.applies(y, *args, **kwargs):
+        has_complex = any(map(is_complex, [node, *node.all_input_nodes]))
+        if self.fused and rule.fused and not has_complex and rule.fused.applies(y, *args, **kwargs):
             return rule.fused.error(t, y, self.saved.get(node, ()), wanted, *args, **kwargs)
         table = rule.table(y, *args, **kwargs)
+        table = on_complex(rule, table, is_complex(node)) if has_complex else table
         if missing := [name for name in wanted if name not in table]:
             raise RuleError(
                 f"the rule {rule.name!r} brings no counter neuron to {', '.join(missing)} (at node {_where(node)})"
@@ -131,6 +134,7 @@ class Walk:
         dtype = dtype_of(source)
         if isinstance(counter, dict) or (not self.autocast and dtype in (None, dtype_of(node))):
             return counter
+        counter = torch.real(counter) if is_complex(node) and not is_complex(source) else counter
         return counter.to(self.values(source).dtype if self.autocast else dtype)
 
     def _wants(self, operand: Any) -> bool:
@@ -150,7 +154,8 @@ class Walk:
 def dtype_of(node: fx.Node) -> Any:
     """The dtype of a node's value, as far as it is one."""
     spec = specs_of(node)
-    dtypes = {part.dtype for part in (spec if isinstance(spec, tuple) else [spec]) if part.dtype.is_floating_point}
+    parts = spec if isinstance(spec, tuple) else [spec]
+    dtypes = {part.dtype for part in parts if part.dtype.is_floating_point or part.dtype.is_complex}
     return dtypes.pop() if len(dtypes) == 1 else None
 
 

@@ -964,7 +964,8 @@ def pool(g, x):
 def pool_and_back(g, x):
     n, options = x.ndim - 2, f"{g.number(1, 2)}, {g.number(1, 2)}"
     templates = ["F.max_pool{n}d({v}, {o}, return_indices=True)[0]"]
-    templates += ["F.max_unpool{n}d(*F.max_pool{n}d({v}, {o}, return_indices=True), {o}, output_size={v}.shape[2:])"]
+    pooled = "F.max_pool{n}d({v}, {o}, return_indices=True)"
+    templates += [f"F.max_unpool{{n}}d({pooled}[0], {pooled}[1], {{o}}, output_size={{v}}.shape[2:])"]
     return g.fill(x, templates, n=n, v=g.distinct(x), o=options)
 
 
@@ -1233,6 +1234,14 @@ def positions(g, x):
     return g.fill(x, templates, d=dim, s=start, n=n, i=index, **parts)
 
 
+@grows("embedding_bag", when=lambda x: x.proper and x.ndim == 2)
+def embedding_bag(g, x):
+    templates = ["F.embedding_bag(({x} > 0).long(), {p}, mode='{how}')"]
+    templates += ["F.embedding_bag(({x} > 0).long(), {p}, mode='sum', per_sample_weights={o})"]
+    parts = {"how": g.pick(["sum", "mean", "max"]), "o": lambda: g.like(x)}
+    return g.fill(x, templates, p=lambda: g.parameter(2, g.number(1, 3)), **parts)
+
+
 @grows("embedding", when=lambda x: x.proper and x.ndim < 4)
 def embedding(g, x):
     width = g.number(1, 3)
@@ -1294,7 +1303,6 @@ def scatter(g, x):
 @grows(
     "scatter_reduce",
     "index_reduce",
-    "segment_reduce",
     "index",
     "index_put",
     when=lambda x: any(x.shape[d] > 1 for d in x.free),
@@ -1309,15 +1317,12 @@ def combined(g, x):
     templates += ["{v}.index_reduce({d}, torch.tensor({i}), {v}.narrow({d}, 0, {k}) * 0.7, '{how}'{t})"]
     templates += ["torch.ops.aten.index.Tensor({x}, [{every}torch.tensor({i})])"]
     templates += ["torch.ops.aten.index_put.default({x}, [{every}torch.tensor({i})], {p}, {accumulate})"]
-    if dim == 1:
-        lengths = f"torch.tensor([{n - 1}, 0, 1])"
-        templates += [f"torch.segment_reduce({{v}}.transpose(0, 1), '{{run}}', lengths={lengths}, axis=0, initial=0.5)"]
     parts = {"i": index, "k": len(index), "o": lambda: g.like(x), "every": every, "p": lambda: g.parameter()}
     parts |= {"how": how, "t": g.pick(["", tail]), "v": lambda: g.distinct(x), "accumulate": g.pick([True, False])}
-    return g.fill(x, templates, d=dim, run=g.pick(["sum", "mean", "max", "prod"]), **parts)
+    return g.fill(x, templates, d=dim, **parts)
 
 
-@grows("take", "put_flat", "masked_scatter", "as_strided", "as_strided_scatter", when=lambda x: x.shape.numel() > 3)
+@grows("take", "put_flat", "masked_scatter", "as_strided", "as_strided_scatter", when=lambda x: math.prod(x.shape) > 3)
 def in_the_flat_tensor(g, x):
     count = g.number(1, 3)
     index = g.draw(st.permutations(range(-2, 2)))[:count]
@@ -1337,6 +1342,24 @@ def diagonals(g, x):
     templates += ["{x} * torch.diagflat({p}, {k}).sum(0)[:{n}]"]
     templates += ["{x}.diag_embed().diagonal_scatter({x}.sin(), dim1=-2, dim2=-1)"]
     return g.fill(x, templates, n=n, k=k, p=lambda: g.parameter(n), q=lambda: g.parameter(n, n))
+
+
+forms("sgn", "{x} * {x}.sgn()")
+forms("real", "torch.real({x})", "{x}.real")
+forms("resolved", "{x}.resolve_conj()", "torch.resolve_neg({x})")
+
+
+@grows(
+    *("complex", "polar", "conj", "view_as_real", "view_as_complex", "imag", "fft", "fft_of_real", "fft_to_real"),
+    when=lambda x: x.ndim > 1 and x.slopes[-1] == 0,
+)
+def of_complex_numbers(g, x):
+    made = ["torch.complex({x}, {o})", "torch.polar({x}, {o})", "torch.view_as_complex(torch.stack([{x}, {o}], -1))"]
+    made += ["torch.fft.fft({x})", "torch.fft.rfft({x})", "torch.fft.ifft(torch.complex({x}, {o}), dim=-1)"]
+    changed = ["{0}", "{0}.conj()", "{0} * {x}.sum(-1, keepdim=True)", "({0} * 0.3).sin()", "{0} * {0}.conj()"]
+    back = ["torch.view_as_real({0})", "{0}.imag", "torch.imag({0})", "torch.fft.irfft({0}, n=4)", "{0}.real"]
+    z = g.pick(changed).replace("{0}", g.pick(made))
+    return g.fill(x, [each.replace("{0}", f"({z})") for each in back], o=lambda: g.like(x))
 
 
 @grows("put", when=lambda x: x.proper and x.ndim > 1)

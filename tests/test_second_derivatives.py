@@ -43,7 +43,12 @@ def by_segment(data, reduce, *, lengths=None, offsets=None, axis=0, initial=None
     return torch.stack([combined(part, 0) if len(part) else of_none for part in parts]) * (initial or 1)
 
 
-TWINS = {F.hardsigmoid: lambda x: F.relu6(x + 3) / 6, torch.segment_reduce: by_segment}
+def by_pair(x, p=2.0):
+    """F.pdist."""
+    return torch.stack([torch.linalg.vector_norm(a - b, p) for a, b in itertools.combinations(x, 2)])
+
+
+TWINS = {F.hardsigmoid: lambda x: F.relu6(x + 3) / 6, torch.segment_reduce: by_segment, F.pdist: by_pair}
 """What torch differentiates only once, in ops that it differentiates twice."""
 
 

@@ -46,6 +46,13 @@ def is_floating(node: fx.Node) -> bool:
     return any(isinstance(spec, Spec) and (spec.dtype.is_floating_point or spec.dtype.is_complex) for spec in specs)
 
 
+def is_complex(node: fx.Node) -> bool:
+    """Whether the node's value is a tensor of complex numbers, or holds one."""
+    specs = specs_of(node)
+    parts = specs if isinstance(specs, tuple) else [specs]
+    return any(isinstance(spec, Spec) and spec.dtype.is_complex for spec in parts)
+
+
 def batch_norm_of(node: fx.Node) -> str | None:
     """For a batch norm that follows a convolution directly: the name of the convolution's weight."""
     if node.op != "call_function" or getattr(RULES.get(node.target), "name", "") != "batch_norm":

@@ -17,6 +17,7 @@ from fxfeedback.one_task.steps import Mixing, PerChannel, Whole
 from fxfeedback.rules import (
     RULES,
     Rule,
+    embedding_bags,
     factorizations,
     indexing,
     linear_algebra,
@@ -36,6 +37,7 @@ from fxfeedback.rules import (
 )
 from fxfeedback.rules import activation as act
 from fxfeedback.rules import arithmetic as sums
+from fxfeedback.rules import complex_values as parts
 from fxfeedback.rules import elementwise as each
 from fxfeedback.rules import normalization as norms
 from fxfeedback.rules import reshaping as moves
@@ -247,7 +249,10 @@ MIXES: list[Rule] = [
     *(scattering.scatter_reduce, scattering.index_reduce, scattering.segment_reduce, scattering.diagonal_scatter),
     *(scattering.diag_embed, scattering.diag, scattering.diagflat, scattering.trace, scattering.as_strided),
     *(scattering.as_strided_scatter, unpooling.max_pool_with_positions, unpooling.adaptive_max_pool_with_positions),
-    *(unpooling.fractional_max_pool, *unpooling.PUT_BACK),
+    *(unpooling.fractional_max_pool, *unpooling.PUT_BACK, embedding_bags.embedding_bag, reduction.pdist),
+    *(sampling.grid_sampler, resizing.upsample_smoothly, matmul.trilinear, parts.conj, parts.resolved, parts.real),
+    *(parts.imag, parts.view_as_real, parts.view_as_complex, parts.of_parts, parts.polar, parts.sgn, parts.fft),
+    *(parts.fft_of_real, parts.fft_to_real),
 ]
 """The other rules: their ops mix channels, or are too rare to have a step. Nothing is removed."""
 

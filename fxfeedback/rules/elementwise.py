@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fxfeedback.rules.activation import pointwise
-from fxfeedback.rules.core import as_is, constant, nothing, roles, rule, sum_to
+from fxfeedback.rules.core import as_is, constant, dtype_of, nothing, roles, rule, sum_to
 from fxfeedback.rules.examples import C, T, call
 from fxfeedback.rules.ops import BOUNDS_PASS, drawn_like, without_gradient
 
@@ -45,6 +45,11 @@ def over_one(x):
     return 1.1 + x * x
 
 
+def direction(x):
+    """x / |x|"""
+    return torch.sgn(x) if dtype_of(x).is_complex else torch.sign(x)
+
+
 PEAK = 2 / math.sqrt(math.pi)  # the slope of erf at 0
 
 FUNCTIONS = [
@@ -58,7 +63,7 @@ FUNCTIONS = [
     function("1 / √x", lambda e, x, y: -0.5 * e * y * y * y, torch.rsqrt, of=positive),
     function("x²", lambda e, x, y: 2 * e * x, torch.square),
     function("1 / x", lambda e, x, y: -e * y * y, torch.reciprocal),
-    function("|x|", lambda e, x, y: e * torch.sign(x), torch.abs, torch.absolute, operator.abs, kink=True),
+    function("|x|", lambda e, x, y: e * direction(x), torch.abs, torch.absolute, operator.abs, kink=True),
     function("sin x", lambda e, x, y: e * torch.cos(x), torch.sin),
     function("cos x", lambda e, x, y: -e * torch.sin(x), torch.cos),
     function("tan x", lambda e, x, y: e * (1 + y * y), torch.tan),
@@ -256,7 +261,6 @@ constant(
     torch.trunc,
     torch.fix,
     torch.sign,
-    torch.sgn,
     torch.floor_divide,
     operator.floordiv,
     torch.detach,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from fxfeedback.errors import RuleError
-from fxfeedback.rules.core import dtype_of, known, nothing, roles, rule, shape_of, sum_to, transpose, update
+from fxfeedback.rules.core import as_is, dtype_of, known, nothing, roles, rule, shape_of, sum_to, transpose, update
 from fxfeedback.rules.examples import C, T, call
 
 Tensor = torch.Tensor
@@ -380,6 +380,10 @@ def attribute(y, input, name):
     ways = {
         "T": lambda t: t.permute(list(reversed(range(y.ndim)))),
         "mT": lambda t: t.transpose(-2, -1),
+        "H": lambda t: t.mH,
+        "mH": lambda t: t.mH,
+        "real": as_is,
+        "imag": lambda t: t * 1j,
     }
     if dtype_of(input) is not None and not dtype_of(input).is_complex:
         ways |= {"H": ways["T"], "mH": ways["mT"]}

@@ -199,6 +199,21 @@ def bilinear(y, input1, input2, weight, bias=None):
     }
 
 
+@rule(
+    torch._trilinear,
+    examples=[
+        call(lambda x, w: torch._trilinear(x, w, x.sin(), [1, 3], [0], [1, 2], [2, 3]), T(4, 3), T(5, 3, 3)),
+    ],
+)
+def trilinear(y, i1, i2, i3, expand1, expand2, expand3, sumdim, unroll_dim=1):
+    """Σ x[...] z[...] w[...] over sumdim, each with dimensions of size 1 at its `expand`: an Einstein sum"""
+    ndim = i1.ndim + len(expand1)
+    terms = ["".join(string.ascii_letters[d] for d in range(ndim) if d not in e) for e in (expand1, expand2, expand3)]
+    kept = "".join(string.ascii_letters[d] for d in range(ndim) if d not in sumdim)
+    table = einsum.table(y, f"{','.join(terms)}->{kept}", i1, i2, i3)
+    return {name: element(table["operands"], i) for i, name in enumerate(["i1", "i2", "i3"])}
+
+
 def element(way, number):
     """Of a way to several operands, that to one of them."""
     return roles(instruct=lambda t: way.instruct(t)[number], error=lambda e: way.error(e)[number])

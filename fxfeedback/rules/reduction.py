@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 
 from fxfeedback.errors import RuleError
 from fxfeedback.rules.core import as_is, eye_like, nothing, roles, rule, sum_to, transpose
@@ -319,6 +320,31 @@ def cdist(y, x1, x2, p=2.0, compute_mode=None):
         )
 
     return {"x1": to(x1, rows, 1), "x2": to(x2, others, -1)}
+
+
+@rule(
+    torch.pdist,
+    examples=[
+        call(lambda x, w: x * F.pdist(w).sum() + F.pdist(w.relu(), 3.5)[0], T(4, 5), T(4, 3)),
+        call(lambda x, w: x * F.pdist(w, 1.0).sum() + F.pdist(w, math.inf)[0], T(4, 5), T(4, 3)),
+    ],
+)
+def pdist(y, input, p=2.0):
+    """|x[i] - x[j]| by the norm p, for all pairs of rows i < j: they are samples, to which no instruction passes"""
+
+    def to_rows(e, of_pairs):
+        first, second = torch.triu_indices(input.shape[0], input.shape[0], 1, device=e.device).unbind()
+        each = of_pairs(e, first, second)
+        zeros = each.new_zeros(input.shape)
+        return zeros.index_add(0, first, each) - zeros.index_add(0, second, each)
+
+    def error(e, first, second):
+        apart, n = input.index_select(0, first) - input.index_select(0, second), y.unsqueeze(-1)
+        if p == math.inf:  # here PyTorch gives the whole error to each of several greatest
+            return e.unsqueeze(-1) * torch.sign(apart) * (apart.abs() == n)
+        return e.unsqueeze(-1) * slope_of_norm(apart, n, p, [-1])
+
+    return {"input": roles(instruct=nothing, error=lambda e: to_rows(e, error))}
 
 
 @rule(

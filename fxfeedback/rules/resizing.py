@@ -83,3 +83,26 @@ def interpolate_backward(e, y, saved, wanted, *args, **kwargs):
     kernel = KERNELS[mode, given.get("antialias", False)]
     scales = (None, None) if by_size else as_tuple(factors, 2)
     return {"input": kernel(e, y.shape[2:], given["input"].shape, *corners, *scales)}
+
+
+@rule(
+    torch._C._nn._upsample_bilinear2d_aa,
+    aten._upsample_bilinear2d_aa,
+    examples=[
+        call(aten._upsample_bilinear2d_aa, T(2, 3, 9, 8), [4, 3], False),
+        call(torch._C._nn._upsample_bilinear2d_aa, T(2, 3, 5, 8), [4, 9], True, 0.8, 1.2),
+    ],
+)
+def upsample_smoothly(y, input, output_size, align_corners, scales_h=None, scales_w=None):
+    """A map in another size, bilinear, over windows of as many positions as become one"""
+
+    def along_one(i, eye):
+        scale = (scales_h, scales_w)[i]
+        sizes = [eye.shape[0], y.shape[2 + i]]
+        scales = [None, None] if scale is None else [1.0, scale]
+        return aten._upsample_bilinear2d_aa(eye[None, None], sizes, align_corners, *scales)[0, 0]
+
+    def back(t):
+        return along(t, {d: along_one(i, eye_like(t, input.shape[d])) for i, d in enumerate(spatial(input))})
+
+    return {"input": transpose(back)}

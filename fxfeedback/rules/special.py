@@ -7,7 +7,6 @@ import math
 
 import torch
 
-from fxfeedback.errors import RuleError
 from fxfeedback.rules.activation import pointwise
 from fxfeedback.rules.core import dtype_of, roles, rule
 from fxfeedback.rules.elementwise import PEAK, function, positive
@@ -127,12 +126,16 @@ def logit(y, input, eps=None):
     return pointwise(error)
 
 
-@rule(torch.angle, examples=[call(lambda x: x + torch.angle(x), T(4, 5))])
+@rule(
+    torch.angle,
+    examples=[call(lambda x: x + torch.angle(x), T(4, 5)), call(lambda x: torch.fft.fft(x).angle(), T(4, 5))],
+)
 def angle(y, input):
-    """0 where x ≥ 0, π elsewhere: no error passes"""
-    if dtype_of(input).is_complex:
-        raise RuleError("no rule for torch.angle of complex numbers: use torch.atan2 of their parts")
-    return pointwise(torch.zeros_like)
+    """0 where x ≥ 0, π elsewhere: no error passes; of a complex number the φ of r exp(i φ)"""
+    if not dtype_of(input).is_complex:
+        return pointwise(torch.zeros_like)
+    none = input == 0
+    return pointwise(lambda e: torch.where(none, 0.0, e * 1j / torch.where(none, 1.0, input).conj()))
 
 
 @rule(torch.frexp, examples=[call(lambda x: torch.frexp(x)[0], T(4, 5)), call(lambda x: x.frexp().mantissa, T(4, 5))])

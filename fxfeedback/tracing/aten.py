@@ -71,6 +71,10 @@ def _index_by(input: Any, indices: Any) -> Any:
     return input[tuple(slice(None) if index is None else index for index in indices)]
 
 
+def _put(input: Any, indices: Any, values: Any, accumulate: bool = False) -> Any:
+    return torch.ops.aten.index_put.default(input, indices, values, accumulate)  # torch.index_put takes no None
+
+
 def _convolution(
     input: Any,
     weight: Any,
@@ -106,6 +110,8 @@ SPELLINGS: dict[str, Callable[..., Any]] = {
     "_log_softmax": _softmax(torch.log_softmax),
     "_softmax": _softmax(torch.softmax),
     "_to_copy": _to,
+    "_unsafe_index": _index_by,
+    "_unsafe_index_put": _put,
     "_unsafe_view": lambda input, size: input.reshape(size),
     "alias": _as_it_is,
     "bitwise_and": lambda input, other: torch.logical_and(input, other),
@@ -114,6 +120,7 @@ SPELLINGS: dict[str, Callable[..., Any]] = {
     "convolution": _convolution,
     "copy": lambda input, src, non_blocking=False: src.to(input.dtype).expand(input.shape),
     "index": _index_by,
+    "index_put": _put,
     "lift_fresh_copy": _as_it_is,
     "select": _index,
     "slice": _slice,

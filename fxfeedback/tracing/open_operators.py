@@ -117,13 +117,14 @@ def _decomposed(node: fx.Node, batch: int) -> fx.GraphModule:
 
     with FakeTensorMode():
         examples = [_value(source, batch) for source in sources]
-        results = tree_leaves(run(*(x.clone().requires_grad_(x.is_floating_point()) for x in examples)))
+        copies = (x.clone().requires_grad_(x.is_floating_point() or x.is_complex()) for x in examples)
+        results = tree_leaves(run(*copies))
 
     def differentiated(*tensors: Any) -> Any:
         """A result that autograd passes nothing on from, as the mean that a layer norm also returns, is detached."""
         made = tree_leaves(run(*tensors))
         return [
-            y if like.requires_grad or not y.is_floating_point() else y.detach()
+            y if like.requires_grad or not (y.is_floating_point() or y.is_complex()) else y.detach()
             for y, like in zip(made, results, strict=True)
         ]
 

@@ -167,7 +167,9 @@ def _fractional_max_pool(pool: Callable[..., Any], n: int, with_positions: bool)
         if output_size is None:
             factors = as_tuple(output_ratio, n)
             output_size = [int(size * factor) for size, factor in zip(input.shape[-n:], factors, strict=True)]
-        samples = torch.rand_like(x.flatten(2)[:, :, :n]) if _random_samples is None else _random_samples
+        samples = (
+            torch.rand_like(x.flatten(2)[:, :, :1].expand(-1, -1, n)) if _random_samples is None else _random_samples
+        )
         values, positions = pool(x, kernel_size, list(as_tuple(output_size, n)), samples)
         if alone:
             values, positions = values.squeeze(0), positions.squeeze(0)
