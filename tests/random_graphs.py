@@ -1234,14 +1234,6 @@ def positions(g, x):
     return g.fill(x, templates, d=dim, s=start, n=n, i=index, **parts)
 
 
-@grows("embedding_bag", when=lambda x: x.proper and x.ndim == 2)
-def embedding_bag(g, x):
-    templates = ["F.embedding_bag(({x} > 0).long(), {p}, mode='{how}')"]
-    templates += ["F.embedding_bag(({x} > 0).long(), {p}, mode='sum', per_sample_weights={o})"]
-    parts = {"how": g.pick(["sum", "mean", "max"]), "o": lambda: g.like(x)}
-    return g.fill(x, templates, p=lambda: g.parameter(2, g.number(1, 3)), **parts)
-
-
 @grows("embedding", when=lambda x: x.proper and x.ndim < 4)
 def embedding(g, x):
     width = g.number(1, 3)

@@ -41,7 +41,10 @@ EXCEPTIONS = {
     "grid_sampler": "the same as grid_sample, with numbers for its modes",
     "upsample_smoothly": "the same as interpolate with antialias=True",
     "trilinear": "F.bilinear, as the dispatcher calls it",
-    **dict.fromkeys(("segment_reduce", "pdist"), "PyTorch differentiates it only once, and the graphs are tried twice"),
+    **dict.fromkeys(
+        ("segment_reduce", "pdist", "embedding_bag"),
+        "PyTorch differentiates it only once, and the graphs are tried twice",
+    ),
     "cut_off": "tracing puts it behind torch.no_grad(): test_users_expect.py",
     "galu": "fxfeedback itself puts it into the BU graph: every instructed pass has it",
     "synced": "with one process it is batch norm; with two, in test_distributed.py",

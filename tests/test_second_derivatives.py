@@ -43,12 +43,34 @@ def by_segment(data, reduce, *, lengths=None, offsets=None, axis=0, initial=None
     return torch.stack([combined(part, 0) if len(part) else of_none for part in parts]) * (initial or 1)
 
 
+def by_bag(input, weight, offsets, mode, per_sample_weights, padding_idx, include_last_offset, **options):
+    """F.embedding_bag, as it is called with a mode."""
+    weights = torch.ones_like(input, dtype=weight.dtype) if per_sample_weights is None else per_sample_weights
+    if offsets is None:
+        bags = list(zip(input, weights, strict=True))
+    else:
+        starts = offsets.tolist() if include_last_offset else [*offsets.tolist(), len(input)]
+        bags = [(input[a:b], weights[a:b]) for a, b in itertools.pairwise(starts)]
+    combined = {"sum": torch.sum, "mean": torch.mean, "max": torch.amax}[mode]
+    padding = None if padding_idx is None else padding_idx % len(weight)
+    made = []
+    for ids, factors in bags:
+        rows = (weight[ids] * factors.unsqueeze(-1))[torch.ones_like(ids) > 0 if padding is None else ids != padding]
+        made.append(combined(rows, 0) if len(rows) else torch.zeros_like(weight[0]))
+    return torch.stack(made)
+
+
 def by_pair(x, p=2.0):
     """F.pdist."""
     return torch.stack([torch.linalg.vector_norm(a - b, p) for a, b in itertools.combinations(x, 2)])
 
 
-TWINS = {F.hardsigmoid: lambda x: F.relu6(x + 3) / 6, torch.segment_reduce: by_segment, F.pdist: by_pair}
+TWINS = {
+    F.hardsigmoid: lambda x: F.relu6(x + 3) / 6,
+    torch.segment_reduce: by_segment,
+    F.pdist: by_pair,
+    F.embedding_bag: by_bag,
+}
 """What torch differentiates only once, in ops that it differentiates twice."""
 
 

@@ -95,7 +95,7 @@ def surviving_channels(input: torch.Tensor, p: float) -> torch.Tensor:
 def drawn_slopes(input: torch.Tensor, lower: float, upper: float) -> torch.Tensor:
     """RReLU's factors: 1 where x > 0, elsewhere drawn between the bounds, as F.rrelu draws them."""
     slopes = torch.zeros_like(input)
-    torch._C._nn.rrelu_with_noise(input.detach(), slopes, lower, upper, True)
+    torch.ops.aten.rrelu_with_noise(input.detach(), slopes, lower, upper, True)
     return slopes
 
 

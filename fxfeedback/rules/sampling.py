@@ -109,7 +109,7 @@ def into_map(pixel, size, padding_mode, align_corners):
     """Positions along a dimension, moved into the map where the padding says so, and the slope of that."""
     if padding_mode == "zeros":
         return pixel, torch.ones_like(pixel)
-    slope = 1
+    slope: Any = 1
     if padding_mode == "reflection":
         low, span = (0, size - 1) if align_corners else (-0.5, size)
         if span == 0:

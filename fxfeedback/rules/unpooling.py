@@ -3,6 +3,8 @@
 An instruction treats these as the mean of the window, whatever lies in it.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -11,7 +13,7 @@ from fxfeedback.rules.examples import T, call
 from fxfeedback.rules.pooling import adaptive_avg_pool, max_pool, scatter
 
 nn_ops = torch._C._nn
-AVERAGES = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+AVERAGES: dict[int, Any] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
 
 def to_positions(y, input, instruct):
@@ -94,9 +96,8 @@ def _unpool(n, *functions, examples):
 
 def _pooled(n, **options):
     """A call of max_unpool on what a max-pool found."""
-    pool, unpool = ((F.max_pool1d, F.max_unpool1d), (F.max_pool2d, F.max_unpool2d), (F.max_pool3d, F.max_unpool3d))[
-        n - 1
-    ]
+    functions: Any = [(F.max_pool1d, F.max_unpool1d), (F.max_pool2d, F.max_unpool2d), (F.max_pool3d, F.max_unpool3d)]
+    pool, unpool = functions[n - 1]
 
     def pooled(x):
         values, positions = pool(x, 2, return_indices=True, **options)

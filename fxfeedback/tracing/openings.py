@@ -228,7 +228,7 @@ OPS_OF_MAPS = {
 }
 """How many dimensions a map has with its batch -> ops that also take it without; their rules do not."""
 
-WITH_POSITIONS = {
+WITH_POSITIONS: dict[int, tuple[Any, ...]] = {
     3: (F.max_pool1d_with_indices, F.adaptive_max_pool1d_with_indices),
     4: (F.max_pool2d_with_indices, F.adaptive_max_pool2d_with_indices),
     5: (F.max_pool3d_with_indices, F.adaptive_max_pool3d_with_indices),
