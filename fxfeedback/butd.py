@@ -10,7 +10,7 @@ from fxfeedback.errors import InputError
 from fxfeedback.graph.nodes import name_of
 from fxfeedback.graph.specs import of_size, size_of
 from fxfeedback.instructed.autocast import is_autocast
-from fxfeedback.instructed.autograd_bridge import CounterHebb, refuse_transforms
+from fxfeedback.instructed.autograd_bridge import learned, refuse_transforms
 from fxfeedback.instructed.graphs import Graphs
 from fxfeedback.instructed.instruction import distinct, read_instruction
 from fxfeedback.instructed.last_gates import last_gates
@@ -149,7 +149,7 @@ class BUTD(Wrapper):
         if task is None and per_task:
             raise InputError("there is one prediction head per task: give the call a task")
         graphs = self._graphs(tensors, form)
-        self._check_autocast(graphs.bu.graph, tensors, form or self._form)
+        self._check_autocast(tensors, form)
         if task is None:
             return self._run(graphs, False, False, tensors)
         batch = next(len(x) for x in tensors if x.ndim)
@@ -237,7 +237,7 @@ class BUTD(Wrapper):
             refuse_transforms()
             halves = graphs.halves(instructed, by_row, wanted, is_autocast(values[0]))
             values += [tensors[name] for name in halves.attributes]
-            return halves.structure(None, *CounterHebb.apply(halves, (*call.inputs, *halves.attributes), *values))
+            return halves.structure(None, *learned(halves, (*call.inputs, *halves.attributes), values))
         return call.run(None, *values, *[tensors[name] for name in call.attributes])
 
     @torch.no_grad()
@@ -256,8 +256,8 @@ class BUTD(Wrapper):
 
     def _may_keep_gates(self) -> bool:
         """Not where the instruction pass may draw random numbers or count, nor while others rewrite the call."""
-        own = [self._modules.get(name) for name in ("instruction_head", "td_norms")]
-        training = self.training or any(module.training for owner in own if owner for module in owner.modules())
+        own = [part for name in ("instruction_head", "td_norms") if (part := self._modules.get(name))]
+        training = self.training or any(module.training for owner in own for module in owner.modules())
         rewritten = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
         return not (training or rewritten or isinstance(self.options.embedding, nn.Module))
 
@@ -276,6 +276,9 @@ class BUTD(Wrapper):
     def _graphs(self, inputs: Sequence[torch.Tensor], form: Form | None = None) -> Graphs:
         """The graphs for inputs of this size and dtype and this form of call (None: the example's), built once."""
         return self._kept((self._fingerprint(), tuple([(size_of(x), x.dtype) for x in inputs]), form))
+
+    def _graph(self, sizes: Any, form: Form | None) -> fx.Graph:
+        return self._kept((self._fingerprint(), sizes, form)).bu.graph
 
     def _build(self, key: tuple[Any, ...]) -> Graphs:
         _, sizes, form = key

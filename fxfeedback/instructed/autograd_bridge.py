@@ -49,6 +49,28 @@ def _recorded(ctx: Any, saved: Sequence[Any]) -> list[Any]:
         return again.run(None, *_unchanged(*ctx.inputs), *(saved[i] for i in again.values))
 
 
+class _Watched(torch.autograd.Function):
+    """The value itself; backward refuses create_graph=True."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, error: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            raise GradientError(
+                "create_graph=True: under torch.compile updates have no derivatives: call the network that was "
+                "compiled itself (compiled._orig_mod) for gradient penalties, Hessian-vector products and the like"
+            )
+        return error
+
+
+@torch.compiler.allow_in_graph
+def _watched(value: torch.Tensor) -> torch.Tensor:
+    return _Watched.apply(value)
+
+
 def refuse_transforms() -> None:
     """torch.func's transforms do not differentiate the learner.
 
@@ -113,3 +135,14 @@ class CounterHebb(torch.autograd.Function):
             if reached is None or reached & arrived
         }
         return None, None, *(updates.get(name) for name in ctx.names)
+
+
+def learned(halves: Halves, names: Sequence[str], values: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """What a learner returns, for autograd.
+
+    torch.compile runs the error pass without gradients, so that create_graph=True is refused outside of it.
+    """
+    outputs = CounterHebb.apply(halves, names, *values)
+    if not torch.compiler.is_compiling():
+        return outputs
+    return [_watched(value) if value.is_floating_point() else value for value in outputs]

@@ -203,8 +203,7 @@ class FeedbackModel(Wrapper):
         steered = tuple([one.source for one in several])
         what = Unrolling(what.passes, what.all_outputs, tuple(state), steered, what.steer_first, what.readout)
         plan = self._plan(inputs, what, form)
-        if self._by_size:
-            self._check_autocast(self._bottom_up(self._sizes(inputs, form), form).graph, inputs, form or self._form)
+        self._check_autocast(inputs, form)
         signals = self._signals(plan, inputs, state, several, form is None)
         try:
             return plan.run(self._root, *inputs, *signals)
@@ -249,6 +248,9 @@ class FeedbackModel(Wrapper):
         by_size, sizes = self._by_size, self._sizes(inputs, form)
         plan = self._kept(("plan", PlanKey(GraphKey(self._fingerprint(), sizes, form), what, steps(self.checkpoint))))
         return plan if by_size == self._by_size else self._plan(inputs, what, form)  # the first that looks at sizes
+
+    def _graph(self, sizes: Any, form: Form | None) -> fx.Graph:
+        return self._bottom_up(None if form is None and not self._by_size else sizes, form).graph
 
     def _build(self, key: tuple[str, Any]) -> Any:
         kind, how = key

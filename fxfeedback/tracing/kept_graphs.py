@@ -28,6 +28,7 @@ class KeepsGraphs(nn.Module):
     OWN: tuple[str, ...] = ()
     """Names of the submodules that the wrapper adds."""
     _net: nn.Module  # like the user's model, with the same tensors and our modes
+    _form: Form  # of the example's call
     _root: nn.Module  # our tensors and modules without our methods, whose names the model's children may have as well
     _cache: Cache
     _children: dict[str, nn.Module | None]  # as they were when the two last agreed
@@ -96,25 +97,29 @@ class KeepsGraphs(nn.Module):
         for oldest in graphs[: -self.max_graphs]:
             self._cache.pop(oldest, None)
 
-    def _check_autocast(self, graph: fx.Graph, inputs: Sequence[torch.Tensor], form: Form) -> None:
+    def _check_autocast(self, inputs: Sequence[torch.Tensor], form: Form | None) -> None:
         """Under autocast, compare a graph that has answers about dtypes with the model: once for each.
 
         Raises:
             TraceError: the graph differs.
         """
         device = inputs[0].device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        if autocast and any(map(asked_dtype, graph.nodes)):
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             sizes = tuple([(size_of(x), x.dtype) for x in inputs])
             self._compare((self._fingerprint(), sizes, form, torch.get_autocast_dtype(device)))
 
     @torch.compiler.assume_constant_result
     def _compare(self, key: tuple[Any, ...]) -> None:
-        if self._cache.get(("autocast", key)) is None:
-            _, sizes, form, dtype = key
+        _, sizes, form, dtype = key
+        if any(map(asked_dtype, self._graph(sizes, form).nodes)) and self._cache.get(("autocast", key)) is None:
             with building(self._net):
                 examples = [of_size(*each) for each in sizes]
-                self._cache["autocast", key] = verify_under_autocast(self._net, form, examples, dtype)
+                compared = verify_under_autocast(self._net, form or self._form, examples, dtype)
+                self._cache["autocast", key] = compared
+
+    def _graph(self, sizes: Any, form: Form | None) -> fx.Graph:
+        """The opened graph for calls of this form (None: the example's) with inputs of these sizes and dtypes."""
+        raise NotImplementedError
 
     def _build(self, key: tuple[Any, ...]) -> Any:
         raise NotImplementedError
