@@ -256,8 +256,8 @@ class BUTD(Wrapper):
 
     def _may_keep_gates(self) -> bool:
         """Not where the instruction pass may draw random numbers or count, nor while others rewrite the call."""
-        own = [part for name in ("instruction_head", "td_norms") if (part := self._modules.get(name))]
-        training = self.training or any(module.training for owner in own for module in owner.modules())
+        own = [self._modules.get(name) for name in ("instruction_head", "td_norms")]
+        training = self.training or any(module.training for owner in own if owner for module in owner.modules())
         rewritten = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
         return not (training or rewritten or isinstance(self.options.embedding, nn.Module))
 
