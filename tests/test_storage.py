@@ -581,3 +581,24 @@ def test_a_full_disk_is_an_error_that_says_so_and_leaves_the_old_file(tmp_path, 
     assert re.fullmatch(r"fxfeedback: error: .*cannot be written.*", capsys.readouterr().err.splitlines()[-1])
     assert (saved / storage.FILE).read_bytes() == before
     assert [path.name for path in saved.iterdir()] == [storage.FILE]
+
+
+class Scales(nn.Module):
+    """Takes a number as a tensor, by name only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, *, x, scale):
+        return self.head(torch.relu(self.first(x)) * scale)
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_an_example_may_have_a_tensor_of_one_number(tmp_path, learns):
+    given = {"x": torch.randn(2, 4), "scale": torch.tensor(2.0)}
+    feedback = fxfeedback.add_feedback(Scales(), [("head", "first")], example_inputs=given)
+    model = fxfeedback.to_butd(Scales(), example_inputs=given) if learns else feedback
+    fxfeedback.save(model, tmp_path / "saved")
+    again = fxfeedback.load(tmp_path / "saved", model=Scales())
+    torch.testing.assert_close(again(**given), model(**given), rtol=0, atol=0)

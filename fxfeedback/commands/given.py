@@ -102,6 +102,14 @@ def tasks(text: str) -> int | str:
 # -- models -----------------------------------------------------------------------------------------------------------
 
 
+def _example_of(model: Any) -> Any:
+    """The example inputs of a model of ours, without data, by name where they were given so."""
+    from fxfeedback.tracing.wrapper import example_of, stand_ins_of
+
+    inputs, names = stand_ins_of(model), example_of(model).names
+    return dict(zip(names, inputs, strict=True)) if names else inputs
+
+
 def read_network(arguments: argparse.Namespace, *kinds: type[Any]) -> Any:
     """The model, with the connections and the tasks that the arguments ask for, in evaluation mode.
 
@@ -114,7 +122,7 @@ def read_network(arguments: argparse.Namespace, *kinds: type[Any]) -> Any:
         Error: as `read_model`, `add_feedback` and `to_butd`.
     """
     import fxfeedback
-    from fxfeedback.tracing.wrapper import Wrapper, stand_ins_of
+    from fxfeedback.tracing.wrapper import Wrapper
 
     asked = {name: value for name, value in vars(arguments).items() if value is not None}
     model: Any = read_model(arguments.model, arguments.weights)
@@ -128,7 +136,7 @@ def read_network(arguments: argparse.Namespace, *kinds: type[Any]) -> Any:
     how: dict[str, Any] = {name: asked[name] for name in ("embedding", "head", "gating") if name in asked}
     if "tasks" in asked:
         saved = isinstance(model, Wrapper) and "input_size" not in asked
-        how |= {"example_inputs": stand_ins_of(model)} if saved else {"input_size": arguments.input_size}
+        how |= {"example_inputs": _example_of(model)} if saved else {"input_size": arguments.input_size}
         model = fxfeedback.to_butd(model, None if arguments.tasks == "classes" else arguments.tasks, **how)
     elif how:
         raise OptionError(f"--{next(iter(how))} belongs to --tasks")

@@ -134,11 +134,11 @@ def _is_count(value: Any) -> bool:
 def _are_examples(value: Any) -> bool:
     pairs = isinstance(value, (list, tuple)) and all(isinstance(x, (list, tuple)) and len(x) == 2 for x in value)
     return (
-        bool(value)
-        and pairs
+        pairs
+        and any(shape for shape, _ in value)  # one has a batch
         and all(
             isinstance(shape, tuple)
-            and 0 < len(shape) <= 8
+            and len(shape) <= 8  # none: a tensor of one number
             and all(map(_is_size, shape))
             and math.prod(shape) <= MOST_VALUES
             and isinstance(dtype, torch.dtype)
