@@ -1109,7 +1109,7 @@ def of_squares(g, x):
         "torch.linalg.pinv({r})",
         "torch.linalg.det({r})",
     ]
-    templates += ["torch.ops.aten._linalg_det({r})[0]", "torch.logdet({d})", "torch.linalg.slogdet({r}).logabsdet"]
+    templates += ["torch._linalg_det({r})[0]", "torch.logdet({d})", "torch.linalg.slogdet({r}).logabsdet"]
     templates += ["torch.linalg.matrix_exp({x}.tanh())", "torch.cholesky_inverse({r})", "torch.linalg.solve({r}, {w})"]
     templates += ["torch.linalg.solve_ex({r}, {w}, left=False)[0]", "torch.cholesky_solve({x}, {r})"]
     templates += ["torch.linalg.solve_triangular({r}, {w}, upper=True)", "torch.triangular_solve({x}, {r}, False)[0]"]
@@ -1137,7 +1137,7 @@ def factors(g, x):
         "torch.linalg.svdvals({v})",
         "torch.linalg.svd({v}, full_matrices=False)[1]",
     ]
-    templates += ["{v}.svd()[1]", "torch.ops.aten._linalg_svd({v})[1]", "torch.linalg.eigvalsh({s})"]
+    templates += ["{v}.svd()[1]", "torch._linalg_svd({v})[1]", "torch.linalg.eigvalsh({s})"]
     templates += ["torch.linalg.eigh({s}).eigenvalues", "torch.ormqr({x}, {x}[..., 0, :{n}] * 0.3, {x})"]
     templates += ["torch.linalg.householder_product({x}[..., :{n}], {x}[..., 0, :{n}] * 0.3)"]
     if x.shape[-1] == 3:

@@ -13,7 +13,7 @@ from fxfeedback.rules.core import as_is, roles, rule, transpose
 from fxfeedback.rules.examples import T, call
 from fxfeedback.rules.linear_algebra import definite, first_of, regular, turned
 
-aten, linalg = torch.ops.aten, torch.linalg
+linalg = torch.linalg
 
 
 def sizes(x):

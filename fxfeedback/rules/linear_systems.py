@@ -9,7 +9,7 @@ from fxfeedback.rules.examples import T, call
 from fxfeedback.rules.linear_algebra import element, first_of, regular, turned
 from fxfeedback.rules.matmul import sum_batch_to
 
-aten, linalg = torch.ops.aten, torch.linalg
+linalg = torch.linalg
 
 
 def solution(y, A, B, left, solve, part=lambda g: g):
@@ -60,11 +60,11 @@ def solve(y, A, B, *, left=True):
 
 @rule(
     linalg.solve_ex,
-    aten._linalg_solve_ex.default,
+    torch._linalg_solve_ex,
     name="solve_ex",
     examples=[
         call(lambda x, b: linalg.solve_ex(regular(x), b, left=False).result, T(4, 3, 3), T(1, 2, 3)),
-        call(lambda x: aten._linalg_solve_ex.default(regular(x), x[..., 0])[0], T(4, 3, 3)),
+        call(lambda x: torch._linalg_solve_ex(regular(x), x[..., 0])[0], T(4, 3, 3)),
     ],
 )
 def solve_ex(y, A, B, *, left=True, check_errors=False):

@@ -9,7 +9,7 @@ from fxfeedback.rules.examples import T, call
 from fxfeedback.rules.factorizations import fitted, sizes
 from fxfeedback.rules.linear_algebra import definite, element, turned
 
-aten, linalg = torch.ops.aten, torch.linalg
+linalg = torch.linalg
 
 
 def on_diagonal(values, matrix, size):
@@ -25,12 +25,12 @@ def quotient(a, b):
 
 @rule(
     linalg.eigh,
-    aten._linalg_eigh.default,
+    torch._linalg_eigh,
     name="eigh",
     examples=[
         call(lambda x: linalg.eigh(definite(x)), T(4, 3, 3)),
         call(lambda x: linalg.eigh(definite(x), "U").eigenvalues, T(4, 3, 3)),
-        call(lambda x: aten._linalg_eigh.default(definite(x))[0], T(4, 3, 3)),
+        call(lambda x: torch._linalg_eigh(definite(x))[0], T(4, 3, 3)),
     ],
 )
 def eigh(y, A, UPLO="L", compute_v=True):
@@ -129,10 +129,10 @@ def svd(y, A, full_matrices=True, *, driver=None):
 
 
 @rule(
-    aten._linalg_svd.default,
+    torch._linalg_svd,
     name="svd_with_options",
     examples=[
-        call(aten._linalg_svd.default, T(4, 3, 5)),
+        call(torch._linalg_svd, T(4, 3, 5)),
     ],
 )
 def svd_with_options(y, A, full_matrices=False, compute_uv=True, *, driver=None):
