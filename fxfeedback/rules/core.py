@@ -143,7 +143,8 @@ def rule(
 def _tensor_method(function: Any) -> Any:
     """torch.mul -> torch.Tensor.mul; None for a function that is not torch's or has no such method."""
     name = getattr(function, "__name__", "")
-    return getattr(torch.Tensor, name, None) if getattr(torch, name, None) is function else None
+    method = getattr(torch.Tensor, name, None) if getattr(torch, name, None) is function else None
+    return method if callable(method) else None  # Tensor.real is an attribute
 
 
 def fused(of: Rule, *, forward: Callable | None = None, applies: Callable[..., bool] | None = None) -> Callable:
