@@ -67,19 +67,38 @@ def test_what_is_per_sample_is_tried_batch_first():
     assert any("whole" in found for found in roles_of("sum")), "a sum of everything has no batch"
 
 
-def test_the_table(capsys, tmp_path):
+def test_the_table(capsys, monkeypatch, tmp_path):
+    rows = {
+        "sin": zoo.Row("exact", 4, 4, "no", "export: no such op in ONNX"),
+        "cos": zoo.Row("partly", 4, 3, "yes", "no rule for this, that"),
+        "tan": None,
+    }
+    monkeypatch.setattr(zoo, "in_workers", lambda work, names, *_: [(n, rows[n], "it died") for n in names])
     file = tmp_path / "operators.csv"
-    assert zoo.main(["sin", "cos"], file) == 0
-    assert capsys.readouterr().out.splitlines()[-1].startswith("2 operators: 2 exact, 0 partly, 0 refused, 0 raw")
-    rows = list(csv.DictReader(file.open(newline="")))
-    assert [(row["operator"], row["verdict"], row["exported"]) for row in rows] == [
-        ("cos", "exact", "yes"),
-        ("sin", "exact", "yes"),
+    file.write_text("operator,verdict,tried,exact,exported,reason,torch\nsin,refused,1,0,-,of old,2.0\n")
+    assert zoo.main(["tan", "sin", "cos"], file) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "3 operators: 1 exact, 1 partly, 0 refused, 1 raw, 0 WRONG, 0 not tried; 1 exported, 1 not"
+    )
+    assert file.read_text().splitlines()[1:] == [
+        f'cos,partly,4,3,yes,"no rule for this, that",{torch.__version__}',
+        f"sin,exact,4,4,no,export: no such op in ONNX,{torch.__version__}",
+        f"tan,raw,0,0,-,it died,{torch.__version__}",
     ]
     with pytest.raises(SystemExit, match="no differentiable operator sinus"):
         zoo.main(["sinus"])
 
 
+@pytest.mark.long
+def test_the_table_by_processes(tmp_path):
+    file = tmp_path / "operators.csv"
+    assert zoo.main(["sin", "cos"], file) == 0
+    with file.open(newline="") as rows:
+        found = [(row["operator"], row["verdict"], row["exported"]) for row in csv.DictReader(rows)]
+    assert found == [("cos", "exact", "yes"), ("sin", "exact", "yes")]
+
+
+@pytest.mark.long
 def test_a_process_that_hangs_or_dies_takes_nothing_with_it():
     workers = importlib.import_module("workers")
     slept = list(workers.in_workers(time.sleep, [0, 1000, 0.1], 1, 10.0))
