@@ -66,11 +66,13 @@ def has_twin(node: fx.Node, root: nn.Module) -> bool:
 
 
 def writes_into_first(node: fx.Node, root: nn.Module) -> bool:
-    """Whether the node of a traced graph writes into its first argument, with or without such a twin."""
-    calls = node.op in ("call_function", "call_method")
-    return has_twin(node, root) or (
-        calls and is_in_place(node.target) and not is_users(node.target) and node.target not in ONLY_MARKS
-    )
+    """Whether the node of a traced graph writes into its first argument, with or without such a twin.
+
+    What advances statistics writes into these.
+    """
+    if node.op not in ("call_function", "call_method") or node.target in (*ONLY_MARKS, *ADVANCES.values()):
+        return has_twin(node, root)
+    return has_twin(node, root) or (is_in_place(node.target) and not is_users(node.target))
 
 
 def has_effect(node: fx.Node) -> bool:

@@ -2,7 +2,7 @@
 
 import inspect
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fxfeedback.graph.nodes import is_users, tell
+from fxfeedback.graph.effects import is_in_place
+from fxfeedback.graph.nodes import draws, is_users, tell
 from fxfeedback.graph.structures import plain
 
 
@@ -27,6 +28,7 @@ class MetaRun:
     ) -> None:
         self.root, self.inputs, self.around = root, inputs, around
         self.values: dict[fx.Node, Any] = {}
+        self.known: dict[Any, tuple[fx.Node, torch.Tensor]] = {}  # a long recurrence makes the same again and again
 
     def value(self, node: fx.Node) -> Any:
         """What the node makes of `values`; raises what its op does, and KeyError where it has no value for an operand.
@@ -47,7 +49,20 @@ class MetaRun:
                 return on_meta(self.root.get_submodule(str(node.target)), args, kwargs)
         if node.target is F.batch_norm:  # its kernel for meta tensors takes milliseconds to say this
             return torch.empty_like(args[0])
-        return self._call(node, args, kwargs) if is_users(node.target) else node.target(*args, **kwargs)  # type: ignore[operator]
+        return self._call(node, args, kwargs) if is_users(node.target) else self._known(node, args, kwargs)
+
+    def _known(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        """What a function of torch makes; if it has made the same of such tensors before, that."""
+        key = _key((node.target, args, kwargs))
+        if key in self.known:
+            first, value = self.known[key]
+            if draws(first):
+                tell(node, drawn=True)
+            return value.detach()
+        value = node.target(*args, **kwargs)  # type: ignore[operator]
+        if isinstance(value, torch.Tensor) and not is_in_place(node.target):
+            self.known[key] = node, value.detach()
+        return value
 
     def attribute(self, node: fx.Node) -> Any:
         """The parameter, buffer or constant of a get_attr node."""
@@ -83,6 +98,19 @@ def registered(root: Any, target: str) -> torch.Tensor | None:
         return None
     found = owner._parameters.get(name)
     return owner._buffers.get(name) if found is None else found
+
+
+def _key(value: Any) -> Any:
+    """What has to be the same of two arguments so that an op makes the same of them: of tensors all but the values."""
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape), value.stride(), value.dtype, value.is_conj(), value.is_neg()
+    if isinstance(value, (list, tuple)):
+        return type(value), *map(_key, value)
+    if isinstance(value, dict):
+        return dict, *((key, _key(each)) for key, each in value.items())
+    if isinstance(value, slice):
+        return slice, value.start, value.stop, value.step
+    return type(value), value if isinstance(value, Hashable) else id(value)
 
 
 SHAPED_LIKE = {nn.TransformerEncoder: "src", nn.TransformerDecoder: "tgt", nn.Transformer: "tgt"}
