@@ -243,9 +243,18 @@ def vector_norm(y, input, ord=2, dim=None, keepdim=False, **options):
     return averaging(input, dim, keepdim, nothing if ord == 0 else error)  # a count
 
 
-@rule(torch.linalg.norm, examples=[call(torch.linalg.norm, T(4, 5, 3), dim=1), call(torch.linalg.norm, T(4, 5), 3, 1)])
+@rule(
+    torch.linalg.norm,
+    examples=[
+        call(torch.linalg.norm, T(4, 5, 3), dim=1),
+        call(torch.linalg.norm, T(4, 5), 3, 1),
+        call(torch.linalg.norm, T(4, 5, 3), "nuc", (-1, 1)),
+    ],
+)
 def linalg_norm(y, input, ord=None, dim=None, keepdim=False, **options):
-    """vector_norm, where it is not a matrix norm; "fro" is the one with p = 2"""
+    """vector_norm, or the nuclear norm of matrices; "fro" is the one with p = 2"""
+    if ord == "nuc":
+        return nuclear_norm(input, dim, keepdim)
     if ord not in (None, "fro") and not isinstance(dim, int) and input.ndim > 1:
         raise RuleError(f"no rule for a matrix norm: torch.linalg.norm with ord={ord!r}")
     return vector_norm.table(y, input, 2 if ord in (None, "fro") else ord, dim, keepdim)
@@ -257,14 +266,26 @@ def linalg_norm(y, input, ord=None, dim=None, keepdim=False, **options):
         call(lambda x: x.norm(dim=-1, keepdim=True), T(4, 5, 3)),
         call(torch.norm, T(4, 5, 3), p=2, dim=(2, 1)),
         call(torch.norm, T(4, 5), 1, 1),
+        call(torch.norm, T(4, 3, 5), "nuc", (1, 2)),
         call(torch.norm, T(4, 5)),
     ],
 )
 def norm(y, input, p="fro", dim=None, keepdim=False, **options):
-    """vector_norm; "fro" is the one with p = 2"""
+    """vector_norm, or the nuclear norm of matrices; "fro" is the one with p = 2"""
     if p == "nuc":
-        raise RuleError("no rule for a matrix norm: torch.norm with p='nuc'")
+        return nuclear_norm(input, dim, keepdim)
     return vector_norm.table(y, input, 2 if p in ("fro", None) else p, dim, keepdim)
+
+
+def nuclear_norm(input, dim, keepdim):
+    """The table of the sum of singular values, of matrices U S Vᵀ: the error goes to them along U Vᵀ"""
+    dims = dimensions(input, dim)
+
+    def error(e):
+        U, _, Vh = torch.linalg.svd(input.movedim(dims, (-2, -1)), full_matrices=False)
+        return spread(e, input, dims, keepdim) * (U @ Vh).movedim((-2, -1), dims)
+
+    return averaging(input, dim, keepdim, error)
 
 
 def slope_of_norm(x, n, p, dims):
