@@ -42,7 +42,7 @@ EXCEPTIONS = {
     "upsample_smoothly": "the same as interpolate with antialias=True",
     "trilinear": "F.bilinear, as the dispatcher calls it",
     **dict.fromkeys(
-        ("segment_reduce", "pdist", "embedding_bag"),
+        ("segment_reduce", "pdist", "embedding_bag", "ctc_loss"),
         "PyTorch differentiates it only once, and the graphs are tried twice",
     ),
     "cut_off": "tracing puts it behind torch.no_grad(): test_users_expect.py",

@@ -47,6 +47,8 @@ class MetaRun:
         if node.op == "call_module":
             with self.around():
                 return on_meta(self.root.get_submodule(str(node.target)), args, kwargs)
+        if node.target in SHAPES:
+            return SHAPES[node.target](*args, **kwargs)
         if node.target is F.batch_norm:  # its kernel for meta tensors takes milliseconds to say this
             return torch.empty_like(args[0])
         return self._call(node, args, kwargs) if is_users(node.target) else self._known(node, args, kwargs)
@@ -112,6 +114,14 @@ def _key(value: Any) -> Any:
         return slice, value.start, value.stop, value.step
     return type(value), value if isinstance(value, Hashable) else id(value)
 
+
+def _ctc_loss(log_probs: Any, *args: Any, reduction: Any = "mean", **options: Any) -> Any:
+    how = args[4] if len(args) > 4 else reduction
+    return log_probs.new_empty(log_probs.shape[1:-1] if how in ("none", 0) else ())
+
+
+SHAPES: dict[Any, Callable[..., Any]] = {F.ctc_loss: _ctc_loss, torch.ctc_loss: _ctc_loss}
+"""Functions without a kernel for tensors that have no data, and what they make of them."""
 
 SHAPED_LIKE = {nn.TransformerEncoder: "src", nn.TransformerDecoder: "tgt", nn.Transformer: "tgt"}
 """Modules that look into their masks, and the argument that their output has the shape of."""

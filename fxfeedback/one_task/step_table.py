@@ -30,6 +30,7 @@ from fxfeedback.rules import (
     resizing,
     sampling,
     scattering,
+    sequence_losses,
     special,
     spectra,
     unpooling,
@@ -252,7 +253,7 @@ MIXES: list[Rule] = [
     *(unpooling.fractional_max_pool, *unpooling.PUT_BACK, embedding_bags.embedding_bag, reduction.pdist),
     *(sampling.grid_sampler, resizing.upsample_smoothly, matmul.trilinear, parts.conj, parts.resolved, parts.real),
     *(parts.imag, parts.view_as_real, parts.view_as_complex, parts.of_parts, parts.polar, parts.sgn, parts.fft),
-    *(parts.fft_of_real, parts.fft_to_real),
+    *(parts.fft_of_real, parts.fft_to_real, sequence_losses.ctc_loss),
 ]
 """The other rules: their ops mix channels, or are too rare to have a step. Nothing is removed."""
 

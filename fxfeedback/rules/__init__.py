@@ -28,6 +28,7 @@ from fxfeedback.rules import (  # noqa: F401  (importing a file registers its ru
     resizing,
     sampling,
     scattering,
+    sequence_losses,
     special,
     spectra,
     two_values,

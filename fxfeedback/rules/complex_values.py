@@ -29,7 +29,10 @@ from fxfeedback.rules.core import RULES, Roles, Rule, as_is, dtype_of, nothing, 
 from fxfeedback.rules.dropout import identity
 from fxfeedback.rules.examples import T, call
 
-Tensor = torch.Tensor
+
+def _complex(x):
+    """Complex numbers that depend on x."""
+    return torch.complex(x, x.sin() + 0.5)
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------
@@ -40,7 +43,7 @@ Tensor = torch.Tensor
     torch._conj,
     torch.conj_physical,
     torch._conj_physical,
-    examples=[call(lambda x: torch.view_as_real(torch.fft.fft(x).conj() * torch.fft.fft(x * x)), T(4, 5))],
+    examples=[call(lambda x: torch.view_as_real(_complex(x).conj() * _complex(x * x)), T(4, 5))],
 )
 def conj(y, input):
     """Re x - i Im x"""
@@ -50,20 +53,20 @@ def conj(y, input):
 @rule(
     torch.resolve_conj,
     torch.resolve_neg,
-    examples=[call(lambda x: x.resolve_neg() + torch.fft.fft(x).conj().resolve_conj().real, T(4, 5))],
+    examples=[call(lambda x: x.resolve_neg() + _complex(x).conj().resolve_conj().real, T(4, 5))],
 )
 def resolved(y, input):
     """x itself"""
     return {"input": transpose(as_is)}
 
 
-@rule(torch.real, examples=[call(lambda x: torch.real(torch.fft.fft(x) ** 3) + torch.real(x), T(4, 5))])
+@rule(torch.real, examples=[call(lambda x: torch.real(_complex(x) ** 3) + torch.real(x), T(4, 5))])
 def real(y, input):
     """Re x"""
     return {"input": transpose(as_is)}
 
 
-@rule(torch.imag, examples=[call(lambda x: torch.imag(torch.fft.fft(x).exp()) + torch.fft.fft(x * x).imag, T(4, 5))])
+@rule(torch.imag, examples=[call(lambda x: torch.imag(_complex(x).exp()) + _complex(x * x).imag, T(4, 5))])
 def imag(y, input):
     """Im x"""
     return {"input": transpose(lambda t: t * 1j)}
@@ -72,7 +75,7 @@ def imag(y, input):
 @rule(
     torch.view_as_real,
     torch.view_as_real_copy,
-    examples=[call(lambda x: torch.view_as_real(torch.complex(x, x.sin()) * torch.fft.fft(x)), T(4, 5))],
+    examples=[call(lambda x: torch.view_as_real(torch.complex(x, x.sin()) * _complex(x)), T(4, 5))],
 )
 def view_as_real(y, input):
     """(Re x, Im x) along a new last dimension"""
@@ -115,7 +118,7 @@ def polar(y, abs, angle):
     }
 
 
-@rule(torch.sgn, examples=[call(lambda x: torch.view_as_real(torch.fft.fft(x).sgn()) * x.sgn().sum(), T(4, 5))])
+@rule(torch.sgn, examples=[call(lambda x: torch.view_as_real(_complex(x).sgn()) * x.sgn().sum(), T(4, 5))])
 def sgn(y, input):
     """x / |x|; of real numbers their sign, through which nothing passes"""
     if not dtype_of(input).is_complex:
@@ -135,7 +138,7 @@ def sgn(y, input):
     torch._fft_c2c,
     examples=[
         call(lambda x: torch.view_as_real(torch._fft_c2c(torch.complex(x, x * x), [2, 1], 1, True)), T(4, 5, 3)),
-        call(lambda x: torch.fft.ifft(torch.fft.fft(x) ** 2, n=4).imag, T(4, 6)),
+        call(lambda x: torch._fft_c2c(_complex(x) ** 2, [1], 2, False).imag, T(4, 6)),
     ],
 )
 def fft(y, input, dim, normalization, forward):
@@ -147,7 +150,7 @@ def fft(y, input, dim, normalization, forward):
     torch._fft_r2c,
     examples=[
         call(lambda x: torch.view_as_real(torch._fft_r2c(x, [1, 2], 2, True)), T(4, 5, 6)),
-        call(lambda x: torch.fft.fft(x, dim=1).abs(), T(4, 5)),
+        call(lambda x: torch._fft_r2c(x, [1], 0, False).abs(), T(4, 5)),
     ],
 )
 def fft_of_real(y, input, dim, normalization, onesided):
@@ -165,8 +168,8 @@ def fft_of_real(y, input, dim, normalization, onesided):
 @rule(
     torch._fft_c2r,
     examples=[
-        call(lambda x: torch.fft.irfft(torch.fft.rfft(x) ** 2, n=7), T(4, 6)),
-        call(lambda x: torch.fft.irfft2(torch.fft.rfft2(x).sin()), T(2, 3, 6)),
+        call(lambda x: torch._fft_c2r(_complex(x) ** 2, [1], 2, 7), T(4, 4)),
+        call(lambda x: torch._fft_c2r(torch._fft_r2c(x, [2, 1], 0, True).sin(), [2, 1], 1, 6), T(2, 6, 3)),
     ],
 )
 def fft_to_real(y, input, dim, normalization, last_dim_size):

@@ -8,7 +8,7 @@ from fxfeedback.rules.core import known, nothing, roles, rule, update
 from fxfeedback.rules.examples import C, T, call
 
 IDS = torch.tensor([1, 0, 2, 2, 0])
-BAGS = torch.tensor([0, 2, 2])
+BAGS, AND_END = torch.tensor([0, 2, 2]), torch.tensor([0, 2, 5])
 
 
 @rule(
@@ -32,7 +32,9 @@ BAGS = torch.tensor([0, 2, 2])
         ),
         call(
             lambda x, w, z: (
-                F.embedding_bag(IDS, w, BAGS, mode="sum", per_sample_weights=z, include_last_offset=True).sin().sum(0)
+                F.embedding_bag(IDS, w, AND_END, mode="sum", per_sample_weights=z, include_last_offset=True)
+                .sin()
+                .sum(0)
                 * x
             ),
             T(4, 3),
