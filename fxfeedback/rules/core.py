@@ -145,7 +145,6 @@ def _tensor_method(function: Any) -> Any:
     name = getattr(function, "__name__", "")
     method = getattr(torch.Tensor, name, None) if getattr(torch, name, None) is function else None
     return method if callable(method) else None  # Tensor.real is an attribute
-    return method if callable(method) else None  # torch.Tensor.real is an attribute
 
 
 def fused(of: Rule, *, forward: Callable | None = None, applies: Callable[..., bool] | None = None) -> Callable:
