@@ -185,14 +185,14 @@ def trace_with(make: Callable[[Form], PathTracer], model: nn.Module, form: Form)
         raise
     except Exception as error:
         raise TraceError(
-            f"torch.fx cannot trace {type(model).__name__}: {error}{_line_of(error)}. A traceable model has no control "
+            f"torch.fx cannot trace {type(model).__name__}: {error}{line_of(error)}. A traceable model has no control "
             "flow that depends on tensor values; wrap the part in a function marked with torch.fx.wrap, or pass a "
             "traceable part of the model."
         ) from error
     finally:
         stage.restore_classes()
     stage = tracer.stage
-    _keep_constants(graph, stage.copy, model)
+    keep_constants(graph, stage.copy, model)
     noted(list(stage.originals.items()), tracer.from_buffers.read, stage.copy)
     stage.forget(of_parameters)
     refuse_unwritable(graph)
@@ -202,7 +202,7 @@ def trace_with(make: Callable[[Form], PathTracer], model: nn.Module, form: Form)
     return module
 
 
-def _keep_constants(graph: fx.Graph, copy: nn.Module, model: nn.Module) -> None:
+def keep_constants(graph: fx.Graph, copy: nn.Module, model: nn.Module) -> None:
     """Constants that tracing left on the copy become buffers of the model; one that the model has is used again."""
     for name in [name for name in vars(copy) if name.startswith(CONSTANT)]:
         value = vars(copy).pop(name)
@@ -262,7 +262,7 @@ def _check_next_call(make: Callable[[Form], PathTracer], form: Form, tracer: Pat
             where = user_line(node) if node is not None else ""
             differs = node is not None or len(graph.nodes) != size  # its proxies were read
         except Exception as error:  # they were, together with present ones
-            differs, where = True, _line_of(error)
+            differs, where = True, line_of(error)
     further = stage.changed(before)
     if differs or further:
         at = next((lines[id(m), name] for m, name in further or names if (id(m), name) in lines), "")
@@ -290,6 +290,6 @@ def _put_as_called(module: fx.GraphModule, tracer: PathTracer) -> None:
     module.recompile()
 
 
-def _line_of(error: BaseException) -> str:
+def line_of(error: BaseException) -> str:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not is_torchs(frame.filename)]
     return f" (at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line})" if frames else ""
