@@ -47,6 +47,7 @@ def to_butd(
     gating: str = "unit",
     heads: str = "shared",
     learning: str = "counter_hebb",
+    door: str | None = None,
     verify: bool = True,
 ) -> "BUTD":
     """Derive an instructed bottom-up/top-down network from a plain model.
@@ -80,6 +81,8 @@ def to_butd(
         gating: "unit", or "channel": a channel is on when its counter neurons' mean over positions is positive.
         heads: "shared", or "per_task": one prediction head per task, each starting as the model's own.
         learning: "counter_hebb", or "backprop": autograd differentiates the gated network.
+        door: how the model becomes a graph: "fx", by torch.fx's symbolic tracing; "export", by torch.export; None: by
+            torch.export where torch.fx cannot trace it.
         verify: compare the graph with the model once, on one random sample in evaluation mode, at the cost of two
             forward passes of that sample.
 
@@ -91,7 +94,7 @@ def to_butd(
         OptionError: options that do not exist or cannot be combined.
     """
     options = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
-    return BUTD(model, Options(**options), examples_of(model, input_size, example_inputs), verify)
+    return BUTD(model, Options(**options), examples_of(model, input_size, example_inputs), verify, door)
 
 
 class BUTD(Wrapper):
@@ -105,8 +108,8 @@ class BUTD(Wrapper):
     OWN = ("instruction_head", "td_weights", "td_biases", "td_norms", "task_heads")
     untraceable = "is a BU-TD network already: connections come first, and to_butd takes the whole model at once"
 
-    def __init__(self, model: nn.Module, options: Options, example_inputs: Any, verify: bool = False) -> None:
-        super().__init__(model, example_inputs)
+    def __init__(self, model: nn.Module, options: Options, example_inputs: Any, verify: bool = False, door: str | None = None) -> None:
+        super().__init__(model, example_inputs, door)
         vars(self)["options"] = options  # past nn.Module, and not the model's
         if verify:
             with eval_mode(self):
@@ -216,6 +219,9 @@ class BUTD(Wrapper):
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
+    def _graph(self) -> fx.GraphModule:
+        return self.bu
+
     def _without_task(self, inputs: tuple[Any, ...], task: Any) -> tuple[tuple[Any, ...], Any]:
         """The model's own positional arguments, and the instruction, which may follow them."""
         own = self._form.n_positional
@@ -282,7 +288,7 @@ class BUTD(Wrapper):
 
     def _build(self, key: tuple[Any, ...]) -> Graphs:
         _, sizes, form = key
-        owner = Owner(self._net, self._root, self._fetch, self.options)
+        owner = Owner(self._net, self._root, self._fetch, self.options, self._door)
         return Graphs(owner, [of_size(size, dtype) for size, dtype in sizes], form or self._form)
 
 

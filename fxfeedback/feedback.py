@@ -13,8 +13,10 @@ from fxfeedback.lrm.connections import Connection, new_rectifications, read_conn
 from fxfeedback.lrm.feedback_model import FeedbackModel, bottom_up_of
 from fxfeedback.lrm.readout import Readout
 from fxfeedback.lrm.steering import Steering
+from fxfeedback.tracing.doors import both, is_final
 from fxfeedback.tracing.examples import example_for, examples_of
 from fxfeedback.tracing.share import put
+from fxfeedback.tracing.wrapper import want_door
 
 __all__ = ["Connection", "FeedbackModel", "Readout", "Steering", "add_feedback"]
 
@@ -27,6 +29,7 @@ def add_feedback(
     input_size: Sequence[int] | None = None,
     example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     checkpoint: bool = False,
+    door: str | None = None,
     verify: bool = True,
 ) -> Any:
     """Add long-range modulatory connections to a model and run it in several passes.
@@ -46,6 +49,8 @@ def add_feedback(
             name.
         checkpoint: train in less memory and more time, as torch.utils.checkpoint does: the backward pass computes the
             activations again. Also an attribute of what is returned. torch.compile decides for itself what it keeps.
+        door: how the model becomes a graph: "fx", by torch.fx's symbolic tracing; "export", by torch.export; None: by
+            torch.export where torch.fx can trace neither the model nor a part of it that has all connections.
         verify: compare the graph with the model once, on one random sample in evaluation mode. It costs two forward
             passes of that sample.
 
@@ -66,12 +71,36 @@ def add_feedback(
     try:
         examples = examples_of(model, input_size, example_inputs)
         whole: nn.Module
-        whole = rewritten = FeedbackModel(model, made, passes, examples, checkpoint=checkpoint, verify=verify)
+        whole = rewritten = FeedbackModel(model, made, passes, examples, True, checkpoint, verify, door or "fx")
+        want_door(rewritten, door)
     except TraceError as error:
-        whole, rewritten = _add_feedback_inside(model, made, passes, input_size, checkpoint, verify, error)
+        if door == "export":
+            raise
+        try:
+            whole, rewritten = _add_feedback_inside(model, made, passes, input_size, checkpoint, verify, error)
+        except TraceError as neither:
+            if door == "fx" or is_final(error):
+                raise
+            whole = rewritten = _exported(model, made, passes, examples, checkpoint, verify, neither)
     for message in new_rectifications(bottom_up_of(rewritten).graph, rewritten.connections):
         warnings.warn(message, ActivationWarning, stacklevel=2)
     return whole
+
+
+def _exported(
+    model: nn.Module,
+    connections: Sequence[Connection],
+    passes: int,
+    examples: Any,
+    checkpoint: bool,
+    verify: bool,
+    neither: TraceError,
+) -> FeedbackModel:
+    """The whole model by torch.export, as torch.fx takes neither it nor a part that has all connections."""
+    try:
+        return FeedbackModel(model, connections, passes, examples, True, checkpoint, verify, "export")
+    except TraceError as by_export:
+        raise both(neither, by_export) from neither
 
 
 def _add_feedback_inside(
@@ -95,7 +124,8 @@ def _add_feedback_inside(
         try:
             module = model.get_submodule(part)
             moved = [replace(c, source=c.source[inside:], destination=c.destination[inside:]) for c in connections]
-            made = FeedbackModel(module, moved, passes, example_for(module, input_size), False, checkpoint, verify)
+            example = example_for(module, input_size)
+            made = FeedbackModel(module, moved, passes, example, False, checkpoint, verify, "fx")
         except (AttributeError, TraceError):
             continue
         return put(model, part, made), made

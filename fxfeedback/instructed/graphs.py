@@ -56,7 +56,7 @@ class Graphs:
 
     def __init__(self, owner: Owner, examples: Sequence[torch.Tensor], form: Form) -> None:
         self.owner, self.options = owner, owner.options
-        traced, _ = trace_for(owner.net, examples, form)
+        traced, _ = trace_for(owner.net, examples, form, owner.door)
         self.bu = open_modules(traced, example_inputs=examples, owner=owner.net)
         if owner.task_heads is not None:
             annotate_shapes(self.bu, examples)

@@ -16,13 +16,14 @@ class Owner:
     """The network that graphs belong to.
 
     net: the user's model. root: a module with the network's tensors and modules, TD's own among them.
-    fetch: qualified name -> parameter or buffer. options: of the network.
+    fetch: qualified name -> parameter or buffer. options: of the network. door: by which the model is traced.
     """
 
     net: nn.Module
     root: nn.Module
     fetch: Callable[[str], torch.Tensor]
     options: Options
+    door: str | None = None
 
     @property
     def task_heads(self) -> TaskHeads | None:

@@ -49,8 +49,9 @@ class FeedbackModel(Wrapper):
         return_all: bool = True,
         checkpoint: bool = False,
         verify: bool = False,
+        door: str | None = None,
     ) -> None:
-        super().__init__(model, examples)
+        super().__init__(model, examples, door)
         check_passes(passes)
         vars(self).update(  # past nn.Module, for which a child of the model may have such a name
             connections=tuple(connections), passes=passes, return_all=return_all, checkpoint=checkpoint
@@ -229,6 +230,9 @@ class FeedbackModel(Wrapper):
             signals += steering_tensors(one, source, batch, exact, like)
         return signals
 
+    def _graph(self) -> fx.GraphModule:
+        return self._bottom_up()
+
     def _sizes(self, inputs: Sequence[torch.Tensor], form: Form | None) -> Sizes | None:
         """The sizes and dtypes for which a graph is made; None: a graph serves all."""
         if form is None and not self._by_size:
@@ -256,7 +260,7 @@ class FeedbackModel(Wrapper):
         kind, how = key
         if kind == "plan":
             return make_plan(self._bottom_up(how.graph.sizes, how.graph.form), self._root, self.connections, how)
-        module, by_size = opened(self._net, self._stand_ins(), how.sizes, how.form or self._form)
+        module, by_size = opened(self._net, self._stand_ins(), how.sizes, how.form or self._form, self._door)
         self._by_size |= by_size
         return module
 

@@ -100,7 +100,7 @@ def steps(checkpoint: bool) -> tuple[Step, ...]:
 
 
 def opened(
-    net: nn.Module, stand_ins: Sequence[torch.Tensor], sizes: Sizes | None, form: Form
+    net: nn.Module, stand_ins: Sequence[torch.Tensor], sizes: Sizes | None, form: Form, door: str | None = None
 ) -> tuple[fx.GraphModule, bool]:
     """A model's graph in functional ops with shapes, and whether it serves inputs of these sizes only.
 
@@ -112,9 +112,10 @@ def opened(
         stand_ins: tensors without data like the example inputs.
         sizes: of the inputs; None: the example's.
         form: of the call.
+        door: by which the model is traced.
     """
     examples = stand_ins if sizes is None else [of_size(size, dtype) for size, dtype in sizes]
-    traced, by_size = trace_for(net, examples, form)
+    traced, by_size = trace_for(net, examples, form, door)
     module = open_modules(traced, strict=False, owner=net)
     annotate_shapes(module, examples)
     unpack_tuples(module)

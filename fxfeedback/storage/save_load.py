@@ -29,7 +29,7 @@ from fxfeedback.storage.describing import NotDescribed, check_levels, describe, 
 from fxfeedback.storage.saved import Saved, check_passes, read_saved, read_wrapper
 from fxfeedback.tracing.saved import SAVED
 from fxfeedback.tracing.share import put, share
-from fxfeedback.tracing.wrapper import Wrapper, example_of, net_of
+from fxfeedback.tracing.wrapper import Wrapper, example_of, net_of, wanted_door_of
 from fxfeedback.version import __version__
 
 FILE = "model.safetensors"
@@ -154,6 +154,8 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, list[tuple[str, str, dict[str, 
                 "example_inputs= with other values than tensors cannot be saved: make the model with a tuple or a dict "
                 "of tensors"
             )
+        if wanted_door_of(wrapper) is not None:
+            how["door"] = wanted_door_of(wrapper)
         if isinstance(wrapper, FeedbackModel):
             connections = [asdict(connection) for connection in wrapper.connections]
             how |= {"connections": connections, "passes": wrapper.passes, "return_all": wrapper.return_all}

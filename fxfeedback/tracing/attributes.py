@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
+from fxfeedback.tracing.refusals import Refusal
 from fxfeedback.tracing.share import tensors_of
 
 NOT_THEIR_OWN = set(vars(nn.Module())) - {"training"}
@@ -74,7 +75,7 @@ class Stage:
         for inner in module.modules():
             for name in getattr(type(inner), "__constants__", ()):
                 if any(True for _ in proxies_in(vars(inner).get(name))):
-                    raise ValueError(f"its forward computes the attribute {self.name_of(inner, name)!r}")
+                    raise Refusal(f"its forward computes the attribute {self.name_of(inner, name)!r}")
         if [self._settings.get(inner) for inner in module.modules()] == settings(module):
             return None
         proxies = {id(value): None for inner in module.modules() for value in proxies_in(vars(inner))}
@@ -99,7 +100,7 @@ class Stage:
         for module, name in self._changed_in_modules():
             was, now = self._start[module].get(name), _attributes(module).get(name)
             if name in module._buffers and was is not None and now is not None and was[:2] == now[:2]:
-                raise ValueError(
+                raise Refusal(
                     f"its forward writes into the buffer {self.name_of(module, name)!r}, and did so while it was traced"
                 )
 
@@ -107,7 +108,7 @@ class Stage:
         changed = [p for p in parameters if p.requires_grad != self._asked.get(p, p.requires_grad)]
         if changed:
             names = {id(p): name for name, p in self.model.named_parameters()}
-            raise ValueError(
+            raise Refusal(
                 f"its forward changes requires_grad of {names[id(changed[0])]!r}: freeze parameters before the model "
                 "is converted, or compute with them under torch.no_grad()"
             )

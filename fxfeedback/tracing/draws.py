@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fxfeedback.tracing.buffers import memory
+from fxfeedback.tracing.refusals import Refusal
 from fxfeedback.tracing.while_tracing import replaced
 
 DRAWS = (
@@ -44,7 +45,7 @@ class _Refusing(TorchDispatchMode):
             tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
             device = torch.device(kwargs.get("device") or "cpu")
             if device.type != "meta" and not any(tensor.is_meta for tensor in tensors):
-                raise ValueError(DRAWS)
+                raise Refusal(DRAWS)
         if func._schema.is_mutable:
             self.check_writing(func._schema.arguments, args, kwargs)
         return func(*args, **kwargs)
@@ -56,7 +57,7 @@ class _Refusing(TorchDispatchMode):
         for tensor in tree_leaves(written):
             name = self.names.get(memory(tensor)) if isinstance(tensor, torch.Tensor) else None
             if name is not None:
-                raise ValueError(
+                raise Refusal(
                     f"its forward writes into the parameter {name!r}, and not by its name: write with an op in place, "
                     "as self.weight.copy_(...) under torch.no_grad(), or do it outside of forward"
                 )
@@ -86,7 +87,7 @@ def _watched(function: Callable[..., Any], draws: Callable[..., bool]) -> Callab
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() == thread and draws(*args, **kwargs):
-            raise ValueError(DRAWS)
+            raise Refusal(DRAWS)
         return function(*args, **kwargs)
 
     return call
@@ -110,7 +111,7 @@ def watching_draws() -> Iterator[None]:
     def watch(frame: Any, event: str, called: Any) -> None:
         owner = getattr(called, "__self__", None) if event == "c_call" else None
         if any(owner is one for one in shared) and not called.__name__.startswith(("get_state", "getstate", "initial")):
-            raise ValueError(DRAWS)
+            raise Refusal(DRAWS)
 
     def of_numpy(module: Any) -> dict[str, Any]:
         owners = {name: type(getattr(f, "__self__", None)).__name__ for name, f in vars(module).items()}

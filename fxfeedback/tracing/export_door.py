@@ -25,6 +25,7 @@ from fxfeedback.graph.writable import refuse_unwritable
 from fxfeedback.rules.ops import ADVANCES
 from fxfeedback.tracing.arguments import Form
 from fxfeedback.tracing.attributes import NOT_THEIR_OWN, Stage, plain_value
+from fxfeedback.tracing.doors import say_door
 from fxfeedback.tracing.draws import DRAWS
 from fxfeedback.tracing.export_names import give_names
 from fxfeedback.tracing.from_aten import FromAten
@@ -112,6 +113,7 @@ def export_graph(model: nn.Module, examples: Sequence[torch.Tensor], form: Form)
     keep_constants(graph, stage.copy, model)
     refuse_unwritable(graph)
     module = fx.GraphModule(model, graph, identifier(type(model).__name__))
+    say_door(module, "export")
     return module
 
 

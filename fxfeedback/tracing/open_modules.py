@@ -32,6 +32,7 @@ from fxfeedback.graph.structures import plain
 from fxfeedback.graph.writable import refuse_unwritable
 from fxfeedback.rules.core import CONSTANT, RULES
 from fxfeedback.rules.ops import put_at, same
+from fxfeedback.tracing.doors import door_of, say_door
 from fxfeedback.tracing.known_shapes import Shapes
 from fxfeedback.tracing.memory import Write, check_overwriting, is_view
 from fxfeedback.tracing.on_sizes import is_on_sizes
@@ -71,7 +72,9 @@ def open_modules(
             node._rename(identifier(name_of(node)))
     opener.graph.lint()
     refuse_unwritable(opener.graph)
-    return fx.GraphModule(module, opener.graph, type(module).__name__)
+    opened = fx.GraphModule(module, opener.graph, type(module).__name__)
+    say_door(opened, door_of(module))
+    return opened
 
 
 class _Opener(fx.Tracer):

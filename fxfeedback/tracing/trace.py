@@ -35,6 +35,7 @@ from fxfeedback.tracing.next_call import (
     of_parameters,
     state_is_kept,
 )
+from fxfeedback.tracing.refusals import Refusal
 from fxfeedback.tracing.while_tracing import recording_sized, running_on_proxies, untraced
 
 
@@ -71,14 +72,14 @@ class PathTracer(NodePathTracer):
         as_graph = getattr(type(m), "as_graph", None)
         if all(m is not module for module in self.root.modules()):
             if any(True for _ in m.parameters()):
-                raise ValueError(
+                raise Refusal(
                     f"it calls a {type(m).__name__} that is not one of its modules, so that nothing learns: make "
                     "it in __init__, as an attribute or in an nn.ModuleList"
                 )
             return forward(*args, **kwargs)  # made on the way, as in nn.ReLU()(x)
         reason = getattr(type(m), "untraceable", "")
         if reason:
-            raise ValueError(f"its part {self.path_of_module(m)!r} {reason}")
+            raise Refusal(f"its part {self.path_of_module(m)!r} {reason}")
         self.calling = m
         if as_graph is None:
             return super().call_module(m, forward, args, kwargs)
@@ -106,7 +107,7 @@ class PathTracer(NodePathTracer):
         node = super().create_node(kind, target, args, *rest, **kwargs)
         refuse_out(node)
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-            raise ValueError("it switches autocast on, which a graph cannot hold: call what is returned under autocast")
+            raise Refusal("it switches autocast on, which a graph cannot hold: call what is returned under autocast")
         if kind.startswith("call") and not torch.is_grad_enabled():
             refuse_writing(node, self.root, self.without_gradient)
             self.without_gradient[node] = None
@@ -146,7 +147,7 @@ class PathTracer(NodePathTracer):
         if isinstance(tensor, nn.Parameter):
             return tensor
         if tensor.requires_grad:
-            raise ValueError("it computes with a parameter that is not one of the model's: make it one in __init__")
+            raise Refusal("it computes with a parameter that is not one of the model's: make it one in __init__")
         return self.constants.setdefault(id(tensor), (tensor, tensor.clone()))[1]
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
@@ -246,7 +247,7 @@ def _traced(
 
     graph.eliminate_dead_code(is_impure_node=has_effect)
     if made := stage.made():
-        raise ValueError(f"its forward makes {made[0]!r} in its first call: call the model once before it is converted")
+        raise Refusal(f"its forward makes {made[0]!r} in its first call: call the model once before it is converted")
     return tracer, graph
 
 

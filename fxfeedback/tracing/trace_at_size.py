@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 from fxfeedback.errors import TraceError
 from fxfeedback.graph.specs import EXAMPLE_BATCH
 from fxfeedback.tracing.arguments import Form, form_of
+from fxfeedback.tracing.doors import both, is_final
+from fxfeedback.tracing.export_door import export_graph
 from fxfeedback.tracing.known_shapes import Either, Shapes
 from fxfeedback.tracing.stand_ins import Shaped, Sizes, StandIn, device_of_inputs, elements
 from fxfeedback.tracing.trace import PathTracer, trace_with
@@ -150,12 +152,18 @@ def _meaning(module: fx.GraphModule) -> str:
 
 
 def trace_for(
-    model: nn.Module, examples: Sequence[torch.Tensor], form: Form | None = None
+    model: nn.Module, examples: Sequence[torch.Tensor], form: Form | None = None, door: str | None = None
 ) -> tuple[fx.GraphModule, bool]:
     """The model's graph for a call of this form, and whether it is one for the examples' sizes and dtypes only.
 
+    Args:
+        model: a copy made by `share`, as constants of its code become buffers of it.
+        examples: one tensor for each input, batch first.
+        form: of the call; None: positional tensors.
+        door: "fx" or "export"; None: torch.export is tried where torch.fx cannot trace the model (see doors.py).
+
     Raises:
-        TraceError: torch.fx cannot trace the model, not even at this size.
+        TraceError: the model cannot be traced, not even at this size.
     """
     form = form or form_of(model, len(examples))
     as_graph = getattr(type(model), "as_graph", None)
@@ -167,6 +175,21 @@ def trace_for(
         for x in reversed(examples):  # in the order of this form
             next(iter(module.graph.nodes)).prepend(place_of[id(x)])
         return module, bool(getattr(model, "_by_size", True))
+    if door == "export":
+        return export_graph(model, examples, form), True
+    try:
+        return _trace(model, examples, form)
+    except TraceError as by_fx:
+        if door == "fx" or is_final(by_fx):
+            raise
+        try:
+            return export_graph(model, examples, form), True
+        except TraceError as by_export:
+            raise both(by_fx, by_export) from by_fx
+
+
+def _trace(model: nn.Module, examples: Sequence[torch.Tensor], form: Form) -> tuple[fx.GraphModule, bool]:
+    """By torch.fx: for all sizes, or else for those of the examples."""
     try:
         return trace_with(partial(_Tracer, model, examples), model, form), False
     except TraceError:

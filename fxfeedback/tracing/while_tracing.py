@@ -24,6 +24,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from fxfeedback.graph.nodes import is_torchs
 from fxfeedback.rules.ops import applying
+from fxfeedback.tracing.refusals import Refusal
 
 SIZED = {
     torch: ("arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm", "zeros"),
@@ -78,7 +79,7 @@ def running_on_proxies() -> Iterator[None]:
 def _set(proxy: fx.Proxy, name: str, value: Any) -> None:
     """Setting an attribute of a stand-in: not those that tensors have."""
     if hasattr(torch.Tensor, name):
-        raise ValueError(
+        raise Refusal(
             f"it sets .{name} of a tensor, which a graph cannot hold: change a parameter with an op in place, such as "
             "copy_, under torch.no_grad(), and freeze parameters before the model is converted"
         )

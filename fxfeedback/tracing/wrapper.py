@@ -9,6 +9,7 @@ from torch import fx, nn
 from fxfeedback.errors import InputError, OptionError
 from fxfeedback.graph.specs import at_batch
 from fxfeedback.tracing.arguments import Form, arguments_of, bind, example_form
+from fxfeedback.tracing.doors import check_door, door_of
 from fxfeedback.tracing.fingerprint import Cache, refuse_hooks
 from fxfeedback.tracing.kept_graphs import KeepsGraphs
 from fxfeedback.tracing.saved import without_prefixes
@@ -26,9 +27,14 @@ class Wrapper(KeepsGraphs):
     """Names of the call's arguments that are not the model's own."""
     _net: nn.Module
     _root: nn.Module
+    _door: str | None = None  # by which the model is traced
 
-    def __init__(self, model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any]) -> None:
+    def __init__(
+        self, model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any], door: str | None = None
+    ) -> None:
         super().__init__()
+        check_door(door)
+        vars(self)["_door"] = door
         net = share(model)
         self._form, examples = example_form(net, example_inputs)
         self._examples = stand_ins(examples)
@@ -118,6 +124,15 @@ class Wrapper(KeepsGraphs):
         empty = torch.empty(0, dtype=next(examples, torch.get_default_dtype()))
         return next((p for p in self.parameters() if p.is_floating_point()), empty)
 
+    @property
+    def door(self) -> str:
+        """By which door the model was traced in its present mode: "fx" or "export"."""
+        return door_of(self._graph())
+
+    def _graph(self) -> fx.GraphModule:
+        """The model's opened graph in the present mode, at the example's size."""
+        raise NotImplementedError
+
     def _fetch(self, name: str) -> torch.Tensor:
         """The parameter or buffer `name`, computed anew where it is parametrized."""
         path, _, leaf = name.rpartition(".")
@@ -199,6 +214,16 @@ def example_of(wrapper: Wrapper) -> Example:
 def stand_ins_of(wrapper: Wrapper) -> list[torch.Tensor]:
     """Tensors without data like the example inputs, with batch 1, in the wrapper's present dtype."""
     return wrapper._stand_ins()
+
+
+def wanted_door_of(wrapper: Wrapper) -> str | None:
+    """The door by which the model is to be traced; None: it is not said."""
+    return wrapper._door
+
+
+def want_door(wrapper: Wrapper, door: str | None) -> None:
+    """Let further graphs of the model be made by this door; None: by torch.export where torch.fx cannot."""
+    vars(wrapper)["_door"] = door
 
 
 def net_of(wrapper: Wrapper) -> nn.Module:
