@@ -77,7 +77,7 @@ def add_feedback(
         if door == "export":
             raise
         try:
-            whole, rewritten = _add_feedback_inside(model, made, passes, input_size, checkpoint, verify, error)
+            whole, rewritten = _add_feedback_inside(model, made, passes, input_size, checkpoint, verify, door, error)
         except TraceError as neither:
             if door == "fx" or is_final(error):
                 raise
@@ -110,6 +110,7 @@ def _add_feedback_inside(
     input_size: Any,
     checkpoint: bool,
     verify: bool,
+    door: str | None,
     whole: TraceError,
 ) -> tuple[nn.Module, FeedbackModel]:
     """A copy of a model that cannot be traced, with the largest traceable part that has all connections rewritten.
@@ -128,6 +129,7 @@ def _add_feedback_inside(
             made = FeedbackModel(module, moved, passes, example, False, checkpoint, verify, "fx")
         except (AttributeError, TraceError):
             continue
+        want_door(made, door)
         return put(model, part, made), made
     raise TraceError(
         f"{whole} Or let all connections lie inside one part of the model that can be traced, such as its backbone: "

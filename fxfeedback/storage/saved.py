@@ -12,6 +12,7 @@ from fxfeedback.errors import CheckpointError, OptionError
 from fxfeedback.feedback import Connection
 from fxfeedback.instructed.options import Options
 from fxfeedback.storage.building import SIZE, decode
+from fxfeedback.tracing.doors import DOORS
 
 MOST_PASSES = 256
 """Of a file, all wrappers' together: every pass is part of a flat graph, so that a number can ask for any memory."""
@@ -92,8 +93,9 @@ def read_wrapper(kind: str, described: Any, tensors: Mapping[str, torch.Tensor],
         raise CheckpointError(f"{where}: {at} has {len(examples)} 'examples' and {len(by_name)} 'names'")
     examples = dict(zip(by_name, examples, strict=True)) if by_name else examples
     if kind == "BUTD":
+        door = how.pop("door", None)
         try:
-            return {"options": Options(**how), "example_inputs": examples}
+            return {"options": Options(**how), "example_inputs": examples, "door": door}
         except OptionError as error:
             raise CheckpointError(f"{where}: {at}: {error}") from error
     return {**how, "connections": [Connection(**one) for one in how["connections"]], "examples": examples}
@@ -163,15 +165,16 @@ def _is_lateral(value: Any) -> bool:
 
 
 FIELDS = {
-    "FeedbackModel": ("examples", "names", "connections", "passes", "return_all", "checkpoint"),
-    "BUTD": ("examples", "names", *(field.name for field in fields(Options))),
+    "FeedbackModel": ("examples", "names", "door", "connections", "passes", "return_all", "checkpoint"),
+    "BUTD": ("examples", "names", "door", *(field.name for field in fields(Options))),
 }
 """Kind of wrapper -> what the file says of it."""
-LATER = ("checkpoint", "names")
-"""Fields that older files do not have."""
+LATER = ("checkpoint", "names", "door")
+"""Fields that older files, or files of networks made without them, do not have."""
 CHECKS: dict[str, Callable[[Any], bool]] = {
     "examples": _are_examples,
     "names": _are_strings,
+    "door": lambda value: value in DOORS,
     "connections": _are_connections,
     "passes": lambda value: _is_size(value) and value <= MOST_PASSES,
     "return_all": lambda value: type(value) is bool,

@@ -8,7 +8,7 @@ import logging
 import random
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxfeedback.errors import TraceError, first_line
 from fxfeedback.graph.effects import has_effect
@@ -25,6 +25,7 @@ from fxfeedback.graph.writable import refuse_unwritable
 from fxfeedback.rules.ops import ADVANCES
 from fxfeedback.tracing.arguments import Form
 from fxfeedback.tracing.attributes import NOT_THEIR_OWN, Stage, plain_value
+from fxfeedback.tracing.buffers import is_same
 from fxfeedback.tracing.doors import say_door
 from fxfeedback.tracing.draws import DRAWS
 from fxfeedback.tracing.export_names import give_names
@@ -53,21 +54,22 @@ class _Called(nn.Module):
         before = _attributes(self.model)
         self.seen.returned = self.model(*args, **named)
         after = _attributes(self.model)
-        self.seen.changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+        changed = [place for place in {**before, **after} if before.get(place) != after.get(place)]
+        self.seen.changed = {place: getattr(self.model.get_submodule(place[0]), place[1], None) for place in changed}
         return list(_leaves(self.seen.returned))
 
 
 class _Seen:
-    """What a call returned, and the attributes of modules that it changed: torch.export puts them back."""
+    """What a call returned, and which attributes of modules, (path, name), are what after it: torch.export puts back."""
 
     returned: Any
-    changed: list[str]
+    changed: dict[tuple[str, str], Any]
 
 
-def _attributes(model: nn.Module) -> dict[str, Any]:
+def _attributes(model: nn.Module) -> dict[tuple[str, str], Any]:
     """Every attribute of every module as plain data; tensors by identity."""
     return {
-        f"{path}.{name}" if path else name: plain_value(tree_map_only(torch.Tensor, id, value))
+        (path, name): plain_value(tree_map_only(torch.Tensor, id, value))
         for path, module in model.named_modules()
         for name, value in {**vars(module), **module._parameters, **module._buffers}.items()
         if name not in NOT_THEIR_OWN
@@ -92,7 +94,10 @@ def export_graph(model: nn.Module, examples: Sequence[torch.Tensor], form: Form)
     try:
         program = _export(_Called(stage.copy, form, seen), _examples(model, examples))
         if seen.changed:
-            raise state_is_kept(seen.changed, "")
+            _check_next_call(program, stage, seen, lambda: _export(_Called(stage.copy, form, seen), _examples(model, examples)))
+        kept = [stage.name_of(*each) for each in stage.changed() if isinstance(each[0], type)]
+        if kept:
+            raise state_is_kept(kept, "")
         _check_batch(program, len(examples))
         own = _plain_tensors(model)
         translation = FromAten(program, PREFIX, form.names, own)
@@ -147,6 +152,22 @@ def _export(called: nn.Module, inputs: Sequence[torch.Tensor]) -> Any:
     if _drawing_state() != state:
         raise Refusal(DRAWS)
     return program
+
+
+def _check_next_call(program: Any, stage: Stage, seen: _Seen, again: Callable[[], Any]) -> None:
+    """Refuse a forward that computes something else in the next call, from the attributes that this one left."""
+    changed = dict(seen.changed)
+    kept = state_is_kept([".".join(filter(None, place)) for place in changed], "")
+    if any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(list(changed.values()))):
+        raise kept
+    for (path, name), value in changed.items():
+        vars(stage.copy.get_submodule(path))[name] = value
+    other = again()
+    same = str(program.graph) == str(other.graph) and all(
+        is_same(program.constants.get(name), value) for name, value in other.constants.items()
+    )
+    if not same or seen.changed:
+        raise kept
 
 
 def _drawing_state() -> Any:

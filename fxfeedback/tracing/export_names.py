@@ -6,8 +6,8 @@ module that it was made in, and its op's.
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import fx, nn
@@ -49,7 +49,7 @@ def give_names(graph: fx.Graph, origin: Mapping[fx.Node, fx.Node], prefix: str, 
     made_by: dict[fx.Node, Place] = {}
     for place, nodes in calls.items():
         returned = [node for node in nodes if any(places.get(user) != place for user in node.users)]
-        if len(returned) == 1 and _is_leaf(model.get_submodule(place.path)):
+        if len(returned) == 1 and place.path and _is_leaf(model.get_submodule(place.path)):
             made_by[returned[0]] = place
     given: dict[str, int] = {}
     for node in graph.nodes:
@@ -72,7 +72,7 @@ def _op_name(node: fx.Node, source: fx.Node) -> str:
     if isinstance(source.target, torch._ops.OpOverload):
         name = base_name(source.target)
         return SPELLED.get(name, name)
-    return getattr(node.target, "__name__", str(node.target))
+    return node.name if isinstance(node.target, type) else getattr(node.target, "__name__", str(node.target))
 
 
 def _counted(name: str, given: dict[str, int]) -> str:
@@ -80,8 +80,3 @@ def _counted(name: str, given: dict[str, int]) -> str:
     name = re.sub(r"_[0-9]+$", "", name)
     given[name] = given.get(name, -1) + 1
     return f"{name}_{given[name]}" if given[name] else name
-
-
-def paths_of(nodes: Iterable[Any]) -> list[str]:
-    """The names of nodes, in order."""
-    return [node.meta["name"] for node in nodes]
