@@ -68,8 +68,7 @@ def to_butd(
             outputs have heads of their own, the head must be named.
         sites: names of the gating sites; None: every rectifying activation that the instruction reaches.
         input_size: size of one input without its batch; default 224 by 224 with the first convolution's channels.
-        example_inputs: instead of input_size, for several inputs: tensors with a batch dimension; a dict gives them by
-            name.
+        example_inputs: instead of input_size: a tuple of tensors with a batch dimension, or a dict of them by name.
         instruction_size: length of the instruction vector, if it is not one-hot over tasks.
         weights: "shared", or "separate": TD has its own weight per BU weight, in `td_weights`.
         td_learning: "mirror" gives TD weights the BU weights' updates, "fixed" none (feedback alignment).
@@ -81,20 +80,17 @@ def to_butd(
         gating: "unit", or "channel": a channel is on when its counter neurons' mean over positions is positive.
         heads: "shared", or "per_task": one prediction head per task, each starting as the model's own.
         learning: "counter_hebb", or "backprop": autograd differentiates the gated network.
-        door: how the model becomes a graph: "fx", by torch.fx's symbolic tracing; "export", by torch.export; None: by
-            torch.export where torch.fx cannot trace it.
-        verify: compare the graph with the model once, on one random sample in evaluation mode, at the cost of two
-            forward passes of that sample.
+        door: "fx": trace the model by torch.fx; "export": by torch.export; None: by that where torch.fx cannot.
+        verify: compare the graph with the model once, by a forward pass of each on one random sample.
 
     Raises:
-        TraceError: torch.fx cannot trace the model, the model does not run at this size, or its graph computes
-            something else.
+        TraceError: the model cannot be traced, does not run at this size, or its graph computes something else.
         RuleError: an op has no rule.
         NodeNameError: a name that no node has, or no prediction head although instructions need one.
         OptionError: options that do not exist or cannot be combined.
     """
     options = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
-    return BUTD(model, Options(**options), examples_of(model, input_size, example_inputs), verify, door)
+    return BUTD(model, Options(**options), examples_of(model, input_size, example_inputs), verify, door=door)
 
 
 class BUTD(Wrapper):
@@ -108,8 +104,10 @@ class BUTD(Wrapper):
     OWN = ("instruction_head", "td_weights", "td_biases", "td_norms", "task_heads")
     untraceable = "is a BU-TD network already: connections come first, and to_butd takes the whole model at once"
 
-    def __init__(self, model: nn.Module, options: Options, example_inputs: Any, verify: bool = False, door: str | None = None) -> None:
-        super().__init__(model, example_inputs, door)
+    def __init__(
+        self, model: nn.Module, options: Options, example_inputs: Any, verify: bool = False, **kw: Any
+    ) -> None:
+        super().__init__(model, example_inputs, **kw)
         vars(self)["options"] = options  # past nn.Module, and not the model's
         if verify:
             with eval_mode(self):
@@ -206,6 +204,8 @@ class BUTD(Wrapper):
         """The BU graph in functional ops, in the present mode, at the example's size."""
         return graphs_of(self).bu
 
+    _graph = bu
+
     @property
     def td(self) -> fx.GraphModule:
         """The instruction pass: instruction -> counter neurons at every site."""
@@ -218,9 +218,6 @@ class BUTD(Wrapper):
         return graphs.learner(graphs.can_instruct, graphs.learning_parameters())
 
     # -- inside -------------------------------------------------------------------------------------------------------
-
-    def _graph(self) -> fx.GraphModule:
-        return self.bu
 
     def _without_task(self, inputs: tuple[Any, ...], task: Any) -> tuple[tuple[Any, ...], Any]:
         """The model's own positional arguments, and the instruction, which may follow them."""

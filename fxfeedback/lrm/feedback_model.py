@@ -230,9 +230,6 @@ class FeedbackModel(Wrapper):
             signals += steering_tensors(one, source, batch, exact, like)
         return signals
 
-    def _graph(self) -> fx.GraphModule:
-        return self._bottom_up()
-
     def _sizes(self, inputs: Sequence[torch.Tensor], form: Form | None) -> Sizes | None:
         """The sizes and dtypes for which a graph is made; None: a graph serves all."""
         if form is None and not self._by_size:
@@ -242,6 +239,8 @@ class FeedbackModel(Wrapper):
     def _bottom_up(self, sizes: Sizes | None = None, form: Form | None = None) -> fx.GraphModule:
         """The opened graph in the present mode, with shapes: for these sizes and this form; None: see `GraphKey`."""
         return self._kept(("bottom up", GraphKey(self._fingerprint(), sizes, form)))
+
+    _graph = property(_bottom_up)
 
     def _unrolled(self, what: Unrolling, sizes: Sizes | None = None, form: Form | None = None) -> fx.GraphModule:
         bu = self._bottom_up(sizes, form)

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import fx
 
 from fxfeedback.errors import TraceError
-from fxfeedback.graph.nodes import user_line
 from fxfeedback.rules.core import CONSTANT, RULES
 from fxfeedback.rules.ops import drawn_like, put_at, same
+from fxfeedback.tracing.aten import function_of
 
 PLACES = ("device", "layout", "pin_memory", "non_blocking", "copy")
 """Keywords that say where a tensor lies: the graph's constants and inputs say it."""
@@ -48,7 +48,7 @@ def torch_call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         args, kwargs: of the new call.
 
     Raises:
-        TraceError: torch has no such function.
+        TraceError: an op that no graph could call.
     """
     op: Any = node.target
     name = base_name(op)
@@ -58,14 +58,11 @@ def torch_call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     spelled = SPELLED.get(name)
     if spelled is not None:
         return spelled(*args, **kwargs)
-    found = [f for f in (getattr(owner, name, None) for owner in OWNERS) if f is not None]
-    with_rule = [f for f in found if f in RULES or f in CONSTANT]
-    if not found:
-        raise TraceError(f"{op} has no function in torch that a graph could call{user_line(node)}")
-    return Call((with_rule or found)[0], args, kwargs)
-
-
-OWNERS = (torch, F, torch._C._nn, torch.Tensor, torch.linalg, torch.special, torch.fft)
+    function = function_of(op)
+    if function not in RULES and function not in CONSTANT:
+        written = getattr(F, name, None)  # in Python, with aten's arguments but for those in SPELLED
+        function = written if written in RULES else function
+    return Call(function or op, args, kwargs)
 
 
 # -- ops whose arguments aten orders in another way --------------------------------------------------------------------
@@ -86,7 +83,9 @@ def _first(function: Any, n: int) -> Callable[..., Call]:
 
 def _pool(function: Any) -> Callable[..., Call]:
     """No stride is an empty list in aten."""
-    return lambda x, kernel, stride=(), *args, **kwargs: Call(function, (x, kernel, list(stride) or kernel, *args), kwargs)
+    return lambda x, kernel, stride=(), *args, **kwargs: Call(
+        function, (x, kernel, list(stride) or kernel, *args), kwargs
+    )
 
 
 def _interpolate(mode: str, aligns: bool) -> Callable[..., Call]:

@@ -31,8 +31,8 @@ from fxfeedback.tracing.draws import DRAWS
 from fxfeedback.tracing.export_names import give_names
 from fxfeedback.tracing.from_aten import FromAten
 from fxfeedback.tracing.next_call import state_is_kept
-from fxfeedback.tracing.refusals import Refusal
-from fxfeedback.tracing.trace import keep_constants, line_of
+from fxfeedback.tracing.refusals import Refusal, line_of
+from fxfeedback.tracing.trace import keep_constants
 
 PREFIX = "model."
 """What the names of the program's tensors begin with."""
@@ -60,7 +60,7 @@ class _Called(nn.Module):
 
 
 class _Seen:
-    """What a call returned, and which attributes of modules, (path, name), are what after it: torch.export puts back."""
+    """What a call returned, and what it made of attributes, (path of the module, name): torch.export puts them back."""
 
     returned: Any
     changed: dict[tuple[str, str], Any]
@@ -91,10 +91,14 @@ def export_graph(model: nn.Module, examples: Sequence[torch.Tensor], form: Form)
     """
     _refuse_parts(model)
     stage, seen = Stage(model), _Seen()
+
+    def again() -> Any:
+        return _export(_Called(stage.copy, form, seen), _examples(model, examples))
+
     try:
-        program = _export(_Called(stage.copy, form, seen), _examples(model, examples))
+        program = again()
         if seen.changed:
-            _check_next_call(program, stage, seen, lambda: _export(_Called(stage.copy, form, seen), _examples(model, examples)))
+            _check_next_call(program, stage, seen, again)
         kept = [stage.name_of(*each) for each in stage.changed() if isinstance(each[0], type)]
         if kept:
             raise state_is_kept(kept, "")
@@ -126,7 +130,9 @@ def _refuse_parts(model: nn.Module) -> None:
     """Refuse what only the first door takes."""
     for path, module in model.named_modules():
         if parametrize.is_parametrized(module):
-            raise TraceError(f"torch.export: the weights of {path!r} are parametrized, which only torch.fx's tracing takes")
+            raise TraceError(
+                f"torch.export: the weights of {path!r} are parametrized, which only torch.fx's tracing takes"
+            )
         if hasattr(type(module), "as_graph"):
             raise TraceError(
                 f"torch.export: {path!r} is a network of fxfeedback already: convert the whole model at once"
@@ -225,7 +231,7 @@ def _plain_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _parts(value: Any) -> dict[str, Any]:
-    """Of a dataclass: what it was made of. Those that are dicts as well, as Hugging Face's, leave out what is None."""
+    """Of a dataclass: what it was made of."""
     return {field.name: getattr(value, field.name) for field in fields(value)}
 
 
@@ -247,8 +253,8 @@ def _rebuilt(graph: fx.Graph, value: Any, leaves: Iterator[Any]) -> Any:
     if isinstance(value, (torch.Tensor, torch.SymInt)):
         return next(leaves)
     if is_dataclass(value):
-        parts = {name: _rebuilt(graph, part, leaves) for name, part in _parts(value).items()}
-        return graph.call_function(type(value), (), parts)
+        named = {name: _rebuilt(graph, part, leaves) for name, part in _parts(value).items()}
+        return graph.call_function(type(value), (), named)
     if isinstance(value, dict):
         return {key: _rebuilt(graph, part, leaves) for key, part in value.items()}
     if isinstance(value, (tuple, list)):

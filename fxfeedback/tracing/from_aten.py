@@ -15,12 +15,10 @@ from torch.export.graph_signature import InputKind
 from fxfeedback.errors import TraceError
 from fxfeedback.graph.nodes import built_in, user_line
 from fxfeedback.rules.ops import ADVANCES, put_at, same, without_gradient
-from fxfeedback.tracing.attributes import CONSTANT
-from fxfeedback.tracing.refusals import Refusal
 from fxfeedback.tracing.aten_calls import NOTHING, Call, base_name, torch_call
+from fxfeedback.tracing.attributes import CONSTANT
+from fxfeedback.tracing.flat_graph import flattened
 
-INLINED = {torch.ops.higher_order.wrap_with_set_grad_enabled: 1, torch.ops.higher_order.wrap_with_autocast: 4}
-"""Ops that run a graph inside of a context: how many of their arguments come before the graph."""
 ALIASING = {"dropout", "feature_dropout", "alpha_dropout"}
 """Ops that may return their argument itself, which their schema does not say."""
 
@@ -162,7 +160,8 @@ class FromAten:
             index = (slice(None),) * node.args[1] + (node.args[2],) if node.args[1] >= 0 else None
         if index is not None and _may_share(node):
             self.part_of[node] = self.root(node.args[0]), index  # type: ignore[arg-type]
-        if "device" in node.kwargs and not any(isinstance(x.meta.get("val"), torch.Tensor) for x in node.all_input_nodes):
+        like = [x for x in node.all_input_nodes if isinstance(x.meta.get("val"), torch.Tensor)]
+        if "device" in node.kwargs and not like:
             device = self._emit(node, Call(getattr, (self.first_input, "device")))
             call = call._replace(kwargs={**call.kwargs, "device": device})
         if call.target is F.batch_norm and call.args[5] and not node.users and call.args[1] is not None:
@@ -179,7 +178,7 @@ class FromAten:
         self.origin[made] = node
         return made
 
-    # -- ops in place ---------------------------------------------------------------------------------------------------
+    # -- ops in place -------------------------------------------------------------------------------------------------
 
     def _write(self, node: fx.Node) -> None:
         """An op in place: its first argument has a new value from then on, and so has what that is a part of."""
@@ -253,48 +252,3 @@ def _may_share(node: fx.Node) -> bool:
     if isinstance(op, torch._ops.OpOverload):
         return any(value.alias_info is not None for value in op._schema.returns) or base_name(op) in ALIASING
     return op in (operator.getitem, without_gradient)
-
-
-def flattened(module: Any, graph: fx.Graph) -> fx.Graph:
-    """A copy of a graph, with those that it runs under torch.no_grad() in their places."""
-    flat = fx.Graph()
-    places = [node for node in graph.nodes if node.op == "placeholder"]
-    flat.output(_copied(module, graph, flat, {node: flat.node_copy(node) for node in places}))
-    return flat
-
-
-def _copied(module: Any, graph: fx.Graph, flat: fx.Graph, made: dict[fx.Node, Any]) -> Any:
-    """Copy a graph's nodes into another one; `made` has those of its inputs. What the graph returns."""
-    for node in graph.nodes:
-        if node.op == "output":
-            return fx.map_arg(node.args[0], made.__getitem__)
-        if node.op == "placeholder" or node.op == "get_attr":
-            continue
-        if node.target in INLINED:
-            made[node] = _inlined(module, node, flat, made)
-        elif isinstance(node.target, torch._ops.HigherOrderOperator):
-            raise TraceError(f"its graph has {node.target}{user_line(node)}, a choice that is left to the call")
-        elif node.target is operator.getitem and isinstance(made[node.args[0]], (tuple, list)):
-            made[node] = made[node.args[0]][node.args[1]]
-        else:
-            made[node] = flat.node_copy(node, made.__getitem__)
-    raise AssertionError("a graph has an output")
-
-
-def _inlined(module: Any, node: fx.Node, flat: fx.Graph, made: dict[fx.Node, Any]) -> list[Any]:
-    """What a graph that runs inside of a context returns."""
-    n = INLINED[node.target]
-    context, (inner, *given) = node.args[:n], node.args[n:]
-    if n > 1 and context[2]:  # device_type, dtype, enabled, cache_enabled
-        raise Refusal("it switches autocast on, which a graph cannot hold: call what is returned under autocast")
-    inside = getattr(module, str(inner.target))  # type: ignore[union-attr]
-    places = [place for place in inside.graph.nodes if place.op == "placeholder"]
-    values = [fx.map_arg(value, made.__getitem__) for value in given]
-    returned = _copied(inside, inside.graph, flat, dict(zip(places, values, strict=True)))
-    if n > 1 or context[0]:
-        return list(returned)
-    out = []
-    for value in returned:
-        out.append(flat.call_function(without_gradient, (value,)))
-        out[-1].meta = dict(value.meta)
-    return out

@@ -7,9 +7,9 @@ user's model is never traced itself, only a copy that shares its tensors (share.
 
 import math
 import threading
-import traceback
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torchvision.models.feature_extraction import NodePathTracer
 
 from fxfeedback.errors import TraceError
 from fxfeedback.graph.effects import has_effect_as_traced, is_in_place
-from fxfeedback.graph.nodes import built_in, identifier, is_torchs, name_of, tell, user_line
+from fxfeedback.graph.nodes import built_in, identifier, name_of, tell, user_line
 from fxfeedback.graph.writable import refuse_unwritable
 from fxfeedback.rules.ops import without_gradient
 from fxfeedback.tracing.arguments import PROXIES, Form, form_of
@@ -35,7 +35,7 @@ from fxfeedback.tracing.next_call import (
     of_parameters,
     state_is_kept,
 )
-from fxfeedback.tracing.refusals import Refusal
+from fxfeedback.tracing.refusals import Refusal, line_of
 from fxfeedback.tracing.while_tracing import recording_sized, running_on_proxies, untraced
 
 
@@ -132,6 +132,9 @@ class PathTracer(NodePathTracer):
         if isinstance(a, torch.Tensor) and not issubclass(type(a), fx.Proxy) and id(a) not in self.given:
             computed = self.from_buffers.use(self, a)
             a = self.constant(a) if computed is None else computed
+        if isinstance(a, dict) and is_dataclass(a):  # Hugging Face's outputs are both
+            parts = {field.name: self.create_arg(getattr(a, field.name)) for field in fields(a)}
+            return self.create_node("call_function", type(a), (), parts)
         arg = a.node if issubclass(type(a), fx.Proxy) else super().create_arg(built_in(a))
         if not isinstance(arg, fx.Node) or arg not in self.without_gradient or not torch.is_grad_enabled():
             return arg
@@ -289,8 +292,3 @@ def _put_as_called(module: fx.GraphModule, tracer: PathTracer) -> None:
             tell(node, as_called=True)
             module.add_submodule(node.target, copy)
     module.recompile()
-
-
-def line_of(error: BaseException) -> str:
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not is_torchs(frame.filename)]
-    return f" (at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line})" if frames else ""

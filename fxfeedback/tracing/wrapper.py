@@ -28,6 +28,7 @@ class Wrapper(KeepsGraphs):
     _net: nn.Module
     _root: nn.Module
     _door: str | None = None  # by which the model is traced
+    _graph: Any  # the opened graph in the present mode, at the example's size
 
     def __init__(
         self, model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any], door: str | None = None
@@ -127,11 +128,7 @@ class Wrapper(KeepsGraphs):
     @property
     def door(self) -> str:
         """By which door the model was traced in its present mode: "fx" or "export"."""
-        return door_of(self._graph())
-
-    def _graph(self) -> fx.GraphModule:
-        """The model's opened graph in the present mode, at the example's size."""
-        raise NotImplementedError
+        return door_of(self._graph)
 
     def _fetch(self, name: str) -> torch.Tensor:
         """The parameter or buffer `name`, computed anew where it is parametrized."""
