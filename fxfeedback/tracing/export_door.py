@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxfeedback.errors import TraceError, first_line
 from fxfeedback.graph.effects import has_effect
-from fxfeedback.graph.nodes import identifier
+from fxfeedback.graph.nodes import identifier, is_torchs
 from fxfeedback.graph.writable import refuse_unwritable
 from fxfeedback.rules.ops import ADVANCES
 from fxfeedback.tracing.arguments import Form
@@ -30,6 +31,7 @@ from fxfeedback.tracing.doors import say_door
 from fxfeedback.tracing.draws import DRAWS
 from fxfeedback.tracing.export_names import give_names
 from fxfeedback.tracing.from_aten import FromAten
+from fxfeedback.tracing.known_shapes import CHANGING
 from fxfeedback.tracing.next_call import state_is_kept
 from fxfeedback.tracing.refusals import Refusal, line_of
 from fxfeedback.tracing.trace import keep_constants
@@ -38,6 +40,8 @@ PREFIX = "model."
 """What the names of the program's tensors begin with."""
 BATCH = 7
 """The examples' batch size: a number that a model's code hardly compares with."""
+ON_EITHER = ("requires_grad", "is_contiguous")
+"""Questions to which torch.fx's door tries both answers."""
 OTHER_BATCHES = (2, 3, 4, 6, 8, 16, 64, 1009)
 """Batch sizes at which the program is to be the same."""
 
@@ -52,11 +56,23 @@ class _Called(nn.Module):
     def forward(self, *inputs: Any) -> list[Any]:
         args, named = self.form.fill(inputs)
         before = _attributes(self.model)
-        self.seen.returned = self.model(*args, **named)
+        with _Asked():
+            self.seen.returned = self.model(*args, **named)
         after = _attributes(self.model)
         changed = [place for place in {**before, **after} if before.get(place) != after.get(place)]
         self.seen.changed = {place: getattr(self.model.get_submodule(place[0]), place[1], None) for place in changed}
         return list(_leaves(self.seen.returned))
+
+
+class _Asked(TorchFunctionMode):
+    """While a model runs: its own code asks nothing of a tensor that may differ from call to call."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        question = getattr(getattr(func, "__self__", None), "__name__", "") if name == "__get__" else name
+        if question in (*CHANGING, *ON_EITHER) and not is_torchs(sys._getframe(1).f_code.co_filename):
+            raise Refusal(f"it asks for a tensor's {question}, which may differ from call to call")
+        return func(*args, **(kwargs or {}))
 
 
 class _Seen:
