@@ -58,8 +58,7 @@ def to_butd(
     ("Biologically Inspired Learning Model for Instructed Vision", NeurIPS 2024, arXiv:2306.02415).
 
     Args:
-        model: any module that torch.fx can trace. It is not changed. Its parameters are shared with the result; its
-            attributes and modes are copied.
+        model: any module. It is not changed. The result shares its parameters, and copies its attributes and modes.
         n_tasks: how many tasks there are; None: an instruction is a vector over the model's own outputs.
         embedding: the hidden sizes of the instruction head (None, one or several), or a module that takes the
             instruction (B, n_tasks) to the features of the prediction head.
@@ -135,8 +134,7 @@ class BUTD(Wrapper):
         """What the model returns, from the sub-network that the instruction selects.
 
         Args:
-            inputs: the model's own, batch first. After as many as the example had, `task` may follow; what else the
-                model takes is given by name.
+            inputs: the model's own, batch first. After as many as the example had, `task` may follow.
             task: (B,) integer ids or one integer; or (B, instruction size) floats; None: no instruction, no gates.
             named: the model's own, by name. Tensors are inputs; every other value has graphs of its own.
 

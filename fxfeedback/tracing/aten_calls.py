@@ -13,6 +13,8 @@ from fxfeedback.rules.core import CONSTANT, RULES
 from fxfeedback.rules.ops import drawn_like, put_at, same
 from fxfeedback.tracing.aten import function_of
 
+Operator: Any = type(torch.ops.aten.add.Tensor)
+"""The class of aten's operators."""
 PLACES = ("device", "layout", "pin_memory", "non_blocking", "copy")
 """Keywords that say where a tensor lies: the graph's constants and inputs say it."""
 NO_END = 2**63 - 1
@@ -58,6 +60,8 @@ def torch_call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     spelled = SPELLED.get(name)
     if spelled is not None:
         return spelled(*args, **kwargs)
+    if op._schema.is_mutable:
+        op = getattr(getattr(torch.ops.aten, name), str(op).split(".")[-1])  # its twin out of place
     function = function_of(op)
     if function not in RULES and function not in CONSTANT:
         written = getattr(F, name, None)  # in Python, with aten's arguments but for those in SPELLED

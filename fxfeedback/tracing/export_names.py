@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from fxfeedback.graph.nodes import tell
-from fxfeedback.tracing.aten_calls import base_name
+from fxfeedback.tracing.aten_calls import Operator, base_name
 
 SPELLED = {"slice": "getitem", "index": "getitem", "select": "getitem", "_to_copy": "to", "sym_size": "size"}
 """What Python's code says for an op."""
@@ -48,7 +48,8 @@ def give_names(graph: fx.Graph, origin: Mapping[fx.Node, fx.Node], prefix: str, 
         calls[place].append(node)
     made_by: dict[fx.Node, Place] = {}
     for place, nodes in calls.items():
-        returned = [node for node in nodes if any(places.get(user) != place for user in node.users)]
+        tensors = [node for node in nodes if isinstance(origin[node].meta.get("val"), torch.Tensor)]
+        returned = [node for node in tensors if any(places.get(user) != place for user in node.users)]
         if len(returned) == 1 and place.path and _is_leaf(model.get_submodule(place.path)):
             made_by[returned[0]] = place
     given: dict[str, int] = {}
@@ -69,7 +70,7 @@ def _is_leaf(module: nn.Module) -> bool:
 
 
 def _op_name(node: fx.Node, source: fx.Node) -> str:
-    if isinstance(source.target, torch._ops.OpOverload):
+    if isinstance(source.target, Operator):
         name = base_name(source.target)
         return SPELLED.get(name, name)
     return node.name if isinstance(node.target, type) else getattr(node.target, "__name__", str(node.target))

@@ -32,7 +32,7 @@ def _copied(module: Any, graph: fx.Graph, flat: fx.Graph, made: dict[fx.Node, An
             continue
         if node.target in INLINED:
             made[node] = _inlined(module, node, flat, made)
-        elif isinstance(node.target, torch._ops.HigherOrderOperator):
+        elif any(source.op == "get_attr" for source in node.all_input_nodes):
             raise TraceError(f"its graph has {node.target}{user_line(node)}, a choice that is left to the call")
         elif node.target is operator.getitem and isinstance(made[node.args[0]], (tuple, list)):
             made[node] = made[node.args[0]][node.args[1]]

@@ -15,7 +15,7 @@ from torch.export.graph_signature import InputKind
 from fxfeedback.errors import TraceError
 from fxfeedback.graph.nodes import built_in, user_line
 from fxfeedback.rules.ops import ADVANCES, put_at, same, without_gradient
-from fxfeedback.tracing.aten_calls import NOTHING, Call, base_name, torch_call
+from fxfeedback.tracing.aten_calls import NOTHING, Call, Operator, base_name, torch_call
 from fxfeedback.tracing.attributes import CONSTANT
 from fxfeedback.tracing.flat_graph import flattened
 
@@ -142,7 +142,7 @@ class FromAten:
         return self.values[node] if node in self.values else self._read_constant(node)
 
     def _call(self, node: fx.Node) -> None:
-        if not isinstance(node.target, torch._ops.OpOverload):
+        if not isinstance(node.target, Operator):
             args, kwargs = self._arguments(node)
             self.values[node] = self._emit(node, Call(node.target, args, kwargs))
             return
@@ -235,13 +235,13 @@ def _plain(*values: Any) -> Any:
 
 
 def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    return isinstance(node.target, Operator) and node.target._schema.is_mutable
 
 
 def _is_pure(node: fx.Node) -> bool:
     """Whether the op draws no numbers, and its sizes are numbers."""
     op = node.target
-    if isinstance(op, torch._ops.OpOverload):
+    if isinstance(op, Operator):
         return torch.Tag.nondeterministic_seeded not in op.tags and base_name(op) not in NOTHING
     return op in (operator.getitem, without_gradient)
 
@@ -249,6 +249,6 @@ def _is_pure(node: fx.Node) -> bool:
 def _may_share(node: fx.Node) -> bool:
     """Whether the value may lie in the memory of the first argument."""
     op = node.target
-    if isinstance(op, torch._ops.OpOverload):
+    if isinstance(op, Operator):
         return any(value.alias_info is not None for value in op._schema.returns) or base_name(op) in ALIASING
     return op in (operator.getitem, without_gradient)
