@@ -60,8 +60,7 @@ def to_butd(
     Args:
         model: any module. It is not changed. The result shares its parameters, and copies its attributes and modes.
         n_tasks: how many tasks there are; None: an instruction is a vector over the model's own outputs.
-        embedding: the hidden sizes of the instruction head (None, one or several), or a module that takes the
-            instruction (B, n_tasks) to the features of the prediction head.
+        embedding: the instruction head's hidden sizes (None, one, several), or a module: instruction -> features.
         head: name of the prediction head's node; None finds the last linear layer or convolution that every path to the
             output crosses. Of several outputs, the one called "out" or "logits" is taken. If there is none and the
             outputs have heads of their own, the head must be named.

@@ -108,8 +108,7 @@ class FeedbackModel(Wrapper):
             inputs, passes, steering, steer_first_pass, return_all, named: as in the call.
             state: what an earlier call returned; None: start without a signal.
             keep_graph: whether gradients flow through the returned state, for backpropagation through time: all values
-                of this call then live as long as the state does, and those of the calls before it. By default the state
-                has no history, so that a loop of any length needs the memory of one call.
+                of this call and earlier ones then live as long as the state. By default the state has no history.
         """
         what = Unrolling(self._passes(passes), return_all, steer_first=steer_first_pass)
         outputs, state, _ = self._run(inputs, named, what, state, steering)
@@ -119,8 +118,7 @@ class FeedbackModel(Wrapper):
         """Node name -> `Readout`, for every pass.
 
         Args:
-            inputs: the model's own, and after them the names of the nodes, one by one or in a list; a module's name
-                stands for its last node.
+            inputs: the model's own, and then the names of nodes, each or in a list; a module's is its last node's.
             passes, named: as in the call.
 
         Raises:

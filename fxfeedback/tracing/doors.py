@@ -33,6 +33,13 @@ def say_door(module: fx.GraphModule, door: str) -> None:
     module.meta["door"] = door
 
 
+def of_same_door(module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+    """A module with another graph of the same model, made by the same door."""
+    made = fx.GraphModule(module, graph, type(module).__name__)
+    say_door(made, door_of(module))
+    return made
+
+
 def door_of(module: fx.GraphModule) -> str:
     """The door by which a graph was made, "fx" or "export"."""
     return module.meta.get("door", "fx")

@@ -32,7 +32,7 @@ from fxfeedback.graph.structures import plain
 from fxfeedback.graph.writable import refuse_unwritable
 from fxfeedback.rules.core import CONSTANT, RULES
 from fxfeedback.rules.ops import put_at, same
-from fxfeedback.tracing.doors import door_of, say_door
+from fxfeedback.tracing.doors import of_same_door
 from fxfeedback.tracing.known_shapes import Shapes
 from fxfeedback.tracing.memory import Write, check_overwriting, is_view
 from fxfeedback.tracing.on_sizes import is_on_sizes
@@ -72,9 +72,7 @@ def open_modules(
             node._rename(identifier(name_of(node)))
     opener.graph.lint()
     refuse_unwritable(opener.graph)
-    opened = fx.GraphModule(module, opener.graph, type(module).__name__)
-    say_door(opened, door_of(module))
-    return opened
+    return of_same_door(module, opener.graph)
 
 
 class _Opener(fx.Tracer):
@@ -84,8 +82,7 @@ class _Opener(fx.Tracer):
         self, module: fx.GraphModule, strict: bool, examples: Sequence[torch.Tensor] | None, owner: nn.Module
     ) -> None:
         super().__init__()
-        self.root, self.owner = module, owner
-        self.strict = strict
+        self.root, self.owner, self.strict = module, owner, strict
         self.graph = fx.Graph(tracer_cls=type(self))
         self.tensors = Tensors(self.owner, module)
         self.writes: list[Write] = []  # what was in place
