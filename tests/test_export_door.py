@@ -331,7 +331,15 @@ def writing(net, x):
     return net.linear(x) * net.plain
 
 
+def writing_without_gradient(net, x):
+    y = net.linear(x)
+    with torch.no_grad():
+        y.clamp_(0)
+    return y
+
+
 REFUSED = {
+    "no_grad": (writing_without_gradient, "writes under torch.no_grad"),
     "batch": (lambda net, x: net.linear(x) if x.shape[0] > 4 else x, "branches on the batch size"),
     "even": (lambda net, x: net.linear(x) if x.shape[0] % 2 else x, "branches on the batch size"),
     "values": (lambda net, x: net.linear(x) if x.sum() > 4 else x, "torch.export cannot export Body: Could not guard"),

@@ -10,7 +10,7 @@ from torch import fx
 
 from fxfeedback.errors import TraceError
 from fxfeedback.rules.core import CONSTANT, RULES
-from fxfeedback.rules.ops import drawn_like, put_at, same
+from fxfeedback.rules.ops import drawn_like, put_at, same, without_gradient
 from fxfeedback.tracing.aten import function_of
 
 Operator: Any = type(torch.ops.aten.add.Tensor)
@@ -28,6 +28,10 @@ IN_PLACE_ONLY = {"normal", "uniform", "exponential", "random", "geometric", "cau
 """Draws into a tensor, which have no twin out of place."""
 
 
+ALIASING = {"dropout", "feature_dropout", "alpha_dropout"}
+"""Ops that may return their argument itself, which their schema does not say."""
+
+
 class Call(NamedTuple):
     """A function, or a method by its name; and its arguments, in which there are nodes."""
 
@@ -40,6 +44,19 @@ def base_name(op: Any) -> str:
     """aten.add_.Tensor -> 'add'"""
     name = getattr(op, "overloadpacket", op).__name__
     return name if name.startswith("__") else name.rstrip("_") or name
+
+
+def may_share(node: fx.Node) -> bool:
+    """Whether the value may lie in the memory of the first argument."""
+    op = node.target
+    if isinstance(op, Operator):
+        return any(value.alias_info is not None for value in op._schema.returns) or base_name(op) in ALIASING
+    return op in (operator.getitem, without_gradient)
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether the node is an op in place."""
+    return isinstance(node.target, Operator) and node.target._schema.is_mutable
 
 
 def torch_call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:

@@ -9,6 +9,7 @@ from torch import fx
 from fxfeedback.errors import TraceError
 from fxfeedback.graph.nodes import user_line
 from fxfeedback.rules.ops import without_gradient
+from fxfeedback.tracing.aten_calls import may_share, writes
 from fxfeedback.tracing.refusals import Refusal
 
 INLINED = {torch.ops.higher_order.wrap_with_set_grad_enabled: 1, torch.ops.higher_order.wrap_with_autocast: 4}
@@ -41,6 +42,19 @@ def _copied(module: Any, graph: fx.Graph, flat: fx.Graph, made: dict[fx.Node, An
     raise AssertionError("a graph has an output")
 
 
+def _refuse_writing(inside: fx.Graph, given: dict[fx.Node, Any]) -> None:
+    """Refuse what writes under torch.no_grad(): it changes a value, and leaves its gradient as it was."""
+    for node in inside.nodes:
+        source: Any = node
+        while source.op == "call_function" and source.args and (source is node or may_share(source)):
+            source = source.args[0]
+        if writes(node) and source in given and given[source].op != "placeholder":
+            raise Refusal(
+                "it writes under torch.no_grad() into a value that it computed with gradients, which has them from "
+                "before: write it out of place"
+            )
+
+
 def _inlined(module: Any, node: fx.Node, flat: fx.Graph, made: dict[fx.Node, Any]) -> list[Any]:
     """What a graph that runs inside of a context returns."""
     n = INLINED[node.target]
@@ -50,6 +64,8 @@ def _inlined(module: Any, node: fx.Node, flat: fx.Graph, made: dict[fx.Node, Any
     inside = getattr(module, str(inner.target))  # type: ignore[union-attr]
     places = [place for place in inside.graph.nodes if place.op == "placeholder"]
     values = [fx.map_arg(value, made.__getitem__) for value in given]
+    if n == 1 and not context[0]:
+        _refuse_writing(inside.graph, dict(zip(places, values, strict=True)))
     returned = _copied(inside, inside.graph, flat, dict(zip(places, values, strict=True)))
     if n > 1 or context[0]:
         return list(returned)

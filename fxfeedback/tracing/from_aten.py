@@ -15,12 +15,9 @@ from torch.export.graph_signature import InputKind
 from fxfeedback.errors import TraceError
 from fxfeedback.graph.nodes import built_in, user_line
 from fxfeedback.rules.ops import ADVANCES, put_at, same, without_gradient
-from fxfeedback.tracing.aten_calls import NOTHING, Call, Operator, base_name, torch_call
+from fxfeedback.tracing.aten_calls import NOTHING, Call, Operator, base_name, may_share, torch_call, writes
 from fxfeedback.tracing.attributes import CONSTANT
 from fxfeedback.tracing.flat_graph import flattened
-
-ALIASING = {"dropout", "feature_dropout", "alpha_dropout"}
-"""Ops that may return their argument itself, which their schema does not say."""
 
 
 class FromAten:
@@ -76,7 +73,7 @@ class FromAten:
         """The nodes that depend on constants alone, and whose memory nothing else writes into."""
         for node in self.nodes:
             first = node.args[0] if node.args else None
-            shares = isinstance(first, fx.Node) and _may_share(node)
+            shares = isinstance(first, fx.Node) and may_share(node)
             self.memory.setdefault(node, self.memory[first] if shares else node)  # type: ignore[index]
         written: set[fx.Node] = set()
         while True:
@@ -87,7 +84,7 @@ class FromAten:
                     continue
                 if constant.issuperset(node.all_input_nodes) and self.memory[node] not in written and _is_pure(node):
                     constant.add(node)
-                elif _writes(node):
+                elif writes(node):
                     more.add(self.memory[node])
             if more <= written:
                 return constant
@@ -95,7 +92,7 @@ class FromAten:
 
     def _compute(self, node: fx.Node) -> None:
         """The value of a constant node."""
-        if _writes(node):
+        if writes(node):
             if self.memory[node] in self.buffers:
                 raise TraceError(
                     f"its forward writes into a tensor that is a plain attribute of a module{user_line(node)}: make it "
@@ -148,7 +145,7 @@ class FromAten:
             return
         if base_name(node.target) in NOTHING:
             return
-        if _writes(node):
+        if writes(node):
             self._write(node)
             return
         call = torch_call(node, *self._arguments(node))
@@ -158,7 +155,7 @@ class FromAten:
         index = call.args[1] if call.target is operator.getitem else None
         if base_name(node.target) == "select" and isinstance(node.args[1], int) and isinstance(node.args[2], int):
             index = (slice(None),) * node.args[1] + (node.args[2],) if node.args[1] >= 0 else None
-        if index is not None and _may_share(node):
+        if index is not None and may_share(node):
             self.part_of[node] = self.root(node.args[0]), index  # type: ignore[arg-type]
         like = [x for x in node.all_input_nodes if isinstance(x.meta.get("val"), torch.Tensor)]
         if "device" in node.kwargs and not like:
@@ -234,21 +231,9 @@ def _plain(*values: Any) -> Any:
     return convert(values)
 
 
-def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, Operator) and node.target._schema.is_mutable
-
-
 def _is_pure(node: fx.Node) -> bool:
     """Whether the op draws no numbers, and its sizes are numbers."""
     op = node.target
     if isinstance(op, Operator):
         return torch.Tag.nondeterministic_seeded not in op.tags and base_name(op) not in NOTHING
-    return op in (operator.getitem, without_gradient)
-
-
-def _may_share(node: fx.Node) -> bool:
-    """Whether the value may lie in the memory of the first argument."""
-    op = node.target
-    if isinstance(op, Operator):
-        return any(value.alias_info is not None for value in op._schema.returns) or base_name(op) in ALIASING
     return op in (operator.getitem, without_gradient)

@@ -32,7 +32,7 @@ from fxfeedback.graph.structures import plain
 from fxfeedback.graph.writable import refuse_unwritable
 from fxfeedback.rules.core import CONSTANT, RULES
 from fxfeedback.rules.ops import put_at, same
-from fxfeedback.tracing.doors import of_same_door
+from fxfeedback.tracing.doors import door_of, of_same_door
 from fxfeedback.tracing.known_shapes import Shapes
 from fxfeedback.tracing.memory import Write, check_overwriting, is_view
 from fxfeedback.tracing.on_sizes import is_on_sizes
@@ -64,7 +64,7 @@ def open_modules(
         opener = _Opener(module, strict, example_inputs, owner or module)
         for node in module.graph.nodes:
             opener.open(node)
-    check_overwriting(opener.graph, opener.writes, opener.shapes)
+    check_overwriting(opener.graph, opener.writes if door_of(module) == "fx" else (), opener.shapes)
     if example_inputs is not None:
         opener.graph.eliminate_dead_code(is_impure_node=has_effect)
     for node in opener.graph.nodes:
