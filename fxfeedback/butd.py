@@ -62,8 +62,7 @@ def to_butd(
         n_tasks: how many tasks there are; None: an instruction is a vector over the model's own outputs.
         embedding: the instruction head's hidden sizes (None, one, several), or a module: instruction -> features.
         head: name of the prediction head's node; None finds the last linear layer or convolution that every path to the
-            output crosses. Of several outputs, the one called "out" or "logits" is taken. If there is none and the
-            outputs have heads of their own, the head must be named.
+            output crosses. Of several outputs, "out" or "logits" is taken; where there is neither, name the head.
         sites: names of the gating sites; None: every rectifying activation that the instruction reaches.
         input_size: size of one input without its batch; default 224 by 224 with the first convolution's channels.
         example_inputs: instead of input_size: a tuple of tensors with a batch dimension, or a dict of them by name.
@@ -200,8 +199,6 @@ class BUTD(Wrapper):
     def bu(self) -> fx.GraphModule:
         """The BU graph in functional ops, in the present mode, at the example's size."""
         return graphs_of(self).bu
-
-    _graph = bu
 
     @property
     def td(self) -> fx.GraphModule:

@@ -238,8 +238,6 @@ class FeedbackModel(Wrapper):
         """The opened graph in the present mode, with shapes: for these sizes and this form; None: see `GraphKey`."""
         return self._kept(("bottom up", GraphKey(self._fingerprint(), sizes, form)))
 
-    _graph = property(_bottom_up)
-
     def _unrolled(self, what: Unrolling, sizes: Sizes | None = None, form: Form | None = None) -> fx.GraphModule:
         bu = self._bottom_up(sizes, form)
         return unroll(bu, self._root, [link(bu.graph, connection) for connection in self.connections], what)

@@ -7,7 +7,7 @@ import torch
 from torch import fx, nn
 
 from fxfeedback.errors import InputError, OptionError
-from fxfeedback.graph.specs import at_batch
+from fxfeedback.graph.specs import at_batch, size_of
 from fxfeedback.tracing.arguments import Form, arguments_of, bind, example_form
 from fxfeedback.tracing.doors import check_door, door_of
 from fxfeedback.tracing.fingerprint import Cache, refuse_hooks
@@ -28,7 +28,6 @@ class Wrapper(KeepsGraphs):
     _net: nn.Module
     _root: nn.Module
     _door: str | None = None  # by which the model is traced
-    _graph: Any  # the opened graph in the present mode, at the example's size
 
     def __init__(
         self, model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any], door: str | None = None
@@ -128,7 +127,9 @@ class Wrapper(KeepsGraphs):
     @property
     def door(self) -> str:
         """By which door the model was traced in its present mode: "fx" or "export"."""
-        return door_of(self._graph)
+        sizes = tuple([(size_of(x), x.dtype) for x in self._stand_ins()])
+        module: Any = self._graph(sizes, None).owning_module
+        return door_of(module)
 
     def _fetch(self, name: str) -> torch.Tensor:
         """The parameter or buffer `name`, computed anew where it is parametrized."""
