@@ -21,7 +21,7 @@ from fxfeedback.tracing.examples import examples_of
 from fxfeedback.tracing.names import op_name
 from fxfeedback.tracing.share import share
 from fxfeedback.tracing.trace_at_size import trace_for
-from fxfeedback.tracing.wrapper import Wrapper, example_of, net_of, stand_ins_of
+from fxfeedback.tracing.wrapper import Wrapper, example_of, net_of, stand_ins_of, wanted_door_of
 
 
 @dataclass
@@ -124,7 +124,8 @@ def read_network(
         form, examples = example_form(model, examples_of(model, input_size, example_inputs))
     within = net_of(model) if isinstance(model, BUTD) else model
     plain = net_of(within) if isinstance(within, FeedbackModel) else within
-    traced, _ = trace_for(share(plain), examples, form)
+    door = next((wanted_door_of(each) for each in (within, model) if isinstance(each, Wrapper)), None)
+    traced, _ = trace_for(share(plain), examples, form, door)
     annotate_shapes(traced, examples)
     unpack_tuples(traced)
     classes = {path: type(module).__name__ for path, module in plain.named_modules()}
