@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 import pytest
+import torch
 
 import fxfeedback
 
@@ -35,7 +36,7 @@ PYTHONS = {"_getframe", "_is_owned", "_replace"}
 """Of Python's own, public ones of named tuples among them."""
 
 LONGEST_FILE, LONGEST_FUNCTION = 300, 50
-LONG_TABLES = {"rules/indexing.py", "rules/normalization.py", "rules/reduction.py"}
+LONG_TABLES = {"rules/indexing.py", "rules/normalization.py", "rules/reduction.py", "rules/scattering.py"}
 """Tables of rules, which are as long as there are ops."""
 LONG_FILES: dict[str, int] = {}
 """What remains to be split, and how long it is: a file that is not here, or longer than here, is refused."""
@@ -67,7 +68,8 @@ def borrowed(tree):
         elif isinstance(node, ast.Attribute) and private(node.attr) and node.attr not in own:
             of_torchs = {part.attr for part in ast.walk(node.value) if isinstance(part, ast.Attribute)}
             of_itself = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
-            if not of_itself and not of_torchs & {"_C", "aten"} and ast.unparse(node.value) != "aten":
+            operator = ast.unparse(node.value) == "torch" and hasattr(torch.ops.aten, node.attr)
+            if not of_itself and not operator and not of_torchs & {"_C", "aten"} and ast.unparse(node.value) != "aten":
                 yield node.lineno, node.attr
 
 
