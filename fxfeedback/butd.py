@@ -22,7 +22,7 @@ from fxfeedback.tracing.arguments import Form, describe, example_form
 from fxfeedback.tracing.examples import examples_of
 from fxfeedback.tracing.modes import eval_mode
 from fxfeedback.tracing.verify import verify_graph
-from fxfeedback.tracing.while_tracing import building
+from fxfeedback.tracing.while_tracing import building, is_rewritten
 from fxfeedback.tracing.wrapper import Wrapper, stand_ins_of
 
 
@@ -125,8 +125,6 @@ class BUTD(Wrapper):
     def _frozen(self, module: nn.Module) -> nn.Module:
         """`module` in our dtype, on our device, in our mode; no gradient flows in the instruction pass."""
         return module.to(self._like()).requires_grad_(False).train(self.training)
-
-    # -- calls --------------------------------------------------------------------------------------------------------
 
     def forward(self, *inputs: Any, task: Any = None, **named: Any) -> Any:
         """What the model returns, from the sub-network that the instruction selects.
@@ -255,8 +253,7 @@ class BUTD(Wrapper):
         """Not where the instruction pass may draw random numbers or count, nor while others rewrite the call."""
         own = [self._modules.get(name) for name in ("instruction_head", "td_norms")]
         training = self.training or any(module.training for owner in own if owner for module in owner.modules())
-        rewritten = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        return not (training or rewritten or isinstance(self.options.embedding, nn.Module))
+        return not (training or is_rewritten() or isinstance(self.options.embedding, nn.Module))
 
     def _switch_own(self, mode: bool) -> Self:
         self._cache.pop("gates", None)
@@ -267,8 +264,7 @@ class BUTD(Wrapper):
         return self.training and (self.options.norm == "separate" or isinstance(self.options.embedding, nn.Module))
 
     def _instruction(self, task: Any, graphs: Graphs, batch: int | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        takes_ids = self.options.instruction_size is None
-        return read_instruction(task, graphs.gating().size, batch, self._like(), takes_ids)
+        return read_instruction(task, graphs.gating().size, batch, self._like(), self.options.instruction_size is None)
 
     def _graphs(self, inputs: Sequence[torch.Tensor], form: Form | None = None) -> Graphs:
         """The graphs for inputs of this size and dtype and this form of call (None: the example's), built once."""

@@ -270,8 +270,7 @@ def bottom_up_of(model: FeedbackModel) -> fx.GraphModule:
 
 def links_of(model: FeedbackModel) -> list[Link]:
     """Its connections, between nodes of `bottom_up_of(model)`."""
-    graph = bottom_up_of(model).graph
-    return [link(graph, connection) for connection in model.connections]
+    return [link(bottom_up_of(model).graph, connection) for connection in model.connections]
 
 
 def looks_at_sizes(model: FeedbackModel) -> bool:

@@ -19,6 +19,7 @@ from fxfeedback.rewrite import Unrolling, unroll
 from fxfeedback.tracing.arguments import Form
 from fxfeedback.tracing.open_modules import open_modules
 from fxfeedback.tracing.trace_at_size import trace_for
+from fxfeedback.tracing.while_tracing import is_rewritten
 
 Sizes = tuple[tuple[tuple[int, ...] | None, torch.dtype], ...]
 """Of each input its size without the batch (see `size_of`), and its dtype."""
@@ -91,8 +92,7 @@ def steps(checkpoint: bool) -> tuple[Step, ...]:
 
     Not while someone else rewrites the graph or its gradients: torch.compile, a tracer, torch.func.
     """
-    others = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
-    if others:
+    if is_rewritten() or torch.jit.is_tracing():
         return ()
     if not torch.is_grad_enabled():
         return (brief,)

@@ -57,6 +57,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_in_forked_child)
 
 
+def is_rewritten() -> bool:
+    """Whether others rewrite the present call: torch.compile, or a transform of torch.func."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 @contextmanager
 def running_on_proxies() -> Iterator[None]:
     """While a model's code runs: only its own contexts count, and autograd functions stay whole.
