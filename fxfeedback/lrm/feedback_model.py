@@ -280,7 +280,7 @@ def looks_at_sizes(model: FeedbackModel) -> bool:
 
 
 def _shown(inputs: Sequence[torch.Tensor]) -> str:
-    """(batch, 3, 224, 224) in torch.float32, of each input"""
+    """(batch, 3, 224, 224) in torch.float32, of each tensor"""
     return ", ".join(f"({', '.join(map(str, ('batch', *x.shape[1:])))}) in {x.dtype}" for x in inputs)
 
 
@@ -295,5 +295,4 @@ def _check_inputs(inputs: Sequence[torch.Tensor], examples: Sequence[torch.Tenso
     """Tensors with as many dimensions as their examples."""
     for x, example in zip(inputs, examples, strict=True):
         if x.ndim != example.ndim:
-            wanted = ", ".join(["batch", *map(str, example.shape[1:])])
-            raise InputError(f"an input of shape {tuple(x.shape)} does not have the dimensions of ({wanted})")
+            raise InputError(f"an input of shape {tuple(x.shape)} does not have the dimensions of {_shown([example])}")

@@ -11,6 +11,30 @@ IDS = torch.tensor([1, 0, 2, 2, 0])
 BAGS, AND_END = torch.tensor([0, 2, 2]), torch.tensor([0, 2, 5])
 
 
+def _bags(input, offsets, number, like):
+    """The number of each entry's bag, flat."""
+    if input.ndim == 2:
+        rows = torch.ones_like(like[:, :1], dtype=torch.long).cumsum(0) - 1
+        return rows.expand(input.shape).flatten()
+    positions = torch.arange(input.shape[0], device=like.device)
+    return (positions.unsqueeze(1) >= offsets).sum(1).sub(1).clamp(max=number - 1)
+
+
+def _counted(input, padding, e):
+    """1 for each entry that counts, (entries, 1); 0 for padding."""
+    ids = input.flatten().unsqueeze(1)
+    return torch.ones_like(ids, dtype=e.dtype) if padding is None else (ids != padding).to(e.dtype)
+
+
+def _firsts(y, rows, bag, counts):
+    """1 for the first entry of a bag that has its greatest value, of the rows of all entries."""
+    wins = (rows == y.index_select(0, bag)) & (counts > 0)
+    number = torch.ones_like(rows).cumsum(0)
+    before = torch.where(wins, number, torch.inf)
+    first = torch.full_like(y, torch.inf).scatter_reduce(0, bag.unsqueeze(1).expand(rows.shape), before, "amin")
+    return (before == first.index_select(0, bag)).to(y.dtype) * wins
+
+
 @rule(
     F.embedding_bag,
     examples=[
@@ -64,21 +88,10 @@ def embedding_bag(
         )
 
     def bags(like):
-        """The number of each entry's bag, flat."""
-        if input.ndim == 2:
-            rows = torch.ones_like(like[:, :1], dtype=torch.long).cumsum(0) - 1
-            return rows.expand(input.shape).flatten()
-        positions = torch.arange(input.shape[0], device=like.device)
-        return (positions.unsqueeze(1) >= offsets).sum(1).sub(1).clamp(max=y.shape[0] - 1)
+        return _bags(input, offsets, y.shape[0], like)
 
     def counted(e):
-        """1 for each entry that counts, (entries, 1); 0 for padding."""
-        ids = input.flatten().unsqueeze(1)
-        return (
-            torch.ones_like(ids, dtype=e.dtype)
-            if padding_idx is None
-            else (ids != padding_idx % weight.shape[0]).to(e.dtype)
-        )
+        return _counted(input, None if padding_idx is None else padding_idx % weight.shape[0], e)
 
     def share(e):
         """What each entry has of e, (entries, columns)."""
@@ -89,16 +102,8 @@ def embedding_bag(
         if mode == "mean":
             sizes = e.new_zeros(e.shape[:1]).index_add(0, bag, counts.flatten()).clamp_min(1)
             return each / sizes.index_select(0, bag).unsqueeze(1)
-        return each * firsts(bag, counts)
-
-    def firsts(bag, counts):
-        """1 for the first entry of a bag that has its greatest value."""
         rows = weight.index_select(0, input.flatten())
-        wins = (rows == y.index_select(0, bag)) & (counts > 0)
-        number = torch.ones_like(rows).cumsum(0)
-        before = torch.where(wins, number, torch.inf)
-        first = torch.full_like(y, torch.inf).scatter_reduce(0, bag.unsqueeze(1).expand(rows.shape), before, "amin")
-        return (before == first.index_select(0, bag)).to(y.dtype) * wins
+        return each * _firsts(y, rows, bag, counts)
 
     def to_rows(e):
         return e.new_zeros(weight.shape).index_add(0, input.flatten(), share(e))

@@ -207,14 +207,10 @@ def scatter_reduce(y, input, dim, index, src, reduce, *, include_self=True):
         by_value = with_one_zero((e * y).gather(dim, index), zeros) / torch.where(zero, 1.0, src)
         return torch.where(alone, (e * rest).gather(dim, index), by_value)
 
-    def product_for_input(e):
-        ones = torch.ones_like(y)
-        return e * ones.scatter_reduce(dim, index, src, "prod", include_self=True)
-
     picked = {
         "sum": (as_is, lambda e: e.gather(dim, index)),
         "mean": (mean, lambda e: mean(e).gather(dim, index)),
-        "prod": (product_for_input, product_of_others),
+        "prod": (lambda e: e * torch.ones_like(y).scatter_reduce(dim, index, src, "prod"), product_of_others),
         **dict.fromkeys(
             ("amax", "amin"),
             (
