@@ -39,8 +39,9 @@ from fxfeedback.graph.structures import is_structure, unpack_tuples
 from fxfeedback.instructed.check_rule import Call
 from fxfeedback.rules import RULES, Rule
 from fxfeedback.rules.core import CONSTANT
+from fxfeedback.rules.ops import filled_from
 from fxfeedback.tracing.open_modules import open_modules
-from fxfeedback.tracing.openings import OPENINGS, OPS_OF_MAPS, survival, surviving_channels
+from fxfeedback.tracing.openings import OPENINGS, OPS_OF_MAPS, WITH_POSITIONS, survival, surviving_channels
 from fxfeedback.tracing.share import share
 from fxfeedback.tracing.trace import trace
 
@@ -621,6 +622,13 @@ OPENED: dict[Any, Any] = {
     F.alpha_dropout: (lambda x: F.alpha_dropout(x, 0.5, True), (2,)),
     torch.alpha_dropout: (lambda x: torch.alpha_dropout(x, 0.5, True), (2,)),
     F.gumbel_softmax: (lambda x: F.gumbel_softmax(x, hard=True), (2,)),
+    F.rrelu: (lambda x: F.rrelu(x, training=True), (2,)),
+    torch.rrelu: (lambda x: torch.rrelu(x, training=True), (2,)),
+    F.fractional_max_pool2d: (lambda x: F.fractional_max_pool2d(x, 2, 2), (2, 4, 4)),
+    F.fractional_max_pool3d: (lambda x: F.fractional_max_pool3d(x, 2, 2), (2, 4, 4, 4)),
+    F.fractional_max_pool2d_with_indices: (lambda x: F.fractional_max_pool2d_with_indices(x, 2, 2)[0], (2, 4, 4)),
+    F.fractional_max_pool3d_with_indices: (lambda x: F.fractional_max_pool3d_with_indices(x, 2, 2)[0], (2, 4, 4, 4)),
+    filled_from: (lambda x: (x + x).copy_(x), (2,)),
     torch.fliplr: (torch.fliplr, (2,)),
     torch.flipud: (torch.flipud, (2,)),
     torchvision.ops.stochastic_depth: (lambda x: torchvision.ops.stochastic_depth(x, 0.5, "row"), (2,)),
@@ -634,7 +642,7 @@ OPENED: dict[Any, Any] = {
 def openings() -> str:
     """The section on what is opened, and into what, in training mode."""
     rows = []
-    of_maps = {op for ops in OPS_OF_MAPS.values() for op in ops}
+    of_maps = {op for ops in (*OPS_OF_MAPS.values(), *WITH_POSITIONS.values()) for op in ops}
     for target in OPENINGS:
         if target in of_maps:
             continue

@@ -87,15 +87,11 @@ def embedding_bag(
             "no rule for an embedding_bag with scale_grad_by_freq=True or max_norm: use neither, or normalise the table"
         )
 
-    def bags(like):
-        return _bags(input, offsets, y.shape[0], like)
-
-    def counted(e):
-        return _counted(input, None if padding_idx is None else padding_idx % weight.shape[0], e)
+    padding = None if padding_idx is None else padding_idx % weight.shape[0]
 
     def share(e):
         """What each entry has of e, (entries, columns)."""
-        bag, counts = bags(e), counted(e)
+        bag, counts = _bags(input, offsets, y.shape[0], e), _counted(input, padding, e)
         each = e.index_select(0, bag) * counts
         if mode == "sum":
             return each if per_sample_weights is None else each * per_sample_weights.flatten().unsqueeze(1)
@@ -109,11 +105,11 @@ def embedding_bag(
         return e.new_zeros(weight.shape).index_add(0, input.flatten(), share(e))
 
     def to_weights(e):
-        each = e.index_select(0, bags(e)) * counted(e)
+        each = e.index_select(0, _bags(input, offsets, y.shape[0], e)) * _counted(input, padding, e)
         return (each * weight.index_select(0, input.flatten())).sum(1).reshape(per_sample_weights.shape)
 
     def evenly(t):
-        return t.index_select(0, bags(t)).mean(1).reshape(per_sample_weights.shape)
+        return t.index_select(0, _bags(input, offsets, y.shape[0], t)).mean(1).reshape(per_sample_weights.shape)
 
     found = input.ndim == 2 or known(offsets)
     return {

@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from fxfeedback.errors import TraceError
-from fxfeedback.graph.nodes import user_line
+from fxfeedback.graph.nodes import inherit, user_line
 from fxfeedback.rules.ops import without_gradient
 from fxfeedback.tracing.aten_calls import may_share, writes
 from fxfeedback.tracing.refusals import Refusal
@@ -72,5 +72,5 @@ def _inlined(module: Any, node: fx.Node, flat: fx.Graph, made: dict[fx.Node, Any
     out = []
     for value in returned:
         out.append(flat.call_function(without_gradient, (value,)))
-        out[-1].meta = dict(value.meta)
+        inherit(out[-1], value)
     return out
