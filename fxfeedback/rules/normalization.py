@@ -24,7 +24,7 @@ from fxfeedback.rules.core import (
     update,
 )
 from fxfeedback.rules.examples import C, T, call
-from fxfeedback.rules.ops import BOUNDS_PASS, laid_out_as, mean_over_processes, synced_batch_norm
+from fxfeedback.rules.ops import BOUNDS_PASS, laid_out_as, mean_over_processes, synced_batch_norm, taking_errors_as
 from fxfeedback.rules.reduction import slope_of_norm
 
 
@@ -130,7 +130,7 @@ def _native_batch_norm(
     input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
 ):
     y = torch.native_batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps)
-    return y[0], (y[1], y[2]) if training else (None, None)
+    return taking_errors_as(y[0], input), (y[1], y[2]) if training else (None, None)
 
 
 @fused(batch_norm, forward=_native_batch_norm, applies=lambda y, *call, **options: not has_none(y))

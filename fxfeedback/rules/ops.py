@@ -135,6 +135,14 @@ def laid_out_as(e: Any, x: Any) -> Any:
     return e if e.stride() == x.stride() else torch.empty_like(x, dtype=e.dtype).copy_(e)
 
 
+@one_node
+def taking_errors_as(y: Any, x: Any) -> Any:
+    """`y` itself; where autograd records it, for second derivatives, its error comes in the memory layout of `x`."""
+    if is_recorded() and y.requires_grad:
+        y.register_hook(lambda e: laid_out_as(e, x))
+    return y
+
+
 @torch.no_grad()
 def advance_(input: torch.Tensor, running_mean: torch.Tensor, running_var: torch.Tensor, momentum: float) -> None:
     """Advance batch norm's running statistics, in place, by the batch `input` (N, C, ...).
