@@ -49,8 +49,8 @@ from workers import in_workers
 import fxfeedback
 
 TOLERANCE = 1e-9
-NOISE = 1e-13
-"""An update that is off by less than this is rounding: the samples' values are of size 1."""
+NOISE = 1e-12
+"""An update that is off by less than this is rounding: the samples' values are of size 1 to 10."""
 BATCH = 3
 SAMPLES = 6
 ENOUGH = 45.0

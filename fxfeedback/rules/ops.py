@@ -94,7 +94,7 @@ def surviving_channels(input: torch.Tensor, p: float) -> torch.Tensor:
 
 def drawn_slopes(input: torch.Tensor, lower: float, upper: float) -> torch.Tensor:
     """RReLU's factors: 1 where x > 0, elsewhere drawn between the bounds, as F.rrelu draws them."""
-    slopes = torch.zeros_like(input)
+    slopes = torch.zeros_like(input, memory_format=torch.contiguous_format)  # which the kernel takes it for
     torch.ops.aten.rrelu_with_noise(input.detach(), slopes, lower, upper, True)
     return slopes
 

@@ -42,14 +42,16 @@ def open_operators(module: fx.GraphModule, examples: Sequence[torch.Tensor], own
         examples: the inputs that its shapes are of.
         owner: the model, on which constants of decompositions become buffers.
     """
-    waiting = _without_rule(module.graph)
+    tensors = Tensors(owner, module)
+    learned = _learned(module.graph, tensors)
+    waiting = [node for node in module.graph.nodes if node in learned and passes(node) and not _has_rule(node)]
     made: dict[Any, list[fx.GraphModule]] = {}
     for node in waiting:
         try:
-            call = _call_of(node)
+            call = _call_of(node, learned)
             if call not in made:
-                made[call] = [_decomposed(node, batch) for batch in BATCHES]
-            _Opening(node, Tensors(owner, module)).replace(*made[call])
+                made[call] = [_decomposed(node, batch, learned) for batch in BATCHES]
+            _Opening(node, tensors).replace(*made[call])
         except Exception as error:
             tell(node, unopened=str(error).partition("\n")[0])
     if any(unopened(node) is None for node in waiting):
@@ -59,10 +61,11 @@ def open_operators(module: fx.GraphModule, examples: Sequence[torch.Tensor], own
         unpack_tuples(module)
 
 
-def _without_rule(graph: fx.Graph) -> list[fx.Node]:
+def _learned(graph: fx.Graph, tensors: Tensors) -> set[fx.Node]:
+    """What gets a gradient: what depends on inputs and parameters."""
+    parameters = [n for n in graph.nodes if n.op == "get_attr" and isinstance(tensors.by_name[n.target], nn.Parameter)]
     bu = BottomUp(graph)
-    learned = bu.below(node for node in bu.nodes if node.op in ("placeholder", "get_attr") and is_floating(node))
-    return [node for node in bu.nodes if node in learned and passes(node) and not _has_rule(node)]
+    return bu.below(node for node in (*parameters, *bu.inputs) if is_floating(node))
 
 
 def _has_rule(node: fx.Node) -> bool:
@@ -85,14 +88,12 @@ def _decompositions() -> dict[Any, Any]:
     }
 
 
-def _call_of(node: fx.Node) -> Any:
+def _call_of(node: fx.Node, learned: set[fx.Node]) -> Any:
     """What two calls have in common that have the same decomposition: all but the values of their inputs."""
     places = {source: i for i, source in enumerate(node.all_input_nodes)}
-    return (
-        node.target,
-        repr(fx.map_arg((node.args, node.kwargs), lambda source: places[source])),
-        tuple(map(specs_of, places)),
-    )
+    arguments = repr(fx.map_arg((node.args, node.kwargs), lambda source: places[source]))
+    facts = [specs_of(x) or tuple(_value(x, batch) for batch in BATCHES) for x in places]
+    return node.target, arguments, tuple(facts), tuple(x in learned for x in places)
 
 
 class _WithGradient(TorchFunctionMode):
@@ -104,7 +105,7 @@ class _WithGradient(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _decomposed(node: fx.Node, batch: int) -> fx.GraphModule:
+def _decomposed(node: fx.Node, batch: int, learned: set[fx.Node]) -> fx.GraphModule:
     """The operators that the node's function calls at this batch size; its tensors are the placeholders, in order."""
     sources = _tensors(node)
     sizes = {source: _value(source, batch) for source in node.all_input_nodes if source not in sources}
@@ -117,8 +118,8 @@ def _decomposed(node: fx.Node, batch: int) -> fx.GraphModule:
 
     with FakeTensorMode():
         examples = [_value(source, batch) for source in sources]
-        copies = (x.clone().requires_grad_(x.is_floating_point() or x.is_complex()) for x in examples)
-        results = tree_leaves(run(*copies))
+        pairs = zip(examples, sources, strict=True)
+        results = tree_leaves(run(*(x.clone().requires_grad_(source in learned) for x, source in pairs)))
 
     def differentiated(*tensors: Any) -> Any:
         """A result that autograd passes nothing on from, as the mean that a layer norm also returns, is detached."""
