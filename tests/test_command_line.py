@@ -22,6 +22,7 @@ import networks
 from fxfeedback.commands import doctor
 from fxfeedback.commands.given import torchvision_names
 from fxfeedback.commands.main import COMMANDS, FLAGS, in_shell, main, parser
+from test_export_door import Decorated
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -192,6 +193,14 @@ def test_nodes_shows_what_ops_opened_into_and_their_rules(capsys, monkeypatch):
     assert (rules["fc"], rules["relu"], rules["fc.weight"]) == ("linear", "relu", None)
     inner = [rule for name, rule in rules.items() if name.startswith("trapezoid.")]
     assert len(inner) > 2 and all(inner)
+
+
+def test_nodes_says_that_torch_export_traced_the_model(capsys, monkeypatch):
+    monkeypatch.setattr(networks, "decorated", Decorated, raising=False)
+    command = ["nodes", "networks:decorated", "--input-size", "6"]
+    assert run(capsys, *command)["door"] == "export"
+    assert main(command) == 0
+    assert "input (B, 6), traced by torch.export" in capsys.readouterr().out
 
 
 def test_nodes_of_a_model_of_which_only_parts_can_be_traced(capsys):

@@ -185,7 +185,7 @@ class Decorated(nn.Module):
 
 
 @pytest.mark.parametrize("make", [Branching, Decorated])
-def test_what_torch_fx_cannot_trace_goes_in_by_export(make):
+def test_what_torch_fx_cannot_trace_goes_in_by_export(make, tmp_path):
     torch.manual_seed(0)
     model, x = make().double(), torch.randn(4, 6, dtype=torch.double)
     with pytest.raises(TraceError):
@@ -194,6 +194,8 @@ def test_what_torch_fx_cannot_trace_goes_in_by_export(make):
     assert butd.door == "export"
     assert relative(butd(x), model(x)) < 1e-9
     check_law(model, x)
+    fxfeedback.draw(butd, tmp_path / "net.svg")
+    assert f"{make.__name__} by torch.export, drawn" in (tmp_path / "net.svg").read_text()
 
 
 def test_inputs_by_keyword_and_flags():

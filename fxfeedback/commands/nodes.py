@@ -21,6 +21,7 @@ EXAMPLES = [
 ]
 KEYS = {
     "model": "MODEL, as given",
+    "door": "what traced it: fx (torch.fx) or export (torch.export)",
     "parts": "where torch.fx cannot trace the whole model: the parts that it can; connections lie inside one",
     "inputs": "the shape of each input; in shapes null stands for the batch",
     "nodes[].name": "as connections name it",
@@ -43,6 +44,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Name the nodes of the model or, where torch.fx cannot trace it whole, of the parts that it can."""
     from fxfeedback.errors import InputError, TraceError
     from fxfeedback.storage.save_load import unwrap
+    from fxfeedback.tracing.doors import door_of
     from fxfeedback.tracing.examples import example_for
     from fxfeedback.tracing.wrapper import Wrapper, stand_ins_of
 
@@ -61,6 +63,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             raise
     return {
         "model": arguments.model,
+        "door": "export" if any(door_of(module) == "export" for module, _ in graphs.values()) else "fx",
         "parts": [name for name in graphs if name],
         "inputs": [[None, *x.shape[1:]] for _, inputs in graphs.values() for x in inputs],
         "nodes": [
@@ -126,7 +129,9 @@ def _row(part: str, node: Any, module: Any) -> dict[str, Any]:
 
 def lines(result: dict[str, Any]) -> Iterator[str]:
     """A table."""
-    yield f"{result['model']}: {several(len(result['nodes']), 'node')}, input {', '.join(map(sizes, result['inputs']))}"
+    by = ", traced by torch.export" if result["door"] == "export" else ""
+    inputs = ", ".join(map(sizes, result["inputs"]))
+    yield f"{result['model']}: {several(len(result['nodes']), 'node')}, input {inputs}{by}"
     if result["parts"]:
         parts = ", ".join(result["parts"])
         yield f"torch.fx cannot trace the whole, but {parts}: all connections must lie inside one such part"

@@ -17,6 +17,7 @@ from fxfeedback.graph.structures import unpack_tuples
 from fxfeedback.instructed.graphs import Graphs
 from fxfeedback.lrm.feedback_model import FeedbackModel, bottom_up_of
 from fxfeedback.tracing.arguments import example_form
+from fxfeedback.tracing.doors import door_of
 from fxfeedback.tracing.examples import examples_of
 from fxfeedback.tracing.names import op_name
 from fxfeedback.tracing.share import share
@@ -129,7 +130,8 @@ def read_network(
     annotate_shapes(traced, examples)
     unpack_tuples(traced)
     classes = {path: type(module).__name__ for path, module in plain.named_modules()}
-    network = Network(type(plain).__name__, _nodes(traced), classes)
+    by = " by torch.export" if door_of(traced) == "export" else ""
+    network = Network(type(plain).__name__ + by, _nodes(traced), classes)
     if isinstance(within, FeedbackModel):
         _add_passes(network, within)
     if isinstance(model, BUTD):
