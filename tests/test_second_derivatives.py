@@ -66,7 +66,7 @@ def by_pair(x, p=2.0):
 
 
 TWINS = {
-    F.hardsigmoid: lambda x: F.relu6(x + 3) / 6,
+    F.hardsigmoid: lambda x, inplace=False: F.relu6(x + 3) / 6,
     torch.segment_reduce: by_segment,
     F.pdist: by_pair,
     F.embedding_bag: by_bag,
