@@ -139,7 +139,7 @@ def laid_out_as(e: Any, x: Any) -> Any:
 def taking_errors_as(y: Any, x: Any) -> Any:
     """`y` itself; where autograd records it, for second derivatives, its error comes in the memory layout of `x`."""
     if is_recorded() and y.requires_grad:
-        y.register_hook(lambda e: laid_out_as(e, x))
+        y.register_hook(lambda e: e if e is None else laid_out_as(e, x))
     return y
 
 
