@@ -121,3 +121,11 @@ def test_torch_no_grad_inside_of_an_op_is_refused(monkeypatch):
 
 def fx_call(function, y):
     return y.tracer.create_proxy("call_function", function, (y,), {}) if isinstance(y, torch.fx.Proxy) else function(y)
+
+
+def test_a_singular_matrix_is_an_error_still():
+    model = Trunk(lambda y, x: torch.linalg.tensorinv(y.reshape(-1, 2, 2).mean(0) * 0 + x[0, 0], ind=1).sum() + y)
+    butd, x = fxfeedback.to_butd(model, input_size=(4,), verify=False), torch.ones(3, 4)
+    for network in (model, butd):
+        with pytest.raises(torch.linalg.LinAlgError, match="singular"):
+            network(x)

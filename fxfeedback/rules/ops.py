@@ -123,6 +123,11 @@ def filled_from(input: Any, src: Any, non_blocking: bool = False) -> Any:
     return put_at(input, (...,), src)
 
 
+def check_errors_(info: torch.Tensor, name: str, is_matrix: bool) -> None:
+    """Raise what a function of torch.linalg raises for a singular matrix; by its name it stays although unused."""
+    torch._linalg_check_errors(info, name, is_matrix=is_matrix)
+
+
 @one_node
 def or_zeros(update: Any, rows: Any) -> Any:
     """`update` with `rows` rows: for an empty batch, torch's convolution returns none."""

@@ -16,6 +16,7 @@ from torch import fx
 from fxfeedback.rules import RULES
 from fxfeedback.rules.convolution import CONV, CONV_TRANSPOSE
 from fxfeedback.rules.core import CONSTANT
+from fxfeedback.rules.ops import check_errors_
 
 FOLDERS = {"linalg_": torch.linalg, "special_": torch.special, "fft_": torch.fft}
 """aten::linalg_det is torch.linalg.det."""
@@ -92,7 +93,11 @@ def _convolution(
 
 
 def _softmax(function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda input, dim, half_to_float: function(input, dim)
+    return lambda input, dim, half_to_float: function(input, dim, **({"dtype": torch.float32} if half_to_float else {}))
+
+
+def _check_errors(info: Any, name: str, *, is_matrix: bool) -> None:
+    info.tracer.create_proxy("call_function", check_errors_, (info, name, is_matrix), {})
 
 
 def _to(input: Any, dtype: torch.dtype | None = None, **options: Any) -> Any:
@@ -106,7 +111,7 @@ def _as_it_is(input: Any, **options: Any) -> Any:
 SPELLINGS: dict[str, Callable[..., Any]] = {
     "_adaptive_avg_pool2d": F.adaptive_avg_pool2d,
     "_adaptive_avg_pool3d": F.adaptive_avg_pool3d,
-    "_linalg_check_errors": lambda info, name, *, is_matrix: None,
+    "_linalg_check_errors": _check_errors,
     "_log_softmax": _softmax(torch.log_softmax),
     "_softmax": _softmax(torch.softmax),
     "_to_copy": _to,
@@ -114,7 +119,6 @@ SPELLINGS: dict[str, Callable[..., Any]] = {
     "_unsafe_index_put": _put,
     "_unsafe_view": lambda input, size: input.reshape(size),
     "alias": _as_it_is,
-    "bitwise_and": lambda input, other: torch.logical_and(input, other),
     "constant_pad_nd": lambda input, pad, value=0: F.pad(input, pad, "constant", value),
     "convert_element_type": lambda input, dtype: input.to(dtype),
     "convolution": _convolution,

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from fxfeedback.graph.bottom_up import BottomUp
+from fxfeedback.graph.effects import has_effect
 from fxfeedback.graph.nodes import inherit, is_users, name_of, specs_of, tell, unopened
 from fxfeedback.graph.operands import is_element, is_floating, passes
 from fxfeedback.graph.shapes import annotate_shapes
@@ -55,7 +56,7 @@ def open_operators(module: fx.GraphModule, examples: Sequence[torch.Tensor], own
         except Exception as error:
             tell(node, unopened=str(error).partition("\n")[0])
     if any(unopened(node) is None for node in waiting):
-        module.graph.eliminate_dead_code()
+        module.graph.eliminate_dead_code(is_impure_node=has_effect)
         module.recompile()
         annotate_shapes(module, examples)
         unpack_tuples(module)
