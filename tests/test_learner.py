@@ -64,7 +64,8 @@ def a_batch(butd, size, loss="cross_entropy", number=6):
         "bce_with_logits": lambda: torch.rand(number, *shape),
     }
     task = torch.randint(butd.options.n_tasks, (number,)) if butd.options.n_tasks else None
-    return torch.randn(number, *size), targets[loss](), task
+    target = targets[loss]() if loss in targets else torch.randn(number, *shape)
+    return torch.randn(number, *size), target, task
 
 
 LOSSES = {
@@ -74,11 +75,16 @@ LOSSES = {
 }
 
 
+def distilling(logits, target):
+    """A loss of the user's own: a teacher's logits are the target."""
+    return F.kl_div((logits / 2).log_softmax(1), (target / 2).softmax(1), reduction="batchmean") * 4
+
+
 class Torch:
     """The same learning in torch."""
 
     def __init__(self, butd, lr, loss="cross_entropy", optimizer="sgd", momentum=0.0, weight_decay=0.0):
-        self.butd, self.lr, self.loss = butd, lr, LOSSES[loss]
+        self.butd, self.lr, self.loss = butd, lr, LOSSES.get(loss, loss)
         self.names = {parameter: name for name, parameter in butd.named_parameters()}
         if optimizer == "sgd":
             self.optimizer = torch.optim.SGD(butd.parameters(), lr, momentum, weight_decay=weight_decay)
@@ -125,6 +131,8 @@ CASES = {
     "vit-adam": (20, 1e-3, "vit", {}, {"optimizer": "adam", "weight_decay": 1e-2}),
     "residual-mse": (5, 0.01, "residual", {"n_tasks": 3, "gating": "channel"}, {"loss": "mse"}),
     "mlp-bce": (5, 0.05, "mlp", {}, {"loss": "bce_with_logits"}),
+    "two_passes-distilling": (5, 0.05, "two_passes", {"n_tasks": 2}, {"loss": distilling}),
+    "residual-smooth": (5, 0.05, "residual", {}, {"loss": F.smooth_l1_loss}),
     "swin-bce": (5, 0.05, "swin", {}, {"loss": "bce_with_logits"}),
     "recurrent": (5, 0.05, "recurrent", {"n_tasks": 2}, MOMENTUM),
     "passes": (5, 0.01, "feedback", {"n_tasks": 2}, MOMENTUM),
@@ -132,7 +140,7 @@ CASES = {
     "separate_weights": (5, 0.05, "convnet", SEPARATE, MOMENTUM),
     "heads_per_task": (5, 0.05, "convnet", {"n_tasks": 3, "heads": "per_task", "lateral": "multiply"}, MOMENTUM),
 }
-QUICK = ["multi_mnist-adam", "residual-mse", "mlp-bce", "two_passes", "separate_weights", "heads_per_task"]
+QUICK = ["multi_mnist-adam", "residual-mse", "mlp-bce", "two_passes-distilling", "separate_weights", "heads_per_task"]
 
 
 @one_in(4)
@@ -497,6 +505,8 @@ def test_wrong_options_are_errors(tmp_path):
         ({"optimizer": "lion"}, "choose one of 'sgd'"),
         ({"optimizer": "adam", "momentum": 0.9}, "belongs to sgd"),
         ({"loss": ["mse"]}, "choose one of 'cross_entropy'"),
+        ({"loss": lambda logits, target: (logits - target).abs().mean(1)}, "has to return one number"),
+        ({"loss": lambda logits, target: 1.0}, "has to return one number"),
         ({"momentum": "x"}, "momentum='x': give a number"),
         ({"momentum": True}, "momentum=True: give a number"),
         ({"weight_decay": None}, "weight_decay=None: give a number"),

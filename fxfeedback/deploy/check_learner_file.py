@@ -46,7 +46,7 @@ class Lesson(NamedTuple):
     inputs: Sequence[Input]
     judged: Sequence[int]
     batch: int
-    loss: str
+    loss: str | Callable[..., torch.Tensor]
     optimizer: str
     settings: Mapping[str, Any]
 
@@ -141,7 +141,8 @@ def _loss(lesson: Lesson, network: BUTD, trial: Trial, target: torch.Tensor) -> 
     output = call_as_example(network, trial.inputs, **trial.options)
     alike = {id(t): t for t in tree_leaves(output) if isinstance(t, torch.Tensor) and t.is_floating_point()}
     logits = [list(alike.values())[i] for i in lesson.judged]
-    losses = [LOSSES[lesson.loss](one, target) for one in logits]
+    loss = LOSSES[lesson.loss] if isinstance(lesson.loss, str) else lesson.loss
+    losses = [loss(one, target) for one in logits]
     return torch.stack(losses).mean(), logits[-1]
 
 

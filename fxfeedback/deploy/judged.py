@@ -1,5 +1,7 @@
 """The outputs that a learner's loss is taken at, and the target that belongs to them."""
 
+from collections.abc import Callable
+
 import torch
 from torch import fx
 
@@ -38,7 +40,7 @@ def judged_outputs(bu: BottomUp, head: fx.Node | None) -> list[int]:
     return [leaves.index(candidates[0])]
 
 
-def target_like(logits: fx.Node, loss: str) -> torch.Tensor:
+def target_like(logits: fx.Node, loss: str | Callable[..., torch.Tensor]) -> torch.Tensor:
     """A target without data."""
     spec = spec_of(logits)
     if spec.per_sample[:1] != (1,):

@@ -16,7 +16,7 @@ from fxfeedback.butd import BUTD
 from fxfeedback.deploy.check_file import require_runtime
 from fxfeedback.deploy.check_learner_file import Lesson, check_learner_file, copy_to_learn
 from fxfeedback.deploy.learner_step import BATCH_NORMS, LearnerStep
-from fxfeedback.deploy.losses import LOSSES
+from fxfeedback.deploy.losses import LOSSES, name_of_loss
 from fxfeedback.deploy.optimizers import OPTIMIZERS, settings_of
 from fxfeedback.deploy.writing import check_target, write
 from fxfeedback.errors import OptionError
@@ -26,7 +26,7 @@ from fxfeedback.tracing.modes import eval_mode
 def export_learner(
     butd: BUTD,
     path: str | os.PathLike[str],
-    loss: str = "cross_entropy",
+    loss: str | Callable[..., torch.Tensor] = "cross_entropy",
     optimizer: str = "sgd",
     momentum: float = 0.0,
     weight_decay: float = 0.0,
@@ -55,7 +55,8 @@ def export_learner(
     Args:
         butd: what `to_butd` returned; it stays as it is.
         path: the file, replaced atomically.
-        loss: "cross_entropy", "mse" or "bce_with_logits", means as in torch.nn.functional.
+        loss: "cross_entropy", "mse" or "bce_with_logits", means as in torch.nn.functional; or a function (logits,
+            target) -> () of ops that have rules, with a target that is shaped like the logits.
         optimizer: "sgd" or "adam", as in torch.optim.
         momentum: of sgd.
         weight_decay: of either, added to the update as weight_decay * w.
@@ -81,8 +82,8 @@ def export_learner(
             f"a {type(butd).__name__} was not made by to_butd, and only such a network has a learner: convert the "
             "model with to_butd first"
         )
-    if loss not in list(LOSSES):
-        raise OptionError(f"loss={loss!r}: choose one of {', '.join(map(repr, LOSSES))}")
+    if not callable(loss) and loss not in list(LOSSES):
+        raise OptionError(f"loss={loss!r}: choose one of {', '.join(map(repr, LOSSES))}, or give a function")
     settings, kept = settings_of(optimizer, momentum, weight_decay, betas, eps)
     if butd.options.update_noise:
         raise OptionError("update_noise: a plain graph draws no noise; make the network with update_noise=0")
@@ -93,7 +94,7 @@ def export_learner(
     with torch.no_grad():
         step = LearnerStep(butd, loss, rule, kept, instructed)
         program = step.program()
-        program.metadata |= {"loss": loss, "optimizer": optimizer, **settings}
+        program.metadata |= {"loss": name_of_loss(loss), "optimizer": optimizer, **settings}
         compare: Callable[[Path], None] = lambda _: None  # noqa: E731
         if check:
             with eval_mode(butd, but=BATCH_NORMS):

@@ -13,7 +13,7 @@ from torch import fx, nn
 from fxfeedback.butd import BUTD, graphs_of
 from fxfeedback.deploy.batch_norm import advanced, batch_norm_in_training
 from fxfeedback.deploy.judged import judged_outputs, target_like
-from fxfeedback.deploy.losses import LOSSES
+from fxfeedback.deploy.losses import LOSSES, Loss, by_rules
 from fxfeedback.deploy.parts import about, about_butd, own_inputs, take_gate, td_name
 from fxfeedback.deploy.program import Input, Program
 from fxfeedback.errors import ExportError, OptionError
@@ -44,7 +44,7 @@ class LearnerStep:
     """
 
     def __init__(
-        self, butd: BUTD, loss: str, rule: Callable[..., Any], kept: Sequence[str], instructed: bool | None
+        self, butd: BUTD, loss: str | Callable, rule: Callable[..., Any], kept: Sequence[str], instructed: bool | None
     ) -> None:
         self.butd, self.loss, self.rule, self.kept = butd, loss, rule, kept
         self.graph = fx.Graph()
@@ -120,12 +120,13 @@ class LearnerStep:
         outputs = [node for node in leaves_of(learner.output_node().args[0][0]) if is_floating(node)]  # type: ignore
         judged = [outputs[i] for i in self.judged]
         pairs: list[list[fx.Node]] = []
+        with_error = self._loss_with_error()
 
         def given(node: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> fx.Node:
             if not is_error(node):
                 return gates.get(gate_of(node) or "") or self.given[str(node.target)]
             logits = copies[judged[len(pairs)]]
-            pairs.append(self._several("loss", LOSSES[self.loss], logits, self.target, number=2))
+            pairs.append(self._several("loss", with_error, logits, self.target, number=2))
             return self._mean(pairs[-1][1])
 
         updated = {node: name for name, node in learner.output_node().args[0][1].items()}  # type: ignore[index, union-attr]
@@ -138,6 +139,12 @@ class LearnerStep:
         (_, updates), copies = self._copy(learner, given, label)
         total = functools.reduce(lambda a, b: self._call("loss", torch.add, a, b), [loss for loss, _ in pairs])
         return self._mean(total), copies[judged[-1]], updates
+
+    def _loss_with_error(self) -> Loss:
+        if isinstance(self.loss, str):
+            return LOSSES[self.loss]
+        target = target_like(self.bu.output_leaves()[self.judged[0]], self.loss)
+        return by_rules(self.loss, target, target)
 
     def _optimize(self, name: str, update: fx.Node) -> None:
         label = f"optimizer/{name}"

@@ -1,8 +1,23 @@
-"""Losses and their errors, the gradients at the logits, in plain tensor code; torch.nn.functional has them by name."""
+"""Losses and their errors, the gradients at the logits, in plain tensor code; torch.nn.functional has them by name.
+
+Any other function of logits and targets gets its error by the rules of its ops, as a model does.
+"""
 
 from collections.abc import Callable
 
 import torch
+from torch import fx, nn
+
+from fxfeedback.counter_hebb_pass import INPUT, Learning, learner
+from fxfeedback.errors import OptionError
+from fxfeedback.graph.bottom_up import BottomUp
+from fxfeedback.graph.nodes import spec_of
+from fxfeedback.graph.shapes import annotate_shapes
+from fxfeedback.graph.structures import unpack_tuples
+from fxfeedback.tracing.arguments import form_of
+from fxfeedback.tracing.open_modules import open_modules
+from fxfeedback.tracing.open_operators import open_operators
+from fxfeedback.tracing.trace_at_size import trace_for
 
 Loss = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -34,3 +49,48 @@ def bce_with_logits(z: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor
 
 LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "mse": mse, "bce_with_logits": bce_with_logits}
 """name -> (logits, target) -> loss () and error, shaped like the logits"""
+
+
+def name_of_loss(loss: str | Callable[..., torch.Tensor]) -> str:
+    """What a file calls its loss."""
+    return loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__)
+
+
+class _Judge(nn.Module):
+    """A loss as a model of logits and targets."""
+
+    def __init__(self, loss: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return self.loss(logits, target)
+
+
+def by_rules(loss: Callable[..., torch.Tensor], logits: torch.Tensor, target: torch.Tensor) -> Loss:
+    """The loss, a function (logits, target) -> (), with the error that its ops' rules bring to the logits.
+
+    Args:
+        loss: of ops that have rules, or that open into such.
+        logits, target: an example of each with batch 1; only sizes and dtypes matter.
+
+    Raises:
+        OptionError: it does not return one number.
+        TraceError, RuleError: as for a model that does the same.
+    """
+    judge, examples = _Judge(loss), (logits, target)
+    traced, _ = trace_for(judge, examples, form_of(judge, 2))
+    bu = open_modules(traced, example_inputs=examples, owner=judge)
+    annotate_shapes(bu, examples)
+    unpack_tuples(bu)
+    open_operators(bu, examples, judge)
+    (value,) = BottomUp(bu.graph).output_leaves() or (None,)
+    if value is None or spec_of(value).shape != ():
+        raise OptionError("loss: a function has to return one number for the batch, as F.mse_loss(logits, target) does")
+    step: fx.GraphModule = learner(bu, judge, Learning(frozenset({INPUT + "logits"}), {}, {}, fused=False))
+
+    def with_error(z: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        value, updates = step(z, target, z.new_ones(()))
+        return value, updates[INPUT + "logits"]
+
+    return with_error
