@@ -4,7 +4,6 @@ torch.export runs the model's own code on tensors without data, so that it may b
 values. Its graph of aten ops is translated (from_aten.py) and named (export_names.py) into one as `trace` makes it.
 """
 
-import logging
 import random
 import sys
 import warnings
@@ -35,6 +34,7 @@ from fxfeedback.tracing.known_shapes import CHANGING
 from fxfeedback.tracing.next_call import state_is_kept
 from fxfeedback.tracing.refusals import Refusal, line_of
 from fxfeedback.tracing.trace import keep_constants
+from fxfeedback.tracing.while_tracing import quiet_torch
 
 PREFIX = "model."
 """What the names of the program's tensors begin with."""
@@ -201,7 +201,6 @@ def _drawing_state() -> Any:
 @contextmanager
 def _exporting() -> Iterator[None]:
     """Only the model's own contexts count, composite kernels are off, and torch's own messages are kept back."""
-    loggers = [logging.getLogger(name) for name in ("torch", "torch.fx", "torch.fx.experimental.symbolic_shapes")]
     around = {device: torch.is_autocast_enabled(device) for device in ("cpu", "cuda")}
     fast = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
@@ -213,9 +212,7 @@ def _exporting() -> Iterator[None]:
             stack.callback(torch.set_autocast_enabled, device, enabled)
         torch.backends.mha.set_fastpath_enabled(False)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
-        for logger in loggers:
-            stack.callback(setattr, logger, "disabled", logger.disabled)
-            logger.disabled = True
+        stack.enter_context(quiet_torch())
         yield
 
 

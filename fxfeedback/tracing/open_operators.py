@@ -28,6 +28,7 @@ from fxfeedback.graph.values import Emitter, Value, batch_size
 from fxfeedback.rules import RULES
 from fxfeedback.tracing.aten import emit, is_spelled
 from fxfeedback.tracing.tensors import Tensors
+from fxfeedback.tracing.while_tracing import quiet_torch
 
 BATCHES = (7, 1009)
 """Two batch sizes at which an op is taken apart: a number that differs between the two grows with the batch."""
@@ -51,7 +52,8 @@ def open_operators(module: fx.GraphModule, examples: Sequence[torch.Tensor], own
         try:
             call = _call_of(node, learned)
             if call not in made:
-                made[call] = [_decomposed(node, batch, learned) for batch in BATCHES]
+                with quiet_torch():
+                    made[call] = [_decomposed(node, batch, learned) for batch in BATCHES]
             _Opening(node, tensors).replace(*made[call])
         except Exception as error:
             tell(node, unopened=str(error).partition("\n")[0])

@@ -6,6 +6,7 @@ import functools
 import inspect
 import itertools
 import linecache
+import logging
 import os
 import re
 import sys
@@ -55,6 +56,20 @@ def _in_forked_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_in_forked_child)
+
+
+@contextmanager
+def quiet_torch() -> Iterator[None]:
+    """Without torch's log of what fails on tensors without data: an error of ours says it."""
+    names = [name for name in ["torch", *logging.root.manager.loggerDict] if name.partition(".")[0] == "torch"]
+    loggers = [logger for logger in map(logging.getLogger, names) if not logger.disabled]
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.disabled = False
 
 
 def is_rewritten() -> bool:
