@@ -43,6 +43,11 @@ def is_recorded() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
+def records(x: torch.Tensor) -> bool:
+    """Whether autograd records what is computed of `x`."""
+    return is_recorded() and x.requires_grad
+
+
 def drawn_like(input: torch.Tensor, p: Any = 0.5, *, generator: torch.Generator | None = None) -> torch.Tensor:
     """x.bernoulli_(p) out of place: x.bernoulli(p) draws in another order where x is not contiguous, and x.bernoulli()
     takes x for p."""
@@ -143,7 +148,7 @@ def laid_out_as(e: Any, x: Any) -> Any:
 @one_node
 def taking_errors_as(y: Any, x: Any) -> Any:
     """`y` itself; where autograd records it, for second derivatives, its error comes in the memory layout of `x`."""
-    if is_recorded() and y.requires_grad:
+    if records(y):
         y.register_hook(lambda e: e if e is None else laid_out_as(e, x))
     return y
 

@@ -13,7 +13,7 @@ from fxfeedback.errors import GradientError, RuleError
 from fxfeedback.rules.core import as_is, known, nothing, roles, rule, transpose
 from fxfeedback.rules.examples import T, call
 from fxfeedback.rules.indexing import from_places, getitem
-from fxfeedback.rules.ops import is_recorded, one_node, put_at
+from fxfeedback.rules.ops import one_node, put_at, records
 from fxfeedback.rules.writing import from_all
 
 aten = torch.ops.aten
@@ -160,7 +160,7 @@ def _reduced(reduce, **options):
 @one_node
 def with_one_zero(product, zeros):
     """`product`, of which no second derivative is known where several factors are zero."""
-    if is_recorded() and product.requires_grad and bool((zeros > 1).any()):
+    if records(product) and bool((zeros > 1).any()):
         raise GradientError(
             "no second derivative of a product by index (scatter_reduce, index_reduce, segment_reduce), several "
             "of whose factors are zero: PyTorch has none either"

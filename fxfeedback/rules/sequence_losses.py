@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from fxfeedback.errors import GradientError
 from fxfeedback.rules.core import roles, rule
 from fxfeedback.rules.examples import T, call
-from fxfeedback.rules.ops import is_recorded, one_node
+from fxfeedback.rules.ops import one_node, records
 
 aten = torch.ops.aten
 REDUCTIONS = ["none", "mean", "sum"]  # as torch's kernels count them
@@ -15,7 +15,7 @@ REDUCTIONS = ["none", "mean", "sum"]  # as torch's kernels count them
 @one_node
 def ctc_error(e, log_probs, targets, input_lengths, target_lengths, blank, zero_infinity):
     """The error of log_probs (steps, batch, classes) from one of each sample's loss: Graves et al. (2006), eq. 16."""
-    if is_recorded() and log_probs.requires_grad:
+    if records(log_probs):
         raise GradientError("no second derivative of ctc_loss: PyTorch has none either")
     losses, paths = aten._ctc_loss(log_probs, targets, input_lengths, target_lengths, blank, zero_infinity)
     given = (log_probs, targets, input_lengths, target_lengths)
