@@ -570,8 +570,8 @@ def opened(g, x):
 
 @grows("rrelu", weight=1)
 def rrelu(g, x):
-    g.random = True
-    return g.fill(x, ["F.rrelu({x}, 0.1, 0.4, True)", "{m}({x})"], m=lambda: g.module("nn.RReLU()"))
+    g.random = g.train
+    return g.fill(x, ["F.rrelu({x}, 0.1, 0.4, self.training)", "{m}({x})"], m=lambda: g.module("nn.RReLU()"))
 
 
 @grows("softmax", "softmin", "log_softmax", when=lambda x: x.ndim > 0)
