@@ -629,6 +629,7 @@ OPENED: dict[Any, Any] = {
     F.fractional_max_pool2d_with_indices: (lambda x: F.fractional_max_pool2d_with_indices(x, 2, 2)[0], (2, 4, 4)),
     F.fractional_max_pool3d_with_indices: (lambda x: F.fractional_max_pool3d_with_indices(x, 2, 2)[0], (2, 4, 4, 4)),
     filled_from: (lambda x: (x + x).copy_(x), (2,)),
+    torch.linalg.norm: (lambda x: torch.linalg.norm(x, 1, (1, 2)), (2, 2)),
     torch.fliplr: (torch.fliplr, (2,)),
     torch.flipud: (torch.flipud, (2,)),
     torchvision.ops.stochastic_depth: (lambda x: torchvision.ops.stochastic_depth(x, 0.5, "row"), (2,)),

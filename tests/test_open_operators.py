@@ -34,6 +34,7 @@ OPS = {
         lambda x, w: x * torch.native_layer_norm(x * w, [3], None, None, 1)[1], T(4, 3), T(3)
     ),
     "the batch size": call(lambda x: torch.native_group_norm(x, None, None, x.shape[0], 4, 3, 2, 1e-5)[0], T(5, 4, 3)),
+    "norms of matrices": call(lambda x: torch.linalg.norm(x, 2, (1, 2)) + torch.linalg.norm(x.mean(0), 1), T(4, 3, 2)),
     "several outputs": call(lambda x: torch.stack(torch.hsplit(x, 2), 1), T(4, 6)),
 }
 

@@ -187,6 +187,16 @@ def _rrelu(
     return leaky_by(input, call(drawn_slopes, input, lower, upper))
 
 
+def _matrix_norm(input: Any, ord: Any = None, dim: Any = None, keepdim: bool = False, **options: Any) -> Any:
+    """torch.linalg.norm has a rule, but for matrices, of which it is another function's name."""
+    of_matrix = isinstance(dim, (list, tuple)) and len(dim) == 2
+    if dim is None and ord is not None and isinstance(input, Shaped):
+        of_matrix, dim = input.ndim == 2, (-2, -1)
+    if not of_matrix or ord in (None, "fro", "nuc"):
+        return NotImplemented
+    return call(torch.linalg.matrix_norm, input, ord, dim, keepdim)
+
+
 def _convolution(
     input: fx.Proxy,
     weight: Any,
@@ -261,6 +271,7 @@ OPENINGS: dict[Any, Callable[..., Any]] = {
     F.fractional_max_pool3d_with_indices: _fractional_max_pool(torch._C._nn.fractional_max_pool3d, 3, True),
     F.rrelu: _rrelu,
     torch.rrelu: _rrelu,
+    torch.linalg.norm: _matrix_norm,
     torch.fliplr: lambda input: input.flip(1),
     torch.flipud: lambda input: input.flip(0),
     stochastic_depth: _stochastic_depth,
