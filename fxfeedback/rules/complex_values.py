@@ -105,12 +105,12 @@ def of_parts(y, real, imag):
     }
 
 
-@rule(torch.polar, examples=[call(lambda x: torch.view_as_real(torch.polar(x * x, x.sin())), T(4, 5))])
+@rule(torch.polar, examples=[call(lambda x: torch.view_as_real(torch.polar(x, x.sin())), T(4, 5))])
 def polar(y, abs, angle):
-    """r exp(i φ); an instruction goes to r"""
+    """r exp(i φ); an instruction goes to r, and a negative r has PyTorch's derivative: the direction of y"""
 
     def to_length(e):
-        return sum_to(torch.real(e) * torch.cos(angle) + torch.imag(e) * torch.sin(angle), abs, y)
+        return sum_to(torch.real(e * torch.sgn(y).conj()), abs, y)
 
     return {
         "abs": roles(instruct=lambda t: sum_to(torch.real(t), abs, y), error=to_length),
