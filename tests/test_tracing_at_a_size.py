@@ -634,6 +634,7 @@ def scale(y):
         y *= 2
 
 
+@one_in(3)
 @pytest.mark.parametrize(
     "code, looks",
     [*((code, looks) for code in RIGHT for looks in (False, True)), *((code, True) for code in AT_ONE_SIZE)],
@@ -648,6 +649,7 @@ def test_what_is_written_under_one_name_is_read_under_the_others(code, looks):
     assert torch.equal(butd(x), model(x)) and torch.equal(feedback(x)[0], model(x))
 
 
+@one_in(3)
 @pytest.mark.parametrize("looks", [False, True])
 @pytest.mark.parametrize("code", OVERWRITTEN)
 def test_memory_with_two_names_is_not_written_out_of_place(code, looks):
