@@ -48,6 +48,25 @@ def test_values_are_freed_as_the_error_pass_consumes_them(name):
     assert peaks[0] < (1.02 if name in ("gelu", "frozen") else 0.85) * peaks[1]
 
 
+@pytest.mark.parametrize("kind", ["instructed", "passes"])
+def test_learning_makes_no_graph_anew(kind):
+    """What a step changes, weights and running statistics, is read by the graph and is not in it."""
+    model = torchvision.models.resnet18(num_classes=5)
+    if kind == "instructed":
+        network, task = fxfeedback.to_butd(model, n_tasks=2, input_size=(3, 32, 32)), (torch.tensor([0, 1]),)
+    else:
+        network, task = fxfeedback.add_feedback(model, [("layer4", "layer1.0.conv1")], input_size=(3, 32, 32)), ()
+    optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], 0.01)
+    kept = []
+    for _ in range(3):
+        outputs = network.train()(torch.randn(2, 3, 32, 32), *task)
+        sum(y.square().sum() for y in outputs).backward()
+        optimizer.step()
+        network.eval()(torch.randn(2, 3, 32, 32), *task)
+        kept.append((set(network._cache), len(network._cache.numbers)))
+    assert kept[0] == kept[2]
+
+
 @pytest.fixture
 def counted():
     """An instructed network, its input, and the list of the instructions that its instruction pass took."""

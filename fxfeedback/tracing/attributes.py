@@ -169,6 +169,17 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     return plain
 
 
+def _unseen(look: Callable[[torch.Tensor], Any]) -> Callable[[torch.Tensor], Any]:
+    """Our own look at a tensor is nothing that the model's code does: what watches that code does not see it."""
+
+    def looking(tensor: torch.Tensor) -> Any:
+        with torch._C.DisableTorchFunction():
+            return look(tensor)
+
+    return looking
+
+
+@_unseen
 def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
@@ -206,6 +217,7 @@ def plain_value(value: Any, within: tuple[int, ...] = ()) -> Any:
     return value
 
 
+@_unseen
 def _content(tensor: torch.Tensor) -> Any:
     if tensor.is_meta or tensor.layout is not torch.strided:
         return None

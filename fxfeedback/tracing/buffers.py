@@ -24,7 +24,7 @@ FACTS = (
     "__get__", "__hash__", "__len__", "__repr__", "data_ptr", "dim", "element_size", "get_device", "is_complex",
     "is_contiguous", "is_floating_point", "is_signed", "is_storage", "ndimension", "nelement", "numel", "size",
     "storage_offset", "stride", "type", "untyped_storage", "requires_grad_", "can_cast", "result_type", "is_same_size",
-    "is_pinned", "has_names",
+    "is_pinned", "has_names", "is_inference", "is_conj", "is_neg", "is_coalesced", "is_shared", "dim_order", "nbytes",
 )  # fmt: skip
 """What is asked of a tensor without looking at its values."""
 SWAPPED = {"__radd__", "__rsub__", "__rmul__", "__rdiv__", "__rtruediv__", "__rpow__", "__rmatmul__", "__rfloordiv__"}
