@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import fxfeedback
 from fxfeedback.errors import RuleError
-from fxfeedback.rules import RULES, Rule, T, call
+from fxfeedback.rules import RULES, Rule, T, attention, call
 
 
 class Missing:
@@ -35,6 +36,29 @@ def test_attention_is_instructed_through_its_values_as_if_it_were_uniform():
         instructed(F.scaled_dot_product_attention, "value", t, q, k, Missing(2, 3, 7, 6)), expected, atol=1e-6
     )
     assert instructed(F.scaled_dot_product_attention, "query", t, q, k, Missing(2, 3, 7, 6)) is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "has_flash", "features", "saved"),
+    [
+        (torch.bfloat16, True, 16, [(2, 4, 7), (2,), ()]),
+        (torch.float16, False, 16, [(2, 4, 32), (), ()]),
+        (torch.float32, True, 16, [(2, 4, 32), (), ()]),
+        (torch.bfloat16, True, 12, [(0,)] * 3),  # a kernel loads eight of these at a time
+        (torch.float64, True, 16, [(0,)] * 3),
+    ],
+)
+def test_attention_takes_the_fused_kernels_of_a_gpu_where_they_fit(dtype, has_flash, features, saved, monkeypatch):
+    """What the kernels return and take, on tensors without values, as no GPU is needed for that."""
+    monkeypatch.setattr(attention, "_has_flash", lambda device: has_flash)
+    with FakeTensorMode(), torch.no_grad():
+        tokens = torch.empty(2, 7, 3 * 4 * features, device="cuda", dtype=dtype)
+        qkv = [x.unflatten(-1, (4, features)).transpose(1, 2) for x in tokens.chunk(3, -1)]
+        y, *kept = attention.attend(*qkv, False, None)
+        e = y.sum().expand_as(y)
+        errors = attention.attend_backward(e, y, *kept, *qkv, False, None)
+        assert [tuple(x.shape) for x in kept] == saved
+        assert {(x.shape, x.dtype) for x in (y, *errors)} == {(qkv[0].shape, dtype)}
 
 
 @pytest.mark.parametrize("spelling", ["matmul", "einsum"])

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import fx
 
 from fxfeedback.graph.nodes import name_of, spec_of, tell
+from fxfeedback.rules.gating import gates_of_samples
 
 
 def gate_sites(
@@ -29,8 +29,9 @@ def gate_sites(
             continue
         copies[node] = graph.node_copy(node, copies.__getitem__)
         if node in gates:
-            gate = graph.call_function(torch.index_select, (gates[node], 0, rows)) if by_row else gates[node]
-            copies[node] = graph.call_function(lateral, (copies[node], gate))
+            value, gate = copies[node], gates[node]
+            gate = graph.call_function(gates_of_samples, (gate, rows, value)) if by_row else gate
+            copies[node] = graph.call_function(lateral, (value, gate))
             tell(copies[node], spec=spec_of(node), name=name_of(node) + ".gated", gates=name_of(node))
             copies[node]._rename(f"gated_{node.name}")
     return fx.GraphModule(module, graph, "Predict")

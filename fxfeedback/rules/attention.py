@@ -80,30 +80,80 @@ def attention(y, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=Fal
 
 
 def attend(query, key, value, is_causal, scale):
-    """y and, from PyTorch's kernel for CPUs, what its backward needs; an empty tensor on other devices.
+    """y and the three tensors that the backward of PyTorch's fused kernels needs; empty ones where none was taken.
 
-    It is also empty where autograd records the call, as the kernel's backward has no derivative.
+    They are also empty where autograd records the call, as the kernels' backward has no derivative.
     """
-    fast = query.is_cpu and not is_recorded()
-    if fast and all(x.stride(-1) == 1 for x in (query, key, value)) and not torch.is_autocast_enabled("cpu"):
-        return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, scale=scale)
-    y = F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale)
-    return y, y.new_empty(0)
-
-
-def attend_backward(e, y, denominators, query, key, value, is_causal, scale):
-    """The error at queries, keys and values, by the kernel that made y or by the rule."""
-    if denominators.numel():
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            e, query, key, value, y, denominators, 0.0, is_causal, scale=scale
+    kernel = None if is_recorded() else _kernel(query, key, value)
+    if kernel == "cpu":
+        y, *saved = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, scale=scale)
+    elif kernel == "flash":
+        y, *saved = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, scale=scale)
+        saved = [saved[i] for i in (0, 5, 6)]
+    elif kernel == "efficient":
+        y, *saved = aten._scaled_dot_product_efficient_attention(
+            query, key, value, None, True, 0.0, is_causal, scale=scale
         )
-    table = attention.table(y, query, key, value, is_causal=is_causal, scale=scale)
-    return tuple(table[name].error(e) for name in ("query", "key", "value"))
+    else:
+        y, saved = F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale), []
+    return y, *saved, *(y.new_empty(0) for _ in range(3 - len(saved)))
+
+
+def attend_backward(e, y, denominators, seed, offset, query, key, value, is_causal, scale):
+    """The error at queries, keys and values, by the kernel that made y or by the rule."""
+    if not denominators.numel():
+        table = attention.table(y, query, key, value, is_causal=is_causal, scale=scale)
+        return tuple(table[name].error(e) for name in ("query", "key", "value"))
+    kernel = {0: "cpu", 1: "efficient", 2: "flash"}[seed.numel()]  # whose settings may be others by now
+    e, qkv = e.to(y.dtype), (query, key, value)
+    if kernel == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            e, *qkv, y, denominators, 0.0, is_causal, scale=scale
+        )
+    e = e if e.stride(-1) == 1 else e.contiguous()
+    if kernel == "flash":
+        tokens = [None, None, query.shape[-2], key.shape[-2]]
+        return aten._scaled_dot_product_flash_attention_backward(
+            e, *qkv, y, denominators, *tokens, 0.0, is_causal, seed, offset, scale=scale
+        )
+    wanted = [True, True, True, False]
+    return aten._scaled_dot_product_efficient_attention_backward(
+        e, *qkv, None, y, denominators, seed, offset, 0.0, wanted, is_causal, scale=scale
+    )[:3]
+
+
+def _kernel(query, key, value):
+    """Which of PyTorch's fused kernels takes these: "cpu", "flash", "efficient", or None.
+
+    On GPUs they load 16 bytes at a time. Inside torch.compile only those are taken that return nothing but tensors.
+    """
+    qkv, device = (query, key, value), query.device
+    kinds = {x.dtype for x in qkv}
+    if len(kinds) > 1 or any(x.stride(-1) != 1 for x in qkv):
+        return None
+    if device.type == "cpu":
+        return None if torch.is_autocast_enabled("cpu") else "cpu"
+    if device.type != "cuda" or query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return None
+    low = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") != query.dtype
+    aligned = all(stride * x.element_size() % 16 == 0 for x in qkv for stride in (*x.stride()[:-1], x.shape[-1]))
+    if low or not aligned:
+        return None
+    cuda = torch.backends.cuda
+    fits = query.dtype != torch.float32 and query.shape[-1] <= 256 and not torch.compiler.is_compiling()
+    if fits and cuda.flash_sdp_enabled() and _has_flash(device):
+        return "flash"
+    return "efficient" if cuda.mem_efficient_sdp_enabled() else None
+
+
+@functools.cache
+def _has_flash(device):
+    return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    both = query.tracer.create_proxy("call_function", attend, (query, key, value, is_causal, scale), {})
-    return both[0], (both[1],)
+    made = query.tracer.create_proxy("call_function", attend, (query, key, value, is_causal, scale), {})
+    return made[0], (made[1], made[2], made[3])
 
 
 def _is_plain(y, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
