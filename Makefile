@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two OpenMP threads that spin at a barrier stall each other on a busy machine.
 export OMP_WAIT_POLICY = passive
 
-.PHONY: demo page docs test test-all lint types tests durations browser bench bench-check zoo zoo-lrm zoo-onnx zoo-ops fuzz fuzz-files operators pictures clean
+.PHONY: demo page docs test test-all lint types tests test-gpu durations browser bench bench-check zoo zoo-lrm zoo-onnx zoo-ops fuzz fuzz-files operators pictures clean
 
 demo: $(VENV)/.installed  ## set up, train the instructed network on real digits, say where the results are
 	$(BIN)/python examples/train_multi_mnist.py
@@ -32,6 +32,9 @@ types: $(VENV)/.installed
 
 tests: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not long"
+
+test-gpu: $(VENV)/.installed  ## laws, parity, passes, wrappers, learner and sessions on a GPU (four minutes); DEVICE=cpu: the small cases without one
+	DEVICE=$(or $(DEVICE),cuda) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/gpu -n $(if $(filter cpu,$(DEVICE)),2 -m "not long",8) --dist worksteal --show-capture=no
 
 durations: $(VENV)/.installed  ## what every test takes, as a table: tests/durations.md (half an hour)
 	rm -f .cpu_times

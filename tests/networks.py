@@ -231,6 +231,8 @@ def mvit(second: bool) -> nn.Module:
 
 
 LARGE = ["resnet18", "resnet50", "vgg11_bn", "mobilenet_v2", "densenet121"]
+SIZES = {"vit_b_16": (3, 224, 224)}
+"""Of networks that take no other."""
 
 
 def build(name: str, train: bool, seed: int = 0, others: Mapping = {}) -> tuple[nn.Module, torch.Tensor]:
@@ -243,7 +245,7 @@ def build(name: str, train: bool, seed: int = 0, others: Mapping = {}) -> tuple[
     elif name in SMALL:
         make, size = SMALL[name], (2, 6, 6)
     else:
-        make, size = (lambda: torchvision.models.get_model(name, num_classes=11)), (3, 64, 64)
+        make, size = (lambda: torchvision.models.get_model(name, num_classes=11)), SIZES.get(name, (3, 64, 64))
     model = make().double().train(train)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):

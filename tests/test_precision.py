@@ -44,8 +44,9 @@ norm = torch.nn.utils.get_total_norm
 def named_gradients(network, x, *task, autocast=None):
     """The output and the gradients of its mean square, from the same random masks."""
     torch.manual_seed(0)
-    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+    with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
         y = network(x, *task)
+    y = torch.stack(y) if isinstance(y, list) else y  # of all passes
     named = {name: p for name, p in network.named_parameters() if p.requires_grad}
     values = torch.autograd.grad(y.double().square().mean(), list(named.values()), allow_unused=True)
     return y, {name: g for name, g in zip(named, values, strict=True) if g is not None}
@@ -158,16 +159,17 @@ def test_channels_last_stays(instructed):
     assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (y, x.grad, model[0].weight.grad))
 
 
-def test_a_grad_scaler_leaves_an_overflowing_step_out():
+def test_a_grad_scaler_leaves_an_overflowing_step_out(device="cpu"):
     model, x = build("vit", train=True)
-    butd, x = fxfeedback.to_butd(model.float(), n_tasks=2, input_size=x.shape[1:]), x.float()
+    butd, x = fxfeedback.to_butd(model.float().to(device), n_tasks=2, input_size=x.shape[1:]), x.float().to(device)
     optimizer = torch.optim.Adam([p for p in butd.parameters() if p.requires_grad], 0.01)
-    scaler, skipped = torch.amp.GradScaler("cpu", init_scale=2.0**30, growth_interval=1000), 0
+    scaler, skipped = torch.amp.GradScaler(device, init_scale=2.0**30, growth_interval=1000), 0
+    task, labels = torch.tensor([0, 1, 1, 0], device=device), torch.arange(4, device=device)
     for _ in range(30):
         before = copy.deepcopy(butd.state_dict())
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.float16):
-            loss = F.cross_entropy(butd(x, torch.tensor([0, 1, 1, 0])).float(), torch.tensor([0, 1, 2, 3]))
+        with torch.autocast(device, torch.float16):
+            loss = F.cross_entropy(butd(x, task).float(), labels)
         scale = scaler.get_scale()
         scaler.scale(loss).backward()
         scaler.step(optimizer)

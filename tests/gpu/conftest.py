@@ -1,0 +1,34 @@
+"""Tests on a GPU: `make test-gpu`. In `make test` their small cases run on the CPU."""
+
+import os
+
+import pytest
+import torch
+
+from on_device import DEVICE, ON_GPU
+
+collect_ignore = [] if os.environ.get("DEVICE") else ["test_suite_on_device.py"]  # the suite's own tests once more
+
+
+def pytest_configure(config):
+    if ON_GPU and not torch.cuda.is_available():
+        pytest.exit(f"nothing was tested: torch {torch.__version__} finds no GPU here", returncode=0)
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    """Without TF32, in which torch's convolutions are by default, a GPU's float32 has ten bits."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    if ON_GPU:
+        torch.cuda.synchronize(DEVICE)  # what fails late is this test's
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """The processes that share the GPU share the cores, too."""
+    if ON_GPU:
+        torch.set_num_threads(1)
