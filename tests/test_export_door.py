@@ -126,6 +126,7 @@ def test_both_doors_give_the_same_network(name, train):
         assert all(relative(buffers[name].double(), buffers2[name].double()) < 1e-9 for name in buffers)
 
 
+@pytest.mark.long
 def test_feedback_through_both_doors():
     torch.manual_seed(0)
     model, x = M.resnet18(num_classes=5).double(), torch.randn(2, 3, 64, 64, dtype=torch.double)

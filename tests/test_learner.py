@@ -193,6 +193,7 @@ def test_both_learn_along_the_same_curve(tmp_path):
     assert np.abs(learner.predict(x, task=task) - logits).max() <= TOLERANCE * np.abs(logits).max()
 
 
+@pytest.mark.long
 def test_a_small_learner_learns_along_the_same_curve(small):
     butd, size, path = small
     butd = copy.deepcopy(butd)
@@ -582,7 +583,8 @@ fxfeedback.export_learner(butd, path, optimizer="adam", check=False)
 """
 
 
-@pytest.mark.parametrize("network", ["mlp", long("convnet")])
+@pytest.mark.long
+@pytest.mark.parametrize("network", ["mlp", "convnet"])
 def test_every_process_writes_the_same_file(network, tmp_path):
     """Whatever order Python's hashes give to sets of names: so that a file's checksum says what it is made of."""
     code, here, there = WRITES.format(network), tmp_path / "here", tmp_path / "there"

@@ -88,7 +88,8 @@ def test_nothing_changes_but_what_is_kept(name, train, slice_size):
                 torch.testing.assert_close(other[key], value, rtol=1e-9, atol=1e-9, msg=str(key))
 
 
-@pytest.mark.parametrize("checkpoint, batch, most", [(True, 64, 1.3), long(True, 128, 1.3), long(False, 128, 2.5)])
+@pytest.mark.long
+@pytest.mark.parametrize("checkpoint, batch, most", [(True, 128, 1.3), (False, 128, 2.5)])
 def test_memory_of_activations(checkpoint, batch, most):
     plain = torchvision.models.alexnet().train()
     model = fxfeedback.add_feedback(plain, NETWORKS["alexnet"], checkpoint=checkpoint, verify=False)

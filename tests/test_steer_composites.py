@@ -234,6 +234,7 @@ def test_the_job_writes_its_results(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert all(word in printed for word in ("overlay", "hallucinated", " ± ", str(tmp_path)))
 
 
+@pytest.mark.long
 def test_a_seed_repeats_a_run(tmp_path: Path) -> None:
     assert job(tmp_path / "a", "--repeat", "2") == job(tmp_path / "b", "--seed", "1") == 0
     first, second = (safetensors.torch.load_file(tmp_path / run / "model-1.safetensors") for run in "ab")

@@ -265,6 +265,7 @@ def test_nothing_to_train(data: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "no connection acts in 1 pass" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_small_network_learns_digits_where_there_is_no_folder(tmp_path: Path) -> None:
     flags = ["--batch-size", "4", "--workers", "0", "--device", "cpu", "--out", str(tmp_path), "--stop-after", "2"]
     assert train_lrm.main(flags) == 130

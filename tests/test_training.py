@@ -135,6 +135,7 @@ def test_learning_lowers_the_loss(case: str, data: Path, tmp_path: Path) -> None
     assert min(losses[len(losses) // 2 :]) < losses[0]
 
 
+@pytest.mark.long
 def test_one_task_alone(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert job("multi_mnist", data, tmp_path / "right", "--only", "right", "--epochs", "1") == 0
     assert [name for name in log(tmp_path / "right")[0] if name.startswith("accuracy")] == ["accuracy_right"]
@@ -182,7 +183,8 @@ def test_ctrl_c_finishes_the_step(data: Path, tmp_path: Path, monkeypatch: pytes
     assert_same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))
 
 
-@pytest.mark.parametrize("times", [2, long(20)])
+@pytest.mark.long
+@pytest.mark.parametrize("times", [20])
 def test_killed_at_random_moments(tmp_path: Path, times: int) -> None:
     command = [sys.executable, str(Path(__file__).with_name("kill_at_random.py")), str(tmp_path), str(times)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
