@@ -534,3 +534,15 @@ def test_a_provider_that_does_not_work_says_why(capsys, monkeypatch):
     cpu, own = run(capsys, "doctor")["providers"]
     assert cpu == {"name": "CPUExecutionProvider", "works": True, "problem": ""}
     assert not own["works"] and own["problem"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a script stands for the command")
+def test_the_doctor_says_what_a_gpu_has(capsys, monkeypatch, tmp_path):
+    command = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run(capsys, "doctor")["driver"] is None
+    command.write_text("#!/bin/sh\necho 580.65.06\necho 580.65.06\n")
+    command.chmod(0o755)
+    result = run(capsys, "doctor")
+    assert result["driver"] == "580.65.06" and result["cuda"] == torch.version.cuda
+    assert result["takes"] == "CPUExecutionProvider" or not result["not_cuda"]

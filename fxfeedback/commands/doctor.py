@@ -7,6 +7,7 @@ import argparse
 import importlib
 import importlib.metadata
 import platform
+import subprocess
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,6 +49,11 @@ KEYS = {
     "packages[].problem": "why it cannot be imported; else empty",
     "devices": "where torch can compute",
     "threads": "of torch; 0 without torch",
+    "cuda": "the version that torch was built for; null: for none",
+    "cudnn": "the version that torch has; null: none",
+    "driver": "of NVIDIA's cards; null: none is there",
+    "takes": "the provider that a session takes of its own accord; null without ONNX Runtime",
+    "not_cuda": "why that is not CUDA; else empty",
     "providers[].name": "of one of ONNX Runtime's execution providers",
     "providers[].works": "whether it runs a small graph",
     "providers[].problem": "why it does not; else empty",
@@ -63,11 +69,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Import every package, and try every provider."""
     packages = [_package(name, extra) for name, extra in PACKAGES.items()]
     missing = dict.fromkeys(PACKAGES[package["name"]] for package in packages if package["problem"])
-    threads, devices = _torch() if not packages[0]["problem"] else (0, [])
-    providers = _providers() if not missing.keys() & {"runtime", "onnx"} else []
+    of_torch = _torch() if not packages[0]["problem"] else {"devices": [], "threads": 0, "cuda": None, "cudnn": None}
+    runs = not missing.keys() & {"runtime", "onnx"}
+    providers, (takes, why) = (_providers(), _taken()) if runs else ([], (None, ""))
     broken = [provider["name"] for provider in providers if provider["problem"]]
     fixes = [f"pip install 'fxfeedback[{extra}]'" if extra else "pip install fxfeedback" for extra in missing]
-    if len(devices) > 1 and CUDA in broken:
+    if len(of_torch["devices"]) > 1 and CUDA in broken:
         fixes.append("pip install 'onnxruntime-gpu[cuda,cudnn]'")
     return {
         "ok": "" not in missing,
@@ -75,8 +82,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "fxfeedback": __version__,
         "packages": packages,
-        "devices": devices,
-        "threads": threads,
+        **of_torch,
+        "driver": _driver(),
+        "takes": takes,
+        "not_cuda": why,
         "providers": providers,
         "fixes": fixes,
     }
@@ -96,12 +105,36 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
-def _torch() -> tuple[int, list[str]]:
-    """Torch's threads, and its devices."""
+def _torch() -> dict[str, Any]:
+    """Torch's devices and threads, and the CUDA and cuDNN that it has."""
     import torch
 
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return torch.get_num_threads(), ["cpu", *(f"cuda:{i} ({name})" for i, name in enumerate(names))]
+    number = torch.backends.cudnn.version() if torch.version.cuda else None
+    return {
+        "devices": ["cpu", *(f"cuda:{i} ({name})" for i, name in enumerate(names))],
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda,
+        "cudnn": number and f"{number // 10000}.{number // 100 % 100}.{number % 100}",
+    }
+
+
+def _driver() -> str | None:
+    """The version of NVIDIA's driver, by its own command."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError):  # no such command, or no card
+        return None
+    return said[0] if said else None
+
+
+def _taken() -> tuple[str, str]:
+    """The provider that a session takes of its own accord, and why it is not CUDA."""
+    from fxfeedback.runtime.providers import open_session
+
+    session, note = open_session(_small_graph(), None, None, "a small graph")
+    return session.get_providers()[0], note
 
 
 def _providers() -> list[dict[str, Any]]:
@@ -120,17 +153,20 @@ def _provider(name: str) -> dict[str, Any]:
     problem = ""
     try:
         session, _ = open_session(_small_graph(), [name], None, "a small graph")
-        session.run(None, {"x": np.ones(1, np.float32)})
+        session.run(None, {"x": np.ones((1, 1, 3, 3), np.float32)})
     except Exception as error:  # OptionError, or whatever a driver raises
         problem = _first_line(error).removeprefix(f"the provider {name} cannot be used: ")
     return {"name": name, "works": not problem, "problem": problem}
 
 
 def _small_graph() -> bytes:
+    """A convolution: on CUDA it needs cuDNN, without which a provider opens and fails later."""
     from onnx import TensorProto, helper
 
-    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")
-    graph = helper.make_graph([helper.make_node("Abs", ["x"], ["y"])], "small", [x], [y])
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 1, 3, 3]) for name in "xy")
+    weight = helper.make_tensor("weight", TensorProto.FLOAT, [1, 1, 3, 3], [1.0] * 9)
+    node = helper.make_node("Conv", ["x", "weight"], ["y"], pads=[1, 1, 1, 1])
+    graph = helper.make_graph([node], "small", [x], [y], [weight])
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
 
 
@@ -146,6 +182,12 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
     yield ""
     if result["devices"]:
         yield f"torch: {', '.join(result['devices'])}; {several(result['threads'], 'thread')}"
+        parts = {"CUDA": "cuda", "cuDNN": "cudnn", "NVIDIA's driver": "driver"}
+        yield "; ".join(f"{part} {result[key] or 'none'}" for part, key in parts.items())
+    if result["takes"]:
+        yield f"a session takes {result['takes']}" + (
+            f", not {CUDA}: {result['not_cuda']}" if result["not_cuda"] else ""
+        )
     for provider in result["providers"]:
         yield f"{provider['name']}: {provider['problem'] or 'works'}"
     for fix in result["fixes"]:
