@@ -180,7 +180,7 @@ class Deployment:
         )
 
     def compared(
-        self, path: Path, session: Session, run: Callable[[], list[Tensor]], run_there: Callable[[], list[np.ndarray]]
+        self, path: Path, session: Session, run: Callable[[], list[Tensor]], run_there: Callable[[], list[Tensor]]
     ) -> Product:
         """A product that is a network: its outputs are compared."""
 
@@ -188,9 +188,10 @@ class Deployment:
         def outputs() -> list[np.ndarray]:
             return [y.cpu().numpy() for y in run()]
 
-        return Product(
-            path, session.providers, TOLERANCE, lambda: largest_difference(run_there(), outputs()), outputs, run_there
-        )
+        def difference() -> float:
+            return largest_difference([y.numpy() for y in run_there()], outputs())
+
+        return Product(path, session.providers, TOLERANCE, difference, outputs, run_there)
 
     # -- ONNX Runtime -------------------------------------------------------------------------------------------------
 

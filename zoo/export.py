@@ -226,7 +226,7 @@ def outputs_differ(model: nn.Module, session: Session, size: tuple[int, ...], in
             [y.numpy() for y in leaves(one(x) if task is None else one(x, task))]
             for one, x in ((exact, x.double()), (model, x))
         )
-        found = session(x, task=task)
+        found = session(x.numpy(), task=task)
         found = found if isinstance(found, list) else [found]
         if [y.shape for y in found] != [y.shape for y in wanted]:
             raise Problem(f"outputs of {[y.shape for y in found]}, in torch of {[y.shape for y in wanted]}")

@@ -129,7 +129,8 @@ def _differs(network: Network, session: Any, trial: Trial) -> str:
         found = session(*trial.inputs, **trial.options)
     except (InputError, CheckpointError) as error:
         return str(error)
-    found = dict(zip(session.outputs, found if isinstance(found, list) else [found], strict=True))
+    found = found if isinstance(found, list) else [found]
+    found = dict(zip(session.outputs, map(numpy_of, found), strict=True))
     dtype = next((t.dtype for t in wanted.values() if t.is_floating_point()), torch.float32)
     theirs = {name: numpy_of(tensor) for name, tensor in wanted.items()}
     if not all(np.isfinite(value).all() for value in theirs.values()):

@@ -90,11 +90,11 @@ def _differs(lesson: Lesson, learner: Any, start: State, number: int) -> str:
     task = trial.options.get("task")
     learner.load_state_dict({name: start[name] for name in learner.state_dict()})
     try:
-        found = {"prediction": learner.predict(*trial.inputs, task=task)}
+        found = {"prediction": numpy_of(learner.predict(*trial.inputs, task=task))}
         found["loss"] = np.asarray(learner.step(*trial.inputs, target, lr=lr, task=task))
     except Exception as error:  # of ONNX Runtime's dozen classes
         return f"ONNX Runtime cannot run it: {first_line(error)}"
-    found |= {"logits": learner.logits, **learner.state_dict(), **learner.optimizer_state()}
+    found |= {"logits": numpy_of(learner.logits), **learner.state_dict(), **learner.optimizer_state()}
     if lesson.optimizer == "adam":
         _by_own_moments(lesson, start, found, wanted, lr)
     off = _distances(found, wanted, start)

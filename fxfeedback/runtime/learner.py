@@ -6,7 +6,6 @@ logits = learner.predict(images, task=tasks)
 """
 
 import functools
-import math
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,10 +16,12 @@ import numpy as np
 
 from fxfeedback.errors import CheckpointError, InputError
 from fxfeedback.files import as_path, replace_whole
+from fxfeedback.runtime.arrays import array, cast, finite
+from fxfeedback.runtime.devices import Device, Kind
 from fxfeedback.runtime.learner_file import NEW, read_learner
 from fxfeedback.runtime.learner_sessions import FINITE, Sessions
 from fxfeedback.runtime.reopen import Opened
-from fxfeedback.runtime.signature import Signature, array, cast, finite
+from fxfeedback.runtime.step_inputs import StepInputs
 from fxfeedback.version import __version__
 
 if TYPE_CHECKING:
@@ -38,8 +39,12 @@ def _whole(method: Any) -> Any:
     return call
 
 
-class Learner(Signature):
+class Learner(StepInputs):
     """A network that learns in ONNX Runtime. Weights and optimizer state stay on the device between steps.
+
+    Tensors stay on the device, too, and streams are waited for, as `Session` says. What a step fetches is two numbers,
+    the loss and whether all values are finite (without which the step would not be known to count), and of a target or
+    an instruction that is a tensor one each, whether its values are in range. Ids of tasks are read on the host.
 
     Several threads may share a learner: one lock lets their calls run one after the other, each as a whole. So no step
     is lost, a prediction is that of one state between two steps, and so is what `state_dict`, `optimizer_state` and
@@ -51,7 +56,6 @@ class Learner(Signature):
 
     providers: the providers that it runs on, as ONNX Runtime names them, the first preferred.
     note: why CUDA was not taken, where that was tried; else empty.
-    logits: of the last step, (B, ...); None before the first.
     metadata: what the file says of itself: loss, optimizer and its settings, which parameters learn, tasks, version.
     """
 
@@ -70,7 +74,7 @@ class Learner(Signature):
                 "cuda" and "cpu" will do. None: CUDA where it works, else the CPU.
             options: ONNX Runtime's, for its threads, say.
             finite: whether a step that would bring NaN or infinite values into the weights is an error, and leaves all
-                as it was. It costs one look at every new value on the device.
+                as it was. It costs one look at every value that is fed or new, on the device.
 
         Raises:
             CheckpointError: there is no such file; it is damaged, or fxfeedback.export_learner did not write it.
@@ -91,13 +95,21 @@ class Learner(Signature):
         self.note, self.providers = self._sessions.note, self._sessions.providers
         self.NOT_OWN = {"instruction", "target", "lr", *self._names, *self._kept}
         super().__init__(
-            self._sessions.stepping, {entry.key: entry.value for entry in self._model.metadata_props}, path
+            self._sessions.stepping.session, {entry.key: entry.value for entry in self._model.metadata_props}, path
         )
         zeros = {name: np.zeros(self.inputs[name], self.dtypes[name]) for name in self._kept}  # type: ignore[arg-type]
         state |= zeros
         start = {name: state[name] for name in self._changing}
         self._now, self._next = self._sessions.on_device(start), self._sessions.on_device(start)
-        self.logits: np.ndarray | None = None
+        self._logits: Any = None
+
+    @property
+    @_whole
+    def logits(self) -> Any:
+        """Of the last step, (B, ...), as its inputs were given; None before the first. Fetched when they are read."""
+        if isinstance(self._logits, functools.partial):
+            self._logits = self._logits()
+        return self._logits
 
     @_whole
     def step(self, *inputs_and_target: Any, lr: float, task: Any = None) -> float:
@@ -106,7 +118,7 @@ class Learner(Signature):
         Args:
             inputs_and_target: the model's own inputs, (B, ...), and the target: (B, ...) class ids for cross_entropy
                 (-100: leave out; where all are left out, the loss is NaN and the updates are 0, as in torch), else
-                floats shaped like the logits. Numpy arrays, lists or tensors.
+                floats shaped like the logits. Numpy arrays, lists or tensors of any library.
             lr: the learning rate, a number, finite and not negative.
             task: for an instructed network: one id, (B,) integer ids, or (B or 1, instruction size) floats.
 
@@ -120,26 +132,28 @@ class Learner(Signature):
         *inputs, target = inputs_and_target or (None,)
         sizes: dict[str, int] = {}
         feeds, _ = self.feeds(inputs, task, sizes)
-        feeds["target"] = self._target(target, sizes)
+        feeds |= {"target": self.target(target, sizes), "lr": self.rate(lr)}
+        stepping, host, kind = self._sessions.stepping, Device(), Kind.of(inputs)
+        wanted = {"logits": stepping.device, "loss": host} | ({FINITE: host} if self._finite else {})
+        onto = {name + NEW: value for name, value in self._next.items()}
+        logits, *looks = stepping(feeds | self._state(), wanted, onto, kind)
+        loss = float(looks[0].numpy())
         if self._finite:
-            feeds = {name: finite(value, repr(name)) for name, value in feeds.items()}
-        feeds["lr"] = self._rate(lr)
-        wanted = ["loss", "logits", FINITE][: 3 if self._finite else 2]
-        loss, logits, *nothing = self._sessions.run(self._sessions.stepping, feeds, self._now, wanted, self._next)
-        if self._finite:
-            self._check_finite(float(loss), float(nothing[0]), feeds["target"])
-        self._now, self._next, self.logits = self._next, self._now, logits
-        return float(loss)
+            self.check_finite(loss, float(looks[1].numpy()), feeds)
+        self._now, self._next, self._logits = self._next, self._now, functools.partial(kind.back, logits)
+        return loss
 
     @_whole
-    def predict(self, *inputs: Any, task: Any = None) -> np.ndarray:
-        """The logits (B, ...) in evaluation mode, with the present weights.
+    def predict(self, *inputs: Any, task: Any = None) -> Any:
+        """The logits (B, ...) in evaluation mode, with the present weights, as the inputs were given.
 
         Raises:
             InputError: an input or instruction of the wrong shape, dtype or range.
         """
         feeds, _ = self.feeds(inputs, task, {})
-        return self._sessions.run(self._sessions.predicting, feeds, self._now, [self._prediction], {})[0]
+        predicting, kind = self._sessions.predicting, Kind.of(inputs)
+        wanted = {self._prediction: kind.where(predicting.device)}
+        return kind.back(predicting(feeds | self._state(), wanted, kind=kind)[0])
 
     @_whole
     def state_dict(self) -> dict[str, np.ndarray]:
@@ -219,8 +233,8 @@ class Learner(Signature):
         with self._lock:
             return self._opened.reduced(type(self), (self._tensors(), self.logits))
 
-    def __setstate__(self, state: tuple[dict[str, np.ndarray], np.ndarray | None]) -> None:
-        tensors, self.logits = state
+    def __setstate__(self, state: tuple[dict[str, np.ndarray], Any]) -> None:
+        tensors, self._logits = state
         self._take(tensors)
 
     # -- inside -------------------------------------------------------------------------------------------------------
@@ -238,34 +252,12 @@ class Learner(Signature):
         how = self._prediction, self._finite, self._providers, self._options, self._path
         return Sessions(self._model, self._fixed, *how)
 
+    def _state(self) -> dict[str, Any]:
+        """What lies on the device."""
+        return {**self._sessions.beside, **self._now}
+
     def _value(self, name: str) -> np.ndarray:
         return np.array(self._now[name].numpy() if name in self._now else self._fixed[name])
-
-    def _target(self, target: Any, sizes: dict[str, int]) -> np.ndarray:
-        dtype = np.dtype(self.dtypes["target"])  # type: ignore[arg-type]
-        target = array(target, "the target")
-        if np.issubdtype(target.dtype, np.floating) != np.issubdtype(dtype, np.floating) or target.dtype == bool:
-            raise InputError(f"the target of {self.metadata['loss']} is of {dtype}, not {target.dtype}")
-        classes = self.outputs["logits"][1] if np.issubdtype(dtype, np.integer) else None
-        if classes is not None and not np.isin(target, (*range(int(classes)), -100)).all():
-            raise InputError(f"target: class ids lie between 0 and {int(classes) - 1}; -100 leaves one out")
-        return self.checked("target", cast(target, dtype), sizes)
-
-    def _rate(self, lr: Any) -> np.ndarray:
-        rate = cast(array(lr, "lr"), self.dtypes["lr"])
-        if rate.ndim or not np.isfinite(rate) or rate < 0:
-            raise InputError(f"lr={lr!r}: give one number, finite and not negative")
-        return rate
-
-    def _check_finite(self, loss: float, new: float, target: np.ndarray) -> None:
-        """Refuse a step by its loss and its look at the new values; that of no sample has the loss NaN."""
-        of_none = np.issubdtype(target.dtype, np.integer) and (target == -100).all()
-        if math.isnan(new) or not (math.isfinite(loss) or of_none):
-            what = "new weights" if math.isnan(new) else "the loss"
-            raise InputError(
-                f"the step would make {what} NaN or infinite (loss {loss}): nothing was learned. Mostly the inputs are "
-                "too large or lr is; Learner(..., finite=False) goes on all the same"
-            )
 
     def _check_names(self, what: str, given: Iterable[str], expected: Sequence[str]) -> None:
         missing, unknown = [n for n in expected if n not in given], [n for n in given if n not in expected]

@@ -1,16 +1,17 @@
 """The ONNX Runtime sessions of a learner, and what lies on their device."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping
 from typing import Any
 
 import numpy as np
 
 from fxfeedback.files import LARGEST
+from fxfeedback.runtime.devices import Running
 from fxfeedback.runtime.learner_file import NEW
-from fxfeedback.runtime.providers import CUDA, cannot_run, open_session
+from fxfeedback.runtime.providers import open_session
 
 FINITE = "fxfeedback.finite"
-"""An output of the session of a step: 0 where all new values are finite, else NaN."""
+"""An output of the session of a step: 0 where all that is fed and all new values are finite, else NaN."""
 
 
 class Sessions:
@@ -19,7 +20,8 @@ class Sessions:
     What never changes is a constant of both, which ONNX Runtime prepares once; where a graph cannot hold it, it is an
     input that lies on the device.
 
-    stepping, predicting: the sessions. providers: those that they run on. note: why CUDA was not taken; else empty.
+    stepping, predicting: the sessions. providers: those that they run on. note: why CUDA was not taken;
+    else empty.
     """
 
     def __init__(
@@ -43,53 +45,22 @@ class Sessions:
             options: ONNX Runtime's, or None.
             path: what errors call the file.
         """
-        self.path = path
         constants = fixed if sum(value.nbytes for value in fixed.values()) <= LARGEST else {}
-        sessions = [
-            open_session(part, providers, options, path) for part in _parts(model, constants, prediction, finite)
+        (step, self.note), (predict, _) = [
+            open_session(part, providers, options, path) for part in _parts(model, fixed, constants, prediction, finite)
         ]
-        (self.stepping, self.note), (self.predicting, _) = sessions
-        self.providers: list[str] = self.stepping.get_providers()
-        self._beside = {} if constants else self.on_device(fixed)
-
-    def run(
-        self,
-        session: Any,
-        feeds: Mapping[str, np.ndarray],
-        now: Mapping[str, Any],
-        wanted: Sequence[str],
-        onto: Mapping[str, Any],
-    ) -> list[np.ndarray]:
-        """Run on the values that lie on the device: what is `wanted`, as arrays; what changes is written to `onto`.
-
-        Raises:
-            CheckpointError: ONNX Runtime cannot.
-        """
-        binding, there = session.io_binding(), {**self._beside, **now}
-        try:
-            for given in session.get_inputs():
-                if given.name in feeds:
-                    binding.bind_cpu_input(given.name, np.asarray(feeds[given.name], order="C"))
-                else:
-                    binding.bind_ortvalue_input(given.name, there[given.name])
-            for name in wanted:
-                binding.bind_output(name)
-            for name, value in onto.items():
-                binding.bind_ortvalue_output(name + NEW, value)
-            session.run_with_iobinding(binding)
-            return [value.numpy() for value in binding.get_outputs()[: len(wanted)]]
-        except Exception as error:  # of a dozen classes
-            raise cannot_run(self.path, error) from error
+        self.providers: list[str] = step.get_providers()
+        self.stepping, self.predicting = Running(step, path), Running(predict, path)
+        self.beside = {} if constants else self.on_device(fixed)
 
     def on_device(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Copies of the values."""
-        import onnxruntime as ort
-
-        device = "cuda" if self.providers[0] == CUDA else "cpu"
-        return {name: ort.OrtValue.ortvalue_from_numpy(np.array(value), device) for name, value in values.items()}
+        """Copies of the values where the sessions run."""
+        return self.stepping.device.copies(values)
 
 
-def _parts(model: Any, constants: Mapping[str, np.ndarray], prediction: str, finite: bool) -> list[bytes]:
+def _parts(
+    model: Any, fixed: Mapping[str, Any], constants: Mapping[str, np.ndarray], prediction: str, finite: bool
+) -> list[bytes]:
     """The graphs of a step and of a prediction."""
     from onnx import ModelProto, numpy_helper
     from onnx.utils import Extractor
@@ -98,7 +69,7 @@ def _parts(model: Any, constants: Mapping[str, np.ndarray], prediction: str, fin
     whole.CopyFrom(model)
     whole.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
     if finite:
-        _look_at_new_values(whole.graph)
+        _look_at_values(whole.graph, fixed)
     extractor = Extractor(whole)
     inputs = [given.name for given in whole.graph.input if given.name not in constants]
     outputs = [output.name for output in whole.graph.output if output.name != "prediction"]
@@ -113,13 +84,14 @@ def _parts(model: Any, constants: Mapping[str, np.ndarray], prediction: str, fin
     return parts
 
 
-def _look_at_new_values(graph: Any) -> None:
-    """Add the output `FINITE`: the sum of x - x over all new values x (and lr: there may be none that are new)."""
+def _look_at_values(graph: Any, fixed: Container[str]) -> None:
+    """Add the output `FINITE`: the sum of x - x over all values x that are fed (lr among them) or new."""
     from onnx import TensorProto, helper
 
     parts = []
     new = [output for output in graph.output if output.name.endswith(NEW)]
-    for output in (*new, *(given for given in graph.input if given.name == "lr")):
+    kept = {output.name.removesuffix(NEW) for output in new}
+    for output in (*new, *(given for given in graph.input if given.name not in kept and given.name not in fixed)):
         if output.type.tensor_type.elem_type in (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16):
             zero, total, part = (f"{FINITE}/{output.name}/{step}" for step in ("zero", "sum", "cast"))
             graph.node.append(helper.make_node("Sub", [output.name, output.name], [zero]))

@@ -90,14 +90,23 @@ def _not_there(name: str) -> str:
 
 
 def _missing_libraries() -> str:
-    """Load CUDA's and cuDNN's libraries from where pip or the system put them; those that are missing, or nothing."""
+    """Load CUDA's and cuDNN's libraries from where pip or the system put them; those that are missing, or nothing.
+
+    ONNX Runtime from 1.31 on goes without cuDNN until the first convolution, and then fails.
+    """
     if not hasattr(ort, "preload_dlls"):
         return ""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         ort.preload_dlls()
     failed = [line.removeprefix("Failed to load ") for line in said.getvalue().split("\n") if "Failed to load" in line]
-    return "; ".join(failed)
+    cudnn = "cudnn64_9.dll" if sys.platform == "win32" else "libcudnn.so.9"
+    if not any("cudnn" in line for line in failed):
+        try:
+            ctypes.CDLL(cudnn)
+        except OSError as error:
+            failed.append(f"{cudnn}: {error}")
+    return "; ".join(failed) + (" (pip install 'onnxruntime-gpu[cuda,cudnn]')" if failed else "")
 
 
 def _broken(name: str) -> str:

@@ -15,9 +15,11 @@ import onnxruntime as ort
 from fxfeedback.errors import CheckpointError, InputError, NodeNameError
 from fxfeedback.file_facts import existing
 from fxfeedback.files import as_path
-from fxfeedback.runtime.providers import cannot_run, open_session
+from fxfeedback.runtime.arrays import array, cast, finite
+from fxfeedback.runtime.devices import Kind, Running
+from fxfeedback.runtime.providers import open_session
 from fxfeedback.runtime.reopen import Opened
-from fxfeedback.runtime.signature import Signature, array, cast, finite
+from fxfeedback.runtime.signature import Signature
 
 
 class Session(Signature):
@@ -25,6 +27,14 @@ class Session(Signature):
 
     It keeps nothing between calls, so several threads may call it at once. Its pickle and its copies name the file,
     which they open again: see `__reduce__`.
+
+    Tensors of torch, or of any library that speaks DLPack, are read where they lie if that is where the session runs,
+    and outputs come back as tensors of that library, there; a contiguous one is not copied. What lies elsewhere goes
+    through the host, as do truth values. No gradient passes through.
+
+    On CUDA a tensor has to be ready in its library's current stream, as for an op of that library. Before a run that
+    reads one, or that follows one whose outputs were tensors, the host waits for all that the device was given; when a
+    call returns, its outputs are there, for any stream.
 
     providers: the providers that it runs on, as ONNX Runtime names them, the first preferred.
     note: why CUDA was not taken, where that was tried; else empty.
@@ -52,10 +62,10 @@ class Session(Signature):
         """
         path = existing(as_path(path), "fxfeedback.export")
         self._opened = Opened(str(path), providers, options)
-        self._session, self.note = open_session(path, providers, options, str(path))
-        self.providers: list[str] = self._session.get_providers()
-        custom = self._session.get_modelmeta().custom_metadata_map
-        super().__init__(self._session, custom, path)
+        session, self.note = open_session(path, providers, options, str(path))
+        self.providers: list[str] = session.get_providers()
+        super().__init__(session, session.get_modelmeta().custom_metadata_map, path)
+        self._run = Running(session, str(path))
         if self.metadata["product"] == "learner":
             raise CheckpointError(f"{path} is a learner: open it with fxfeedback.runtime.Learner")
 
@@ -63,15 +73,16 @@ class Session(Signature):
         """Run the network.
 
         Args:
-            inputs: the model's own, (B, ...), numpy arrays or tensors.
+            inputs: the model's own, (B, ...): numpy arrays, lists, or tensors of any library. The first tensor among
+                them says what the outputs are; without one they are numpy arrays.
             task: for an instructed network: one id, (B,) integer ids, or (B or 1, instruction size) floats.
             steering: for a file exported with steerable=True: a dict (or an object with such attributes) of source,
                 activation (B or 1, ...), strength (a number or a pair, default 1) and alpha (a number, default 1), or
                 several of them.
 
         Returns:
-            A list of arrays, one per pass, for a model with connections; else the output: an array, or a list of
-            arrays in the order of `outputs` where there are several.
+            A list of arrays or tensors, one per pass, for a model with connections; else the output: one, or a list in
+            the order of `outputs` where there are several.
 
         Raises:
             InputError: an input, instruction or activation of the wrong shape, dtype or range; an instruction or a
@@ -81,10 +92,9 @@ class Session(Signature):
         """
         feeds, batch = self.feeds(inputs, task, {})
         feeds |= self._steering(steering, batch)
-        try:
-            results = self._session.run(None, feeds)
-        except Exception as error:  # of a dozen classes
-            raise cannot_run(self._opened.path, error) from error
+        kind = Kind.of(inputs)
+        wanted = dict.fromkeys(self.outputs, kind.where(self._run.device))
+        results = [kind.back(value) for value in self._run(feeds, wanted, kind=kind)]
         several = len(results) > 1 or list(self.outputs) != ["output"]
         return results if several else results[0]
 
@@ -97,9 +107,9 @@ class Session(Signature):
         """
         return self._opened.reduced(type(self))
 
-    def _steering(self, steering: Any, batch: int) -> dict[str, np.ndarray]:
+    def _steering(self, steering: Any, batch: int) -> dict[str, Any]:
         several = [steering] if isinstance(steering, Mapping) or hasattr(steering, "source") else list(steering or ())
-        feeds: dict[str, np.ndarray] = {}
+        feeds: dict[str, Any] = {}
         sources = self.metadata.get("steerable") or {}
         if several and not sources:
             raise InputError("this network cannot be steered: export it with steerable=True")
@@ -114,7 +124,7 @@ class Session(Signature):
             if f"{source}.alpha" in feeds:
                 raise InputError(f"the source {source!r} is steered twice")
             dtype, name = self.dtypes[f"{source}.activation"], f"steering {source!r}"
-            activation = cast(array(given["activation"], f"{name}: activation"), dtype)
+            activation = cast(array(given["activation"], f"{name}: activation", self._place), dtype)
             self.checked(f"{source}.activation", finite(activation, f"{name}: activation"), {})
             if len(activation) not in (1, batch):
                 raise InputError(f"{name} takes an activation of batch 1 or {batch}, not {len(activation)}")

@@ -1,6 +1,5 @@
 """What a file takes: its inputs' names, shapes and dtypes, and the checks of what a call brings."""
 
-import reprlib
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -8,6 +7,8 @@ import numpy as np
 
 from fxfeedback.errors import CheckpointError, InputError
 from fxfeedback.file_facts import read_metadata
+from fxfeedback.runtime.arrays import array, cast, dtype_of, finite, has, is_floating, is_integer
+from fxfeedback.runtime.devices import Device
 
 DTYPES = {
     "tensor(float)": np.float32,
@@ -32,6 +33,7 @@ class Signature:
 
     def __init__(self, session: Any, custom: Mapping[str, str], path: Any) -> None:
         self.metadata = read_metadata(custom, path)
+        self._place = Device.of(session).place
         try:
             given, optional = session.get_inputs(), session.get_overridable_initializers()
             self.dtypes = {x.name: DTYPES.get(x.type) for x in (*given, *optional)}
@@ -57,7 +59,7 @@ class Signature:
         if missing:
             raise CheckpointError(f"{path} is damaged: its graph lacks {missing[0]}, of which its metadata speaks")
 
-    def feeds(self, inputs: Sequence[Any], task: Any, sizes: dict[str, int]) -> tuple[dict[str, np.ndarray], int]:
+    def feeds(self, inputs: Sequence[Any], task: Any, sizes: dict[str, int]) -> tuple[dict[str, Any], int]:
         """What is fed for the model's own inputs and the instruction, checked; and the batch size.
 
         Args:
@@ -72,7 +74,8 @@ class Signature:
         if len(inputs) != len(own):
             raise InputError(f"the network takes {len(own)} inputs ({', '.join(own)}), not {len(inputs)}")
         feeds = {
-            name: self.checked(name, array(value, repr(name)), sizes) for name, value in zip(own, inputs, strict=True)
+            name: self.checked(name, array(value, repr(name), self._place), sizes)
+            for name, value in zip(own, inputs, strict=True)
         }
         batch = next(len(feeds[name]) for name in own if feeds[name].ndim)
         if "instruction" in self.inputs:
@@ -81,35 +84,36 @@ class Signature:
             raise InputError("this network takes no instruction: it was exported without tasks, or for one task")
         return feeds, batch
 
-    def checked(self, name: str, value: np.ndarray, sizes: dict[str, int]) -> np.ndarray:
+    def checked(self, name: str, value: Any, sizes: dict[str, int]) -> Any:
         """The value, if it has the dtype and the shape of the input `name`; `sizes` grows by its named dimensions."""
         shape, dtype = {**self.inputs, **self.optional}[name], self.dtypes[name]
         if dtype is None:
             raise InputError(f"{name!r} has a dtype that numpy does not know")
-        if value.dtype != dtype:
-            raise InputError(f"{name!r} takes {np.dtype(dtype)}, not {value.dtype}")
+        if not has(value, dtype):
+            raise InputError(f"{name!r} takes {np.dtype(dtype)}, not {dtype_of(value)}")
         fits = value.ndim == len(shape) and all(
             size == wanted if isinstance(wanted, int) else size == sizes.setdefault(wanted, size)
             for size, wanted in zip(value.shape, shape, strict=True)
         )
         if not fits or 0 in value.shape:
-            raise InputError(f"{name!r} takes a shape of ({_shown(shape, sizes)}), not {value.shape}")
+            raise InputError(f"{name!r} takes a shape of ({_shown(shape, sizes)}), not {tuple(value.shape)}")
         return value
 
-    def instruction(self, task: Any, batch: int) -> np.ndarray:
-        """The instruction vectors (B or 1, size) of ids or vectors."""
+    def instruction(self, task: Any, batch: int) -> Any:
+        """The instruction vectors (B or 1, size) of ids or vectors; ids are looked at on the host."""
         dtype, size = self.dtypes["instruction"], int(self.inputs["instruction"][1])
         if task is None:
             raise InputError(f"the network takes an instruction: task=ids or task=vectors (batch, {size})")
-        task = array(task, f"instructions are ({batch},) integer ids or ({batch}, {size}) floats")
+        task = array(task, f"instructions are ({batch},) integer ids or ({batch}, {size}) floats", self._place)
         rows = (1,) if isinstance(self.inputs["instruction"][0], int) else (1, batch)
-        if np.issubdtype(task.dtype, np.floating):
+        if is_floating(task):
             if task.ndim != 2 or task.shape[1] != size or len(task) not in rows:
-                raise InputError(f"an instruction vector has shape ({batch}, {size}), not {task.shape}")
+                raise InputError(f"an instruction vector has shape ({batch}, {size}), not {tuple(task.shape)}")
             return finite(cast(task, dtype), "the instruction")
         if not self.metadata["takes_ids"]:
             raise InputError(f"an instruction is a float vector ({batch}, {size}) here, not ids")
-        if not np.issubdtype(task.dtype, np.integer) or task.ndim > 1 or (task.ndim == 1 and len(task) != batch):
+        task = array(task, "instruction ids")
+        if not is_integer(task) or task.ndim > 1 or (task.ndim == 1 and len(task) != batch):
             raise InputError(
                 f"instructions are ({batch},) integer ids or ({batch}, {size}) floats, "
                 f"not {task.dtype} of shape {task.shape}"
@@ -117,38 +121,6 @@ class Signature:
         if task.size and not 0 <= task.min() <= task.max() < size:
             raise InputError(f"instruction ids lie between 0 and {size - 1}; got {task.min()} to {task.max()}")
         return np.eye(size, dtype=dtype)[task.reshape(-1)]
-
-
-def array(value: Any, what: str) -> np.ndarray:
-    """A numpy array of an array, a number, a list, or a tensor on any device.
-
-    Raises:
-        InputError: it is not made of numbers; `what` begins the message.
-    """
-    try:
-        made = np.asarray(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
-    except (ValueError, TypeError, NotImplementedError) as error:  # a ragged list, a dtype that numpy does not have
-        raise InputError(f"{what}: this is not an array of numbers: {error}") from None
-    if made.dtype.kind not in "biuf":
-        raise InputError(f"{what}: {reprlib.repr(value)} is not a number or an array of numbers")
-    return made
-
-
-def cast(value: np.ndarray, dtype: Any) -> np.ndarray:
-    """The value in this dtype; what is too large for it becomes infinite without a warning."""
-    with np.errstate(over="ignore"):
-        return value.astype(dtype)
-
-
-def finite(value: np.ndarray, what: str) -> np.ndarray:
-    """The value, if it has no NaN and nothing infinite.
-
-    Raises:
-        InputError: it has; `what` begins the message.
-    """
-    if value.dtype.kind == "f" and not np.isfinite(value).all():
-        raise InputError(f"{what} has values that are not finite: NaN, or beyond the range of {value.dtype}")
-    return value
 
 
 def _shown(shape: Iterable[int | str], sizes: Mapping[str, int]) -> str:
