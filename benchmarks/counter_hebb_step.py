@@ -2,7 +2,8 @@
 
 OMP_WAIT_POLICY=passive python benchmarks/counter_hebb_step.py [--compile] [--threads 2] [NETWORK ...]
 
-The steps are taken in turns. The peak is what torch's profiler saw allocated in one step, gradients included.
+The steps are taken in turns. The peak is what torch's profiler, or a GPU's own count, saw allocated in one step,
+gradients included.
 """
 
 import functools
@@ -14,54 +15,84 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import torchvision
-from timing import Figure, Ratio, Run, command_line, interleaved, milliseconds, ratio, show
+from timing import (
+    DEVICE,
+    ON_GPU,
+    PLAIN,
+    PRECISIONS,
+    Figure,
+    Precision,
+    Ratio,
+    Run,
+    both_ways,
+    command_line,
+    gpu_peak,
+    ms,
+    of_these,
+    ratio,
+    show,
+    sized,
+    timed,
+    with_graphs,
+)
 from torch.profiler import ProfilerActivity, profile
 
 import fxfeedback
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
-from train_multi_mnist import convnet, published
+from digit_networks import convnet, published
 
 models = torchvision.models
-NETWORKS = {
-    "Multi-MNIST, published": (published, (128, 1, 28, 28), 30),
-    "Multi-MNIST, convnet": (convnet, (128, 1, 28, 28), 30),
-    "ResNet-18": (lambda: models.resnet18(num_classes=10), (16, 3, 64, 64), 15),
-    "ResNet-50": (lambda: models.resnet50(num_classes=10), (8, 3, 64, 64), 15),
-    "MobileNetV2": (lambda: models.mobilenet_v2(num_classes=10), (16, 3, 96, 96), 15),
-    "ViT-B/32": (lambda: models.vit_b_32(num_classes=10), (4, 3, 224, 224), 9),
-}
+NETWORKS = of_these(
+    {
+        # what makes it, the shape of its images, and on a GPU; turns
+        "Multi-MNIST, published": (published, (128, 1, 28, 28), (4096, 1, 28, 28), 30),
+        "Multi-MNIST, convnet": (convnet, (128, 1, 28, 28), (4096, 1, 28, 28), 30),
+        "ResNet-18": (lambda: models.resnet18(num_classes=10), (16, 3, 64, 64), (256, 3, 224, 224), 15),
+        "ResNet-50": (lambda: models.resnet50(num_classes=10), (8, 3, 64, 64), (128, 3, 224, 224), 15),
+        "MobileNetV2": (lambda: models.mobilenet_v2(num_classes=10), (16, 3, 96, 96), (128, 3, 224, 224), 15),
+        "ViT-B/32": (lambda: models.vit_b_32(num_classes=10), (4, 3, 224, 224), (128, 3, 224, 224), 9),
+    }
+)
+PAIR = ("Counter-Hebb", "backprop")
 
 
 def figures(networks: Sequence[str] = (), compiled: bool = False) -> Iterator[Figure]:
     """Counter-Hebb over backpropagation, for each network; without names all."""
-    what = "Counter-Hebb step / backprop" + (", both compiled" if compiled else "")
-    for name in networks or NETWORKS:
-        make, shape, repeats = NETWORKS[name]
-        runs = steps(make, shape, compiled)
-        ours, theirs = interleaved(runs, repeats)
-        note = f"{milliseconds(ours):.1f}, {milliseconds(theirs):.1f} ms"
-        yield Figure(name, f"{what}: time", ratio(ours, theirs), note)
-        ours, theirs = (peak(run) / 1e6 for run in runs)
-        yield Figure(name, f"{what}: peak memory", Ratio(*[ours / theirs] * 3), f"{ours:.0f}, {theirs:.0f} MB")
+    for how, name in itertools.product(PRECISIONS, networks or NETWORKS):
+        make, small, large, repeats = NETWORKS[name]
+        shape = (sized(small[0], large[0]), *(large if ON_GPU else small)[1:])
+        runs = steps(make, shape, compiled, how)
+        ours, theirs = ((gpu_peak if ON_GPU else peak)(run) / 1e6 for run in runs.values())
+        for graph, times in both_ways(timed(runs if compiled else with_graphs(runs), repeats)):
+            what = f"Counter-Hebb step / backprop{', both compiled' if compiled else ''}{graph}"
+            note = ", ".join(f"{ms(times[way])}" for way in PAIR) + " ms"
+            yield Figure(how.of(name), f"{what}: time", ratio(*(times[way] for way in PAIR)), note)
+            if not graph:
+                over = Ratio(*[ours / theirs] * 3)
+                yield Figure(how.of(name), f"{what}: peak memory", over, f"{ours:.0f}, {theirs:.0f} MB")
 
 
-def steps(make, shape: tuple[int, ...], compiled: bool = False) -> list[Run]:
-    """A step of either kind of learning, Counter-Hebb first."""
+def steps(make, shape: tuple[int, ...], compiled: bool = False, how: Precision = PLAIN) -> dict[str, Run]:
+    """A step of either kind of learning."""
     torch.compiler.reset()  # it compiles a function for so many models only
-    x, task, labels = torch.randn(shape), torch.randint(2, shape[:1]), torch.randint(10, shape[:1])
+    x = how.images(*shape)
+    task, labels = torch.randint(2, shape[:1], device=DEVICE), torch.randint(10, shape[:1], device=DEVICE)
 
     def step(butd: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad()
-        F.cross_entropy(butd(x, task), labels).backward()
+        with how():
+            loss = F.cross_entropy(butd(x, task), labels)
+        loss.backward()
         optimizer.step()
 
-    runs = []
-    for learning in ("counter_hebb", "backprop"):
+    runs = {}
+    for way, learning in zip(PAIR, ("counter_hebb", "backprop"), strict=True):
         torch.manual_seed(0)
-        butd = fxfeedback.to_butd(make(), n_tasks=2, embedding=50, input_size=shape[1:], learning=learning).train()
+        butd = fxfeedback.to_butd(make(), n_tasks=2, embedding=50, input_size=shape[1:], learning=learning)
+        butd = how.put(butd).train()
         optimizer = torch.optim.SGD([p for p in butd.parameters() if p.requires_grad], 1e-3)
-        runs.append(functools.partial(step, torch.compile(butd, fullgraph=True) if compiled else butd, optimizer))
+        runs[way] = functools.partial(step, torch.compile(butd, fullgraph=True) if compiled else butd, optimizer)
     return runs
 
 

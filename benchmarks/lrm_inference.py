@@ -6,12 +6,28 @@ Efficiency is the plain network's time, times how many more operations the passe
 where only the arithmetic costs time.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 import torchvision
-from timing import Figure, command_line, flops, interleaved, milliseconds, ratio, show
+from timing import (
+    PRECISIONS,
+    Figure,
+    Precision,
+    Run,
+    both_ways,
+    command_line,
+    flops,
+    ms,
+    of_these,
+    ratio,
+    show,
+    sized,
+    timed,
+    with_graphs,
+)
 from torch import nn
 
 import fxfeedback
@@ -23,12 +39,16 @@ LRM3 = [
     ("features.12", "features.3"),
     ("classifier.2", "features.6"),
 ]
-NETWORKS = {
-    "alexnet": LRM3,
-    "resnet50": [("layer4", "layer3.0.conv1")],
-    "vit_b_16": [("encoder.layers.encoder_layer_11", "encoder.layers.encoder_layer_5")],
-}
-BATCH, REPEATS = 8, 9
+NETWORKS = of_these(
+    {
+        "alexnet": LRM3,
+        "resnet50": [("layer4", "layer3.0.conv1")],
+        "vit_b_16": [("encoder.layers.encoder_layer_11", "encoder.layers.encoder_layer_5")],
+    }
+)
+BATCHES = {"alexnet": 256, "resnet50": 128, "vit_b_16": 64}
+"""On a GPU; on the CPU 8 images."""
+REPEATS = 9
 
 
 class HookedBlock(nn.Module):
@@ -92,21 +112,31 @@ class Hooked(nn.Module):
 
 def figures(networks: Sequence[str] = tuple(NETWORKS), compiled: bool = False) -> Iterator[Figure]:
     """Of each network the efficiency, and its passes over those by hooks; all of them compiled, if so wanted."""
-    ready, how = (torch.compile, ", compiled") if compiled else (lambda model: model, "")
-    for name in networks:
-        x = torch.randn(BATCH, 3, 224, 224)
-        plain = torchvision.models.get_model(name).eval()
-        passes = fxfeedback.add_feedback(plain, NETWORKS[name]).eval()
-        more = flops(lambda model=passes, x=x: model(x)) / flops(lambda model=plain, x=x: model(x))
-        models = [ready(plain), ready(passes)]
-        if name != "vit_b_16":  # its tokens are no maps
-            models.append(ready(Hooked(torchvision.models.get_model(name), NETWORKS[name], x).eval()))
-        with torch.no_grad():
-            times = interleaved([lambda model=model, x=x: model(x) for model in models], REPEATS)
-        note = f"{milliseconds(times[1]):.0f} and {milliseconds(times[0]):.0f} ms, operations {more:.2f}"
-        yield Figure(name, f"efficiency of two passes{how}", ratio(times[0], times[1], more), note, more_is_better=True)
-        for hooked in times[2:]:
-            yield Figure(name, f"two passes / by hooks{how}", ratio(times[1], hooked), f"{milliseconds(hooked):.0f} ms")
+    how = ", compiled" if compiled else ""
+    for precision, name in itertools.product(PRECISIONS, networks):
+        torch.compiler.reset()
+        more, runs = calls(name, precision, compiled)
+        of_it = precision.of(name)
+        for graph, times in both_ways(timed(runs if compiled else with_graphs(runs), REPEATS)):
+            plain, passes, end = times["plain"], times["passes"], how + graph
+            note = f"{ms(passes)} and {ms(plain)} ms, operations {more:.2f}"
+            yield Figure(of_it, f"efficiency of two passes{end}", ratio(plain, passes, more), note, more_is_better=True)
+            if "hooks" in times:
+                hooks = times["hooks"]
+                yield Figure(of_it, f"two passes / by hooks{end}", ratio(passes, hooks), f"{ms(hooks)} ms")
+
+
+def calls(name: str, how: Precision, compiled: bool) -> tuple[float, dict[str, Run]]:
+    """How many times the operations the passes take; the plain network, its passes and those by hooks."""
+    x = torch.randn(1, 3, 224, 224)
+    plain = torchvision.models.get_model(name).eval()
+    models = {"plain": plain, "passes": fxfeedback.add_feedback(plain, NETWORKS[name]).eval()}
+    more = flops(lambda: models["passes"](x)) / flops(lambda: plain(x))
+    if name != "vit_b_16":  # its tokens are no maps
+        models["hooks"] = Hooked(torchvision.models.get_model(name).eval(), NETWORKS[name], x).eval()
+    images = how.images(sized(8, BATCHES[name]), 3, 224, 224)
+    ready = torch.compile if compiled else lambda model: model
+    return more, {way: how.infers(ready(how.put(model)), images) for way, model in models.items()}
 
 
 def main() -> None:

@@ -2,10 +2,12 @@
 
 OMP_WAIT_POLICY=passive python benchmarks/lrm_training.py [--threads 2] [NETWORK ...]
 
-Time is that of a forward and a backward pass of 16 images (AlexNet) or 8 (ResNet-50). Memory is the peak in such
-a step of 128 images, counted tensor by tensor on torch's meta device, without weights and their gradients.
+Time is that of a forward and a backward pass of 16 images (AlexNet) or 8 (ResNet-50), on a GPU of 256 or 64. Memory is
+the peak in such a step, without weights and their gradients; on the CPU in one of 128 images, counted tensor by tensor
+on torch's meta device.
 """
 
+import itertools
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,14 +16,32 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from lrm_inference import NETWORKS, Hooked
-from timing import Figure, Ratio, Run, command_line, interleaved, milliseconds, ratio, show
+from timing import (
+    DEVICE,
+    ON_GPU,
+    PLAIN,
+    PRECISIONS,
+    TINY,
+    Figure,
+    Precision,
+    Ratio,
+    Run,
+    command_line,
+    gpu_peak,
+    ms,
+    of_these,
+    ratio,
+    show,
+    sized,
+    timed,
+)
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fxfeedback
 
-TIMED = {"alexnet": 16, "resnet50": 8}
+TIMED = of_these({"alexnet": (16, 256), "resnet50": (8, 64)})
 BATCH, REPEATS = 128, 9
 
 
@@ -73,14 +93,16 @@ def most_alive(model: nn.Module, run: Run) -> int:
     return alive.most
 
 
-def step(model: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> Run:
+def step(model: nn.Module, x: torch.Tensor, labels: torch.Tensor, how: Precision = PLAIN) -> Run:
     """A forward and a backward pass; the loss is the mean over the passes."""
 
     def run() -> None:
         model.zero_grad()
-        outputs = model(x)
-        outputs = outputs if isinstance(outputs, list) else [outputs]
-        (sum(F.cross_entropy(output, labels) for output in outputs) / len(outputs)).backward()
+        with how():
+            outputs = model(x)
+            outputs = outputs if isinstance(outputs, list) else [outputs]
+            loss = sum(F.cross_entropy(output, labels) for output in outputs) / len(outputs)
+        loss.backward()
 
     return run
 
@@ -105,17 +127,22 @@ def ways(name: str) -> dict[str, nn.Module]:
 
 def figures(networks: Sequence[str] = tuple(TIMED)) -> Iterator[Figure]:
     """Time and memory of each network, passes and hooks over plain."""
-    for name in networks:
-        batch = TIMED[name]
-        x, labels = torch.randn(batch, 3, 224, 224), torch.randint(1000, (batch,))
-        plain, *others = interleaved([step(model, x, labels) for model in ways(name).values()], REPEATS)
-        memory = {way: activations(model) for way, model in ways(name).items()}
-        for way, taken in zip(list(memory)[1:], others, strict=True):
-            note = f"{milliseconds(taken):.0f}, {milliseconds(plain):.0f} ms"
-            yield Figure(name, f"time of a training step, {way} / plain", ratio(taken, plain), note)
+    for how, name in itertools.product(PRECISIONS, networks):
+        batch = sized(*TIMED[name])
+        x, labels = how.images(batch, 3, 224, 224), torch.randint(1000, (batch,), device=DEVICE)
+        runs = {way: step(how.put(model), x, labels, how) for way, model in ways(name).items()}
+        if ON_GPU:
+            memory = {way: gpu_peak(run) for way, run in runs.items()}
+        else:
+            memory = {way: activations(model, 2 if TINY else BATCH) for way, model in ways(name).items()}
+        times = timed(runs, REPEATS)
+        plain = times["plain"]
+        for way, taken in list(times.items())[1:]:
+            note = f"{ms(taken)}, {ms(plain)} ms"
+            yield Figure(how.of(name), f"time of a training step, {way} / plain", ratio(taken, plain), note)
             over = memory[way] / memory["plain"]
             note = f"{memory[way] / 1e6:.0f}, {memory['plain'] / 1e6:.0f} MB"
-            yield Figure(name, f"memory of activations, {way} / plain", Ratio(over, over, over), note)
+            yield Figure(how.of(name), f"memory of activations, {way} / plain", Ratio(over, over, over), note)
 
 
 def main() -> None:

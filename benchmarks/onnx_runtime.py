@@ -1,6 +1,8 @@
-"""ONNX Runtime against torch on the CPU: passes of LRM networks, and a step of a learner; time, in turns.
+"""ONNX Runtime against torch: passes of LRM networks, and a step of a learner; time, in turns.
 
 OMP_WAIT_POLICY=passive python benchmarks/onnx_runtime.py [--threads 2]
+
+Images lie where they are used. On a GPU both compute in TF32.
 """
 
 import collections
@@ -15,11 +17,26 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from lrm_inference import NETWORKS
-from timing import Figure, command_line, flops, interleaved, milliseconds, ratio, show
+from timing import (
+    DEVICE,
+    ON_GPU,
+    PLAIN,
+    TF32,
+    Figure,
+    command_line,
+    flops,
+    interleaved,
+    ms,
+    ratio,
+    show,
+    sized,
+)
 
 import fxfeedback
 
-BATCH, REPEATS = 8, 9
+BATCH, REPEATS = sized(8, 64), 9
+PROVIDER = "cuda" if ON_GPU else "cpu"
+HOW = TF32 if ON_GPU else PLAIN
 
 
 def figures(threads: int = 2) -> Iterator[Figure]:
@@ -45,27 +62,27 @@ def options(threads: int, profile: Path | None = None) -> ort.SessionOptions:
 def passes(name: str, folder: Path, threads: int) -> Iterator[Figure]:
     """Two unrolled passes; one pass is the plain network."""
     torch.manual_seed(0)
-    x = torch.randn(BATCH, 3, 224, 224)
+    x, one_image = HOW.images(BATCH, 3, 224, 224), torch.randn(1, 3, 224, 224)
     plain = torchvision.models.get_model(name).eval()
     model = fxfeedback.add_feedback(plain, NETWORKS[name]).eval()
-    more = flops(lambda: model(x)) / flops(lambda: plain(x))
+    more = flops(lambda: model(one_image)) / flops(lambda: plain(one_image))
     sessions = []
     for number in (1, 2):
         fxfeedback.export(model, folder / f"{name}{number}.onnx", passes=number, check=False)
-        sessions.append(fxfeedback.runtime.Session(folder / f"{name}{number}.onnx", "cpu", options(threads)))
-    with torch.no_grad():
-        theirs, one, two = interleaved([lambda: model(x), lambda: sessions[0](x), lambda: sessions[1](x)], REPEATS)
+        sessions.append(fxfeedback.runtime.Session(folder / f"{name}{number}.onnx", PROVIDER, options(threads)))
+    runs = [HOW.infers(HOW.put(model), x), lambda: sessions[0](x), lambda: sessions[1](x)]
+    theirs, one, two = interleaved(runs, REPEATS)
     yield Figure(
         f"{name}, 2 passes",
         "ONNX Runtime / torch",
         ratio(two, theirs),
-        f"{milliseconds(two):.0f} and {milliseconds(theirs):.0f} ms",
+        f"{ms(two)} and {ms(theirs)} ms",
     )
     yield Figure(
         f"{name}, 2 passes",
         "ONNX Runtime / (one pass in it x operations)",
         ratio(two, one, 1 / more),
-        f"one pass {milliseconds(one):.0f} ms, operations {more:.2f}",
+        f"one pass {ms(one)} ms, operations {more:.2f}",
     )
 
 
@@ -75,9 +92,9 @@ def learner(mode: str, folder: Path, threads: int) -> Figure:
     net = torchvision.models.resnet18(num_classes=10).train(mode == "train")
     path = folder / f"{mode}.onnx"
     fxfeedback.export_learner(fxfeedback.to_butd(net), path, momentum=0.9, check=False)
-    ours = fxfeedback.runtime.Learner(path, "cpu", options(threads))
+    ours, net = fxfeedback.runtime.Learner(path, PROVIDER, options(threads)), HOW.put(net)
     optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
-    x, target = torch.randn(BATCH, 3, 224, 224), torch.randint(10, (BATCH,))
+    x, target = HOW.images(BATCH, 3, 224, 224), torch.randint(10, (BATCH,), device=DEVICE)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -85,7 +102,7 @@ def learner(mode: str, folder: Path, threads: int) -> Figure:
         optimizer.step()
 
     theirs, taken = interleaved([step, lambda: ours.step(x, target, lr=0.01)], REPEATS)
-    profiled = fxfeedback.runtime.Learner(path, "cpu", options(threads, folder / "profile"))
+    profiled = fxfeedback.runtime.Learner(path, PROVIDER, options(threads, folder / "profile"))
     for _ in range(4):
         profiled.step(x, target, lr=0.01)
     shares: collections.Counter[str] = collections.Counter()
@@ -94,7 +111,7 @@ def learner(mode: str, folder: Path, threads: int) -> Figure:
             shares[f"{event['name'].split('/')[0]}: {event['args']['op_name']}"] += event["dur"]
     total = sum(shares.values())
     parts = ", ".join(f"{what} {spent / total:.0%}" for what, spent in shares.most_common(5))
-    note = f"{milliseconds(taken):.0f} and {milliseconds(theirs):.0f} ms; {parts}"
+    note = f"{ms(taken)} and {ms(theirs)} ms; {parts}"
     return Figure(f"resnet18, norms in {mode}", "a learner's step in ONNX Runtime / torch", ratio(taken, theirs), note)
 
 

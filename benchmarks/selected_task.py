@@ -5,22 +5,39 @@ OMP_WAIT_POLICY=passive python benchmarks/selected_task.py [--threads 2]
 The whole network keeps its gates between calls in torch, and makes them in every call in ONNX Runtime.
 """
 
+import copy
+import itertools
 import statistics
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnxruntime
 import torch
 import torchvision
-from onnx_runtime import options
-from timing import Figure, Ratio, Run, command_line, flops, interleaved, milliseconds, ratio, show
+from onnx_runtime import PROVIDER, options
+from timing import (
+    ON_GPU,
+    PRECISIONS,
+    TINY,
+    Figure,
+    Ratio,
+    Run,
+    both_ways,
+    command_line,
+    flops,
+    ms,
+    ratio,
+    show,
+    timed,
+    with_graphs,
+)
 from tqdm import tqdm
 
 import fxfeedback
 
-TASKS, TIMED, REPEATS = 40, (0, 1), 15
+TASKS, TIMED, REPEATS = (2, (0,), 15) if TINY else (40, (0, 1), 15)
 
 
 def figures(threads: int = 2) -> Iterator[Figure]:
@@ -33,12 +50,14 @@ def figures(threads: int = 2) -> Iterator[Figure]:
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for task in TIMED:
-            selected = butd.select(task)
-            for images in (x, x.expand(8, -1, -1, -1).contiguous()):
-                runs: list[Run] = [lambda net=net, x=images: net(x) for net in (plain, selected)]
-                runs.insert(0, lambda x=images, t=task: butd(x, t))
-                yield from faster(f"torch, batch {len(images)}, task {task}", runs)
             yield from faster(f"ONNX Runtime, batch 1, task {task}", exported(butd, plain, x, task, threads))
+        for how in PRECISIONS:
+            nets = {"whole": how.put(copy.deepcopy(butd)), "plain": how.put(copy.deepcopy(plain))}
+            for task, number in itertools.product(TIMED, (1, 8, 256) if ON_GPU else (1, 8)):
+                images = how.images(number, 3, 224, 224)
+                runs = {way: how.infers(net, images, *[task][: way == "whole"]) for way, net in nets.items()}
+                runs["selected"] = how.infers(nets["whole"].select(task), images)
+                yield from faster(how.of(f"torch, batch {number}, task {task}"), with_graphs(runs))
 
 
 def operations(plain: torch.nn.Module, butd: fxfeedback.BUTD, x: torch.Tensor) -> Figure:
@@ -55,25 +74,30 @@ def operations(plain: torch.nn.Module, butd: fxfeedback.BUTD, x: torch.Tensor) -
     return Figure("resnet18, one task", "operations of the selected network / plain", spread, note)
 
 
-def exported(butd: fxfeedback.BUTD, plain: torch.nn.Module, x: torch.Tensor, task: int, threads: int) -> list[Run]:
-    """The whole, the plain and the selected network in ONNX Runtime."""
+def exported(butd: fxfeedback.BUTD, plain: torch.nn.Module, x: torch.Tensor, task: int, threads: int) -> dict[str, Run]:
+    """The whole, the plain and the selected network in ONNX Runtime, from arrays to arrays."""
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, f"{name}.onnx") for name in ("whole", "plain", "selected")]
         fxfeedback.export(butd, files[0], check=False)
         torch.onnx.export(plain, (x,), files[1], dynamo=True, verbose=False)
         fxfeedback.export(butd, files[2], task=task, check=False)
-        whole, selected = (fxfeedback.runtime.Session(file, "cpu", options(threads)) for file in files[::2])
-        one = onnxruntime.InferenceSession(files[1], options(threads), providers=["CPUExecutionProvider"])
+        whole, selected = (fxfeedback.runtime.Session(file, PROVIDER, options(threads)) for file in files[::2])
+        one = onnxruntime.InferenceSession(files[1], options(threads), providers=whole.providers)
     image, name = x.numpy(), one.get_inputs()[0].name
-    return [lambda: whole(image, task=task), lambda: one.run(None, {name: image}), lambda: selected(image)]
+    return {
+        "whole": lambda: whole(image, task=task),
+        "plain": lambda: one.run(None, {name: image}),
+        "selected": lambda: selected(image),
+    }
 
 
-def faster(where: str, runs: Sequence[Run]) -> Iterator[Figure]:
+def faster(where: str, runs: dict[str, Run]) -> Iterator[Figure]:
     """The selected network's time over the whole's and the plain model's."""
-    whole, plain, selected = interleaved(runs, REPEATS)
-    note = ", ".join(f"{milliseconds(taken):.1f}" for taken in (selected, whole, plain)) + " ms"
-    yield Figure(f"resnet18, {where}", "selected network / whole", ratio(selected, whole), note)
-    yield Figure(f"resnet18, {where}", "selected network / plain", ratio(selected, plain))
+    for graph, times in both_ways(timed(runs, REPEATS)):
+        note = ", ".join(f"{ms(times[way])}" for way in ("selected", "whole", "plain")) + " ms"
+        for other, more in (("whole", note), ("plain", "")):
+            what = f"selected network / {other}{graph}"
+            yield Figure(f"resnet18, {where}", what, ratio(times["selected"], times[other]), more)
 
 
 def main() -> None:

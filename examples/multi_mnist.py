@@ -10,10 +10,10 @@ from torch import Tensor
 from torchvision.datasets import MNIST
 from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
 
+from digit_networks import SIDE
 from jobs import UserError
 
 TASKS = ("left", "right")  # a task's id is its place here, and its column in `Composites.labels`
-SIDE = 28  # pixels, of a digit and of a composite
 HALF = 14  # pixels, by which a digit in a row lies to the right of the one before
 CANVAS = 36  # pixels, before a composite is resized
 SHIFT = 6  # pixels, down and to the right, of the right digit against the left one

@@ -14,7 +14,6 @@ import argparse
 import json
 import sys
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 import fxfeedback
+from digit_networks import convnet, published
 from jobs import UserError, number, write_whole
 from multi_mnist import (
     HALF,
@@ -56,47 +56,6 @@ from training.processes import with_synced_norms
 EMBEDDING = 50  # size of the instruction's embedding, as published
 EVALUATION_BATCH = 500
 SIDES = ("left_of", "right_of")  # what may be asked about a digit in a row
-
-
-def convnet(width: int = SIDE, classes: int = 10) -> nn.Module:
-    """The default network, for images (B, 1, 28, width).
-
-    Every rectifier is a layer of gates, and a gate that learning closes rarely opens again. So there are few of them:
-    the first convolution, whose features both tasks use, gets its nonlinearity from max-pooling, which has no gates.
-    """
-    layers: list[tuple[str, nn.Module]] = [
-        ("conv1", nn.Conv2d(1, 32, 5, bias=False)),
-        ("norm1", nn.BatchNorm2d(32)),
-        ("pool1", nn.MaxPool2d(2)),
-        ("conv2", nn.Conv2d(32, 48, 5, bias=False)),
-        ("norm2", nn.BatchNorm2d(48)),
-        ("relu2", nn.ReLU()),
-        ("pool2", nn.AvgPool2d(2)),
-        ("flatten", nn.Flatten()),
-        ("fc", nn.Linear(48 * 4 * (((width - 4) // 2 - 4) // 2), 256)),
-        ("relu3", nn.ReLU()),
-        ("head", nn.Linear(256, classes)),
-    ]
-    return nn.Sequential(OrderedDict(layers))
-
-
-def published(width: int = SIDE) -> nn.Module:
-    """The published network, for images (B, 1, 28, width); its pooling layers are learned depthwise convolutions."""
-    layers: list[tuple[str, nn.Module]] = [
-        ("conv1", nn.Conv2d(1, 32, 5)),
-        ("relu1", nn.ReLU()),
-        ("pool1", nn.Conv2d(32, 32, 2, stride=2, groups=32)),
-        ("relu2", nn.ReLU()),
-        ("conv2", nn.Conv2d(32, 32, 5)),
-        ("relu3", nn.ReLU()),
-        ("pool2", nn.Conv2d(32, 32, 3, stride=2, groups=32)),
-        ("relu4", nn.ReLU()),
-        ("flatten", nn.Flatten()),
-        ("fc", nn.Linear(32 * 3 * (((width - 4) // 2 - 7) // 2 + 1), 50)),
-        ("relu5", nn.ReLU()),
-        ("head", nn.Linear(50, 10)),
-    ]
-    return nn.Sequential(OrderedDict(layers))
 
 
 OWN_MODELS: dict[str, Callable[..., nn.Module]] = {"convnet": convnet, "published": published}
