@@ -106,7 +106,7 @@ def learner(mode: str, folder: Path, threads: int) -> Figure:
     for _ in range(4):
         profiled.step(x, target, lr=0.01)
     shares: collections.Counter[str] = collections.Counter()
-    for event in json.loads(Path(profiled._sessions.stepping.end_profiling()).read_text()):
+    for event in json.loads(Path(profiled._sessions.stepping.session.end_profiling()).read_text()):
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
             shares[f"{event['name'].split('/')[0]}: {event['args']['op_name']}"] += event["dur"]
     total = sum(shares.values())

@@ -25,7 +25,7 @@ NETWORKS = {
     "resnet50": (torchvision.models.resnet50, [("layer4", "layer3.0.conv1")]),
     "alexnet_lrm3": (torchvision.models.alexnet, [tuple(ends) for ends in fxfeedback.models.CONNECTIONS]),
 }
-SIZES = {"convnet": (2, 6, 6), "vit": (3, 16, 16), "alexnet_lrm3": (3, 224, 224)}
+SIZES = {"convnet": (2, 6, 6), "vit": (3, 16, 16), "alexnet_lrm3": (3, 128, 128)}
 
 
 @functools.cache
