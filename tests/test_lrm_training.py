@@ -85,7 +85,10 @@ def test_nothing_changes_but_what_is_kept(name, train, slice_size):
         for key, value in seen[0].items():
             assert (value is None) == (other[key] is None), key
             if value is not None:
-                torch.testing.assert_close(other[key], value, rtol=1e-9, atol=1e-9, msg=str(key))
+                near = 1e-9 * max(1.0, value.abs().max().item())  # batch norms of five values amplify rounding
+                torch.testing.assert_close(
+                    other[key], value, rtol=1e-9, atol=near, msg=lambda m, key=key: f"{key}: {m}"
+                )
 
 
 @pytest.mark.long

@@ -26,25 +26,15 @@ from torch.utils.checkpoint import checkpoint
 
 from fxfeedback.errors import OptionError
 from fxfeedback.graph.layout import Layout
+from fxfeedback.lrm.grown import How, grown, working_dtype
+from fxfeedback.lrm.resizing import channels_last, resize
 
 ORDERS = ("norm-squash-resize", "resize-norm-squash")
 NORMS = ("layer", "channel")
 RESIZES = ("bilinear", "bicubic", "area")
-CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
-SLICE = 2**23
-"""Bytes of a source's map, resized, that `modulate` works on at a time: they stay in a processor's cache."""
-
-
-def resize(x: torch.Tensor, size: Sequence[int], mode: str = "bilinear") -> torch.Tensor:
-    """Resize a map (B, C, ...) to `size`: "bilinear" (linear in 1, trilinear in 3 dimensions), "bicubic" or "area".
-
-    The corners are aligned, as in the published models; a map resized to one position thus takes its corner.
-    """
-    if mode == "area":
-        return F.interpolate(x, size, mode="area")
-    mode = LINEAR[x.ndim - 2] if mode == "bilinear" else mode
-    return F.interpolate(x, size, mode=mode, align_corners=True)
+SLICE: int | None = None
+"""Bytes of a source's map, resized, that `modulate` works on at a time; None: see `_slice_bytes`."""
+CACHE, GPU_PART = 2**23, 64
 
 
 class Norm(nn.Module):
@@ -97,7 +87,8 @@ class Modulation(nn.Module):
             if value not in choices:
                 raise OptionError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}")
         self.source, self.destination, self.order, self.resize = source, destination, order, resize
-        self.grows = math.prod(source.size) < math.prod(self._onto(destination.size))
+        smaller = math.prod(source.size) < math.prod(self._onto(destination.size))
+        self.grows = smaller and order == "norm-squash-resize"
         one_position = all(n == 1 for n in source.size)
         self.norm = Norm(source.channels, () if one_position else self._onto(destination.size), norm)
         self.neg_scale = nn.Parameter(torch.ones(1))
@@ -118,16 +109,16 @@ class Modulation(nn.Module):
         z, of_class = a if isinstance(a, tuple) else self.squash(a, y)
         size = self._onto(self.destination.sizes_of(y))
         if z.ndim == 2:
-            m = self._project(z, strength)[(...,) + (None,) * len(size)]  # broadcast
+            m = self.project(z, strength)[(...,) + (None,) * len(size)]  # broadcast
         elif self.order == "resize-norm-squash":
-            m = self._project(torch.tanh(self.norm(resize(z, size, self.resize))), strength)
+            m = self.project(torch.tanh(self.norm(resize(z, size, self.resize))), strength)
         elif self.grows:
             m = self._project_onto(z, size, strength)
         else:
-            m = self._project(resize(z, size, self.resize), strength)
+            m = self.project(resize(z, size, self.resize), strength)
         if z.ndim == 2 and self.destination.kind == "tokens":
             return m.flatten(2).transpose(1, 2)  # one for all tokens
-        of_class = None if of_class is None else self._project(of_class, strength)
+        of_class = None if of_class is None else self.project(of_class, strength)
         return self.destination.from_map(m, of_class, self.destination.class_tokens(y))
 
     def squash(self, a: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -154,7 +145,7 @@ class Modulation(nn.Module):
             return self.neg_scale, self.pos_scale
         return self.neg_scale * strength[0], self.pos_scale * strength[1]
 
-    def _project(self, z: torch.Tensor, strength: torch.Tensor | None) -> torch.Tensor:
+    def project(self, z: torch.Tensor, strength: torch.Tensor | None) -> torch.Tensor:
         """conv1x1(P(z)), of a vector or a map of any number of dimensions."""
         neg, pos = self._scales(strength)
         return self._mix(torch.where(z < 0, neg * z, pos * z), self.modulation.bias)
@@ -162,18 +153,40 @@ class Modulation(nn.Module):
     def _project_onto(self, z: torch.Tensor, size: Sequence[int], strength: torch.Tensor | None) -> torch.Tensor:
         """conv1x1(P(resize(z)))"""
         neg, pos = self._scales(strength)
-        z = z.contiguous(memory_format=CHANNELS_LAST.get(z.ndim, torch.contiguous_format))  # which resizing makes of it
-        whole = resize(self._mix(pos * z, self.modulation.bias), size, self.resize)
+        z = channels_last(z)
+        low = self._mix(pos * z, self.modulation.bias)
+        whole = resize(low, size, self.resize).type_as(low)  # which autocast does in float32
         z = resize(z, size, self.resize)
         # Of the clamps only this one has the same derivative at 0, none, in every version of torch.
         below = F.hardtanh(z, -math.inf, 0.0, inplace=not torch.is_grad_enabled())
-        return torch.addcmul(whole, (neg - pos).type_as(whole), self._mix(below))  # autocast has these in two dtypes
+        return torch.addcmul(whole, (neg - pos).type_as(whole), self._mix(below))
 
-    def _mix(self, z: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """The 1x1 convolution."""
+    def grown(
+        self, z: torch.Tensor, dtype: torch.dtype, strength: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What m of a source that grows is made of: z, and with a scale each the low-resolution product and the weight.
+
+        Args:
+            z: of `squash`.
+            dtype: of all three.
+            strength: as in `forward`.
+
+        Returns:
+            (B, C_s, ...), (B, C_d, ...) and (1, C_d, C_s): m = resize(low) + weight min(resize(z), 0)
+        """
+        neg, pos = self._scales(strength)
+        z, weight = channels_last(z.to(dtype)), self.modulation.weight
+        low = self._mix(z, self.modulation.bias, pos * weight)
+        return z, low.to(dtype), ((neg - pos) * weight.flatten(1)).to(dtype).unsqueeze(0)
+
+    def _mix(
+        self, z: torch.Tensor, bias: torch.Tensor | None = None, weight: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The 1x1 convolution, of its weight or of another one."""
+        weight = self.modulation.weight if weight is None else weight
         if z.ndim == 4:
-            return F.conv2d(z, self.modulation.weight, bias)
-        return F.linear(z.movedim(1, -1), self.modulation.weight.flatten(1), bias).movedim(-1, 1)
+            return F.conv2d(z, weight, bias)
+        return F.linear(z.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
 
 
 Share = tuple[Modulation, torch.Tensor, torch.Tensor | None]
@@ -196,11 +209,36 @@ def modulate(y: torch.Tensor, shares: Sequence[Share], activation: str) -> torch
         return modulated(y, *sources)  # nothing in these blocks is large
     positions = y.shape[1:].numel() // shares[0][0].destination.channels
     widest = max(block.source.channels for block, _, _ in shares) * positions * y.element_size()
-    sliced = [_sliced(x, len(y), max(1, SLICE // widest)) for x in (y, *itertools.chain(*sources))]
+    samples = max(1, (SLICE or _slice_bytes(y.device)) // widest)
+    both = zip(shares, sources, strict=True)
+    if all(z.ndim == 2 or (block.grows and len(z) == len(y)) for (block, _, _), (z, _) in both):
+        return _grown(y, shares, sources, activation == "relu", samples)
+    sliced = [_sliced(x, len(y), samples) for x in (y, *itertools.chain(*sources))]
     again = functools.partial(checkpoint, modulated, use_reentrant=False, preserve_rng_state=False)
     run: Callable[..., Any] = again if torch.is_grad_enabled() else modulated
     parts = [run(y, *zip(x[::2], x[1::2], strict=True)) for y, *x in zip(*sliced, strict=False)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _grown(
+    y: torch.Tensor, shares: Sequence[Share], sources: Sequence[Any], rectified: bool, samples: int
+) -> torch.Tensor:
+    """`modulate` with sources that are vectors or grow."""
+    dtype = working_dtype(y)
+    both = list(zip(shares, sources, strict=True))
+    maps = [(share, source) for share, source in both if source[0].ndim > 2]
+    terms = [block.grown(z, dtype, strength) for (block, _, strength), (z, _) in maps]
+    vectors = [block(source, y, strength) for (block, _, strength), source in both if source[0].ndim == 2]
+    classes = [block.project(token, strength) for (block, _, strength), (_, token) in maps if token is not None]
+    rest, of_class = (functools.reduce(torch.add, ms).to(dtype) if ms else None for ms in (vectors, classes))
+    how = How(shares[0][0].destination, rectified, tuple([block.resize for (block, _, _), _ in maps]), samples)
+    return grown(how, y, rest, of_class, *itertools.chain(*terms))
+
+
+@functools.cache
+def _slice_bytes(device: torch.device) -> int:
+    """What stays in a processor's cache; of a GPU, where every slice has its launches, a small part of the memory."""
+    return torch.cuda.get_device_properties(device).total_memory // GPU_PART if device.type == "cuda" else CACHE
 
 
 def _sliced(x: torch.Tensor | None, batch: int, samples: int) -> Iterable[torch.Tensor | None]:

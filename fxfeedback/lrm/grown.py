@@ -1,0 +1,181 @@
+"""What small sources make of a large destination, with a backward pass that keeps only what is small.
+
+    below = min(resize(z), 0)                          the source's channels at the destination's size
+    m     = Σ resize(low) + below weightᵀ, + rest      low, weight: see `Modulation.grown`; rest: what vectors make
+    out   = relu(y + y m)
+
+All of it runs in slices of the batch, forward and backward. `below` is computed again in the backward pass. m is not:
+wherever an error passes the ReLU, 1 + m = out / y.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fxfeedback.graph.layout import Layout
+from fxfeedback.lrm.resizing import channels_last, resize, resize_by_axis, resize_transposed
+
+Tensors = Sequence[Any]
+"""y; rest and what modulates class tokens, or None; then z, low and weight of each source."""
+hardtanh_backward, threshold_backward = torch.ops.aten.hardtanh_backward, torch.ops.aten.threshold_backward
+
+
+@dataclass(frozen=True)
+class How:
+    """destination: its layout; rectified: whether a ReLU follows; modes: how each source is resized; samples: at a
+    time."""
+
+    destination: Layout
+    rectified: bool
+    modes: tuple[str, ...]
+    samples: int
+
+
+def grown(how: How, *tensors: torch.Tensor | None) -> torch.Tensor:
+    """The destination modulated; it keeps its dtype.
+
+    Args:
+        how: what is no tensor.
+        tensors: see `Tensors`; all have y's batch, or one for all.
+    """
+    return _Grown.apply(how, *tensors) if torch.is_grad_enabled() else _forward(how, tensors)
+
+
+class _Grown(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, how: How, *tensors: torch.Tensor | None) -> torch.Tensor:
+        out = _forward(how, tensors)
+        ctx.how = how
+        ctx.save_for_backward(*tensors, out if how.rectified else None)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, error: torch.Tensor) -> Any:
+        *tensors, out = ctx.saved_tensors
+        with _exact(error):
+            if torch.is_grad_enabled():
+                return None, *_differentiable(ctx.how, error, tensors)
+            return None, *_backward(ctx.how, error, out, tensors)
+
+
+def working_dtype(y: torch.Tensor) -> torch.dtype:
+    """The dtype that m is computed in: autocast's, or y's own."""
+    device = y.device.type
+    return torch.get_autocast_dtype(device) if _is_autocast(device) and y.dtype != torch.float64 else y.dtype
+
+
+def _is_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _exact(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Without autocast: everything has the dtype already that it is computed in."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if _is_autocast(device) else contextlib.nullcontext()
+
+
+def _slices(samples: int, batch: int, tensors: Tensors) -> Iterator[list[Any]]:
+    """The tensors, some samples at a time; a weight and what is one for all samples, always."""
+    for start in range(0, batch, samples):
+        yield [x if x is None or len(x) == 1 else x[start : start + samples] for x in tensors]
+
+
+def _forward(how: How, tensors: Tensors) -> torch.Tensor:
+    y = tensors[0]
+    out = torch.empty_like(y)
+    with torch.no_grad(), _exact(y):
+        for into, *part in _slices(how.samples, len(y), (out, *tensors)):
+            m = _modulation(how, part)
+            torch.addcmul(part[0], part[0], m, out=into)
+            if how.rectified:
+                into.relu_()
+    return out
+
+
+def _modulation(how: How, tensors: Tensors) -> torch.Tensor:
+    """m in y's layout, and as y lies in memory."""
+    y, rest, of_class, *terms = tensors
+    total: Any = None
+    size = how.destination.sizes_of(y)
+    add = torch.baddbmm if torch.is_grad_enabled() else torch.Tensor.baddbmm_
+    last = how.destination.to_map(y)[0].stride(1) == 1
+    for z, low, weight, mode in zip(terms[::3], terms[1::3], terms[2::3], how.modes, strict=True):
+        whole = resize(channels_last(low), size, mode) if last else resize_by_axis(low.contiguous(), size, mode)
+        whole, weight = whole if total is None else total + whole, weight.expand(len(z), -1, -1)
+        rows = _rows(_below(z, size, mode))
+        total = add(_rows(whole), rows, weight.mT).mT if last else add(whole.flatten(2), weight, rows.mT)
+        total = total.unflatten(2, size)
+    m = how.destination.from_map(total, of_class, how.destination.class_tokens(y))
+    return m if rest is None else m + rest
+
+
+def _below(z: torch.Tensor, size: Sequence[int], mode: str) -> torch.Tensor:
+    """min(resize(z), 0). Of the clamps only this one has the same derivative at 0, none, in every version of torch."""
+    return F.hardtanh(resize(z, size, mode), -math.inf, 0.0, inplace=not torch.is_grad_enabled())
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """(B, C, ...) as (B, positions, C)"""
+    return x.flatten(2).mT
+
+
+def _differentiable(how: How, error: torch.Tensor, tensors: Tensors) -> list[Any]:
+    """The errors of the tensors, by autograd, which differentiates them once more."""
+    tensors = [None if x is None else x.view_as(x) for x in tensors]  # apart, where one is made of another
+    value = torch.addcmul(tensors[0], tensors[0], _modulation(how, tensors)).to(tensors[0].dtype)
+    value = torch.relu(value) if how.rectified else value
+    wanted = [x for x in tensors if x is not None and x.requires_grad]
+    errors = iter(torch.autograd.grad(value, wanted, error, create_graph=True))
+    return [next(errors) if x is not None and x.requires_grad else None for x in tensors]
+
+
+def _backward(how: How, error: torch.Tensor, out: torch.Tensor | None, tensors: Tensors) -> list[Any]:
+    """The errors of the tensors, slice by slice; of weights and of what is one for all samples they are summed."""
+    y, n = tensors[0], len(tensors)
+    errors = [None if x is None else torch.zeros_like(x, dtype=_wide(x) if len(x) == 1 else None) for x in tensors[1:]]
+    errors = [torch.empty_like(y), *errors]
+    for of_out, part_out, *parts in _slices(how.samples, len(y), (error, out, *errors, *tensors)):
+        into, part = parts[:n], parts[n:]
+        _add_errors(how, _of_modulation(how, of_out, part_out, part, into[0]), part, into)
+    return errors
+
+
+def _wide(x: torch.Tensor) -> torch.dtype:
+    """The dtype for sums."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _of_modulation(how: How, error: Any, out: Any, tensors: Tensors, of_y: Any) -> torch.Tensor:
+    """The error of m; that of y is written into `of_y`."""
+    y, m_dtype = tensors[0], tensors[3].dtype
+    of_m = error * y
+    if out is None:
+        torch.addcmul(error, error, _modulation(how, tensors), out=of_y)
+        return of_m.to(m_dtype)
+    torch.div(out, y, out=of_y).mul_(error)  # NaN where y is 0; there, no error passes the ReLU
+    for x in (of_y, of_m):
+        threshold_backward.grad_input(x, out, 0, grad_input=x)
+    return of_m.to(m_dtype)
+
+
+def _add_errors(how: How, error: torch.Tensor, tensors: Tensors, errors: Tensors) -> None:
+    """Add to the errors of all tensors but y what that of m brings."""
+    y, rest, of_class, *terms = tensors
+    if rest is not None:
+        errors[1].add_(error.sum_to_size(rest.shape))
+    if of_class is not None:
+        errors[2].add_(error[:, : how.destination.class_tokens(y)].sum(1).sum_to_size(of_class.shape))
+    error, _ = how.destination.to_map(error)
+    each = zip(terms[::3], terms[1::3], terms[2::3], errors[3::3], errors[4::3], errors[5::3], how.modes, strict=True)
+    for z, low, weight, of_z, of_low, of_weight, mode in each:
+        of_low.copy_(resize_transposed(error, low.shape[2:], mode))
+        below = _below(z, error.shape[2:], mode)
+        of_weight.add_(torch.bmm(error.flatten(2), _rows(below)).sum(0, dtype=of_weight.dtype))
+        of_below = torch.bmm(_rows(error), weight.expand(len(z), -1, -1)).mT.unflatten(2, below.shape[2:])
+        hardtanh_backward.grad_input(of_below, below, -math.inf, 0.0, grad_input=of_below)
+        of_z.copy_(resize_transposed(of_below, z.shape[2:], mode))
