@@ -16,6 +16,7 @@ large map.
 import functools
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -35,6 +36,7 @@ RESIZES = ("bilinear", "bicubic", "area")
 SLICE: int | None = None
 """Bytes of a source's map, resized, that `modulate` works on at a time; None: see `_slice_bytes`."""
 CACHE, GPU_PART = 2**23, 64
+"""What a CPU's caches hold at least; the part of a GPU's memory."""
 
 
 class Norm(nn.Module):
@@ -235,10 +237,12 @@ def _grown(
     return grown(how, y, rest, of_class, *itertools.chain(*terms))
 
 
-@functools.cache
 def _slice_bytes(device: torch.device) -> int:
-    """What stays in a processor's cache; of a GPU, where every slice has its launches, a small part of the memory."""
-    return torch.cuda.get_device_properties(device).total_memory // GPU_PART if device.type == "cuda" else CACHE
+    """What stays in the caches of a CPU's threads; of a GPU, where a slice takes launches, a part of the memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // GPU_PART
+    cache = os.sysconf("SC_LEVEL2_CACHE_SIZE") if "SC_LEVEL2_CACHE_SIZE" in os.sysconf_names else 0
+    return max(CACHE, cache * torch.get_num_threads())
 
 
 def _sliced(x: torch.Tensor | None, batch: int, samples: int) -> Iterable[torch.Tensor | None]:
