@@ -4,8 +4,7 @@
     m     = Σ resize(low) + below weightᵀ, + rest      low, weight: see `Modulation.grown`; rest: what vectors make
     out   = relu(y + y m)
 
-All of it runs in slices of the batch, forward and backward. `below` is computed again in the backward pass. m is not:
-wherever an error passes the ReLU, 1 + m = out / y.
+All of it runs in slices of the batch, forward and backward. The backward pass computes `below` and m again.
 """
 
 import contextlib
@@ -22,7 +21,6 @@ from fxfeedback.lrm.resizing import channels_last, resize, resize_by_axis, resiz
 
 Tensors = Sequence[Any]
 """y; rest and what modulates class tokens, or None; then z, low and weight of each source."""
-hardtanh_backward, threshold_backward = torch.ops.aten.hardtanh_backward, torch.ops.aten.threshold_backward
 
 
 @dataclass(frozen=True)
@@ -49,18 +47,15 @@ def grown(how: How, *tensors: torch.Tensor | None) -> torch.Tensor:
 class _Grown(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, how: How, *tensors: torch.Tensor | None) -> torch.Tensor:
-        out = _forward(how, tensors)
         ctx.how = how
-        ctx.save_for_backward(*tensors, out if how.rectified else None)
-        return out
+        ctx.save_for_backward(*tensors)
+        return _forward(how, tensors)
 
     @staticmethod
     def backward(ctx: Any, error: torch.Tensor) -> Any:
-        *tensors, out = ctx.saved_tensors
+        errors = _differentiable if torch.is_grad_enabled() else _backward
         with _exact(error):
-            if torch.is_grad_enabled():
-                return None, *_differentiable(ctx.how, error, tensors)
-            return None, *_backward(ctx.how, error, out, tensors)
+            return None, *errors(ctx.how, error, ctx.saved_tensors)
 
 
 def working_dtype(y: torch.Tensor) -> torch.dtype:
@@ -90,33 +85,37 @@ def _forward(how: How, tensors: Tensors) -> torch.Tensor:
     out = torch.empty_like(y)
     with torch.no_grad(), _exact(y):
         for into, *part in _slices(how.samples, len(y), (out, *tensors)):
-            m = _modulation(how, part)
-            torch.addcmul(part[0], part[0], m, out=into)
+            torch.addcmul(part[0], part[0], _modulation(how, part)[0], out=into)
             if how.rectified:
                 into.relu_()
     return out
 
 
-def _modulation(how: How, tensors: Tensors) -> torch.Tensor:
-    """m in y's layout, and as y lies in memory."""
+def _modulation(how: How, tensors: Tensors) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """m in y's layout, and as y lies in memory; and `below` of each source."""
     y, rest, of_class, *terms = tensors
     total: Any = None
-    size = how.destination.sizes_of(y)
-    add = torch.baddbmm if torch.is_grad_enabled() else torch.Tensor.baddbmm_
+    size, belows = how.destination.sizes_of(y), []
     last = how.destination.to_map(y)[0].stride(1) == 1
     for z, low, weight, mode in zip(terms[::3], terms[1::3], terms[2::3], how.modes, strict=True):
         whole = resize(channels_last(low), size, mode) if last else resize_by_axis(low.contiguous(), size, mode)
         whole, weight = whole if total is None else total + whole, weight.expand(len(z), -1, -1)
-        rows = _rows(_below(z, size, mode))
-        total = add(_rows(whole), rows, weight.mT).mT if last else add(whole.flatten(2), weight, rows.mT)
+        belows.append(_below(z, size, mode))
+        rows = _rows(belows[-1])
+        total = _added(_rows(whole), rows, weight.mT).mT if last else _added(whole.flatten(2), weight, rows.mT)
         total = total.unflatten(2, size)
     m = how.destination.from_map(total, of_class, how.destination.class_tokens(y))
-    return m if rest is None else m + rest
+    return m if rest is None else m + rest, belows
+
+
+def _added(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """total + a b, in place where no derivatives are wanted."""
+    return torch.baddbmm(total, a, b, out=None if torch.is_grad_enabled() else total)
 
 
 def _below(z: torch.Tensor, size: Sequence[int], mode: str) -> torch.Tensor:
     """min(resize(z), 0). Of the clamps only this one has the same derivative at 0, none, in every version of torch."""
-    return F.hardtanh(resize(z, size, mode), -math.inf, 0.0, inplace=not torch.is_grad_enabled())
+    return F.hardtanh(resize(channels_last(z), size, mode), -math.inf, 0.0, inplace=not torch.is_grad_enabled())
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -127,21 +126,20 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 def _differentiable(how: How, error: torch.Tensor, tensors: Tensors) -> list[Any]:
     """The errors of the tensors, by autograd, which differentiates them once more."""
     tensors = [None if x is None else x.view_as(x) for x in tensors]  # apart, where one is made of another
-    value = torch.addcmul(tensors[0], tensors[0], _modulation(how, tensors)).to(tensors[0].dtype)
+    value = torch.addcmul(tensors[0], tensors[0], _modulation(how, tensors)[0]).to(tensors[0].dtype)
     value = torch.relu(value) if how.rectified else value
     wanted = [x for x in tensors if x is not None and x.requires_grad]
     errors = iter(torch.autograd.grad(value, wanted, error, create_graph=True))
     return [next(errors) if x is not None and x.requires_grad else None for x in tensors]
 
 
-def _backward(how: How, error: torch.Tensor, out: torch.Tensor | None, tensors: Tensors) -> list[Any]:
+def _backward(how: How, error: torch.Tensor, tensors: Tensors) -> list[Any]:
     """The errors of the tensors, slice by slice; of weights and of what is one for all samples they are summed."""
     y, n = tensors[0], len(tensors)
     errors = [None if x is None else torch.zeros_like(x, dtype=_wide(x) if len(x) == 1 else None) for x in tensors[1:]]
     errors = [torch.empty_like(y), *errors]
-    for of_out, part_out, *parts in _slices(how.samples, len(y), (error, out, *errors, *tensors)):
-        into, part = parts[:n], parts[n:]
-        _add_errors(how, _of_modulation(how, of_out, part_out, part, into[0]), part, into)
+    for of_out, *both in _slices(how.samples, len(y), (error, *errors, *tensors)):
+        _add_errors(how, of_out, both[n:], both[:n])
     return errors
 
 
@@ -150,32 +148,23 @@ def _wide(x: torch.Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _of_modulation(how: How, error: Any, out: Any, tensors: Tensors, of_y: Any) -> torch.Tensor:
-    """The error of m; that of y is written into `of_y`."""
-    y, m_dtype = tensors[0], tensors[3].dtype
-    of_m = error * y
-    if out is None:
-        torch.addcmul(error, error, _modulation(how, tensors), out=of_y)
-        return of_m.to(m_dtype)
-    torch.div(out, y, out=of_y).mul_(error)  # NaN where y is 0; there, no error passes the ReLU
-    for x in (of_y, of_m):
-        threshold_backward.grad_input(x, out, 0, grad_input=x)
-    return of_m.to(m_dtype)
-
-
 def _add_errors(how: How, error: torch.Tensor, tensors: Tensors, errors: Tensors) -> None:
-    """Add to the errors of all tensors but y what that of m brings."""
+    """Of some samples, given the error of `out`: the error of y is set, and those of all others are added."""
     y, rest, of_class, *terms = tensors
+    m, belows = _modulation(how, tensors)
+    if how.rectified:
+        error = torch.ops.aten.threshold_backward(error, torch.addcmul(y, y, m), 0)
+    torch.addcmul(error, error, m, out=errors[0])
+    error = (error * y).to(m.dtype)
     if rest is not None:
         errors[1].add_(error.sum_to_size(rest.shape))
     if of_class is not None:
         errors[2].add_(error[:, : how.destination.class_tokens(y)].sum(1).sum_to_size(of_class.shape))
     error, _ = how.destination.to_map(error)
-    each = zip(terms[::3], terms[1::3], terms[2::3], errors[3::3], errors[4::3], errors[5::3], how.modes, strict=True)
-    for z, low, weight, of_z, of_low, of_weight, mode in each:
+    parts = belows, terms[::3], terms[1::3], terms[2::3], errors[3::3], errors[4::3], errors[5::3], how.modes
+    for below, z, low, weight, of_z, of_low, of_weight, mode in zip(*parts, strict=True):
         of_low.copy_(resize_transposed(error, low.shape[2:], mode))
-        below = _below(z, error.shape[2:], mode)
         of_weight.add_(torch.bmm(error.flatten(2), _rows(below)).sum(0, dtype=of_weight.dtype))
         of_below = torch.bmm(_rows(error), weight.expand(len(z), -1, -1)).mT.unflatten(2, below.shape[2:])
-        hardtanh_backward.grad_input(of_below, below, -math.inf, 0.0, grad_input=of_below)
+        torch.ops.aten.hardtanh_backward.grad_input(of_below, below, -math.inf, 0.0, grad_input=of_below)
         of_z.copy_(resize_transposed(of_below, z.shape[2:], mode))

@@ -177,8 +177,8 @@ class Modulation(nn.Module):
             (B, C_s, ...), (B, C_d, ...) and (1, C_d, C_s): m = resize(low) + weight min(resize(z), 0)
         """
         neg, pos = self._scales(strength)
-        z, weight = channels_last(z.to(dtype)), self.modulation.weight
-        low = self._mix(z, self.modulation.bias, pos * weight)
+        z, weight = z.to(dtype), self.modulation.weight
+        low = self._mix(channels_last(z), self.modulation.bias, pos * weight)
         return z, low.to(dtype), ((neg - pos) * weight.flatten(1)).to(dtype).unsqueeze(0)
 
     def _mix(
