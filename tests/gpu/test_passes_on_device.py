@@ -40,6 +40,8 @@ def kept(name):
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # each device draws masks of its own
+        if isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
     return model.eval(), torch.randn(4, *size, dtype=torch.double), connections[0][0]
 
 
