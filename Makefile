@@ -34,7 +34,7 @@ tests: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not long"
 
 test-gpu: $(VENV)/.installed  ## laws, parity, passes, wrappers, learner and sessions on a GPU (four minutes); DEVICE=cpu: the small cases without one
-	DEVICE=$(or $(DEVICE),cuda) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/gpu -n $(if $(filter cpu,$(DEVICE)),2 -m "not long",8) --dist worksteal --show-capture=no
+	DEVICE=$(or $(DEVICE),cuda) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/gpu tests/test_devices.py -n $(if $(filter cpu,$(DEVICE)),2 -m "not long",8) --dist worksteal --show-capture=no
 
 durations: $(VENV)/.installed  ## what every test takes, as a table: tests/durations.md (half an hour)
 	rm -f .cpu_times

@@ -57,6 +57,11 @@ def device(request):
     return request.param
 
 
+def on(device):
+    """The provider; on CUDA with whole float32."""
+    return [("CUDAExecutionProvider", {"use_tf32": "0"})] if device == "cuda" else device
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """Passes that can be steered, an instructed network, and its learner."""
@@ -105,7 +110,7 @@ class Seen:
 def test_a_session_reads_tensors_where_they_lie(files, device, no_copies, monkeypatch):
     x, activation, seen = torch.randn(4, 6, device=device), torch.randn(1, 8, device=device), Seen(monkeypatch)
     steering = {"source": "3", "activation": activation, "strength": 2.0}
-    session = Session(files / "lrm.onnx", device)
+    session = Session(files / "lrm.onnx", on(device))
     monkeypatch.setattr("fxfeedback.runtime.session.array", arrays.array)  # numbers of a steering
     outputs = session(x, steering=steering)
     assert [(type(y), y.device) for y in outputs] == [(torch.Tensor, x.device)] * 2
@@ -113,11 +118,11 @@ def test_a_session_reads_tensors_where_they_lie(files, device, no_copies, monkey
     monkeypatch.undo()
     theirs = Session(files / "lrm.onnx", "cpu")(x.cpu().numpy(), steering=steering)
     for ours, y in zip(outputs, theirs, strict=True):
-        assert type(y) is np.ndarray and np.allclose(ours.cpu(), y, atol=1e-6)
+        assert type(y) is np.ndarray and np.allclose(ours.cpu(), y, atol=1e-5)
 
 
 def test_instruction_vectors_stay_and_ids_need_not(files, device, monkeypatch):
-    x, seen, session = torch.randn(4, 6, device=device), Seen(monkeypatch), Session(files / "butd.onnx", device)
+    x, seen, session = torch.randn(4, 6, device=device), Seen(monkeypatch), Session(files / "butd.onnx", on(device))
     ids = torch.arange(4, device=device) % 3
     vectors = torch.eye(3, device=device)[ids]
     by_vectors = session(x, task=vectors)
@@ -127,7 +132,7 @@ def test_instruction_vectors_stay_and_ids_need_not(files, device, monkeypatch):
 
 
 def test_an_output_outlives_its_session(files, device):
-    x, session = torch.randn(4, 6, device=device), Session(files / "lrm.onnx", device)
+    x, session = torch.randn(4, 6, device=device), Session(files / "lrm.onnx", on(device))
     first, second = session(x)
     kept = first.clone()
     session(torch.randn(4, 6, device=device))
@@ -153,7 +158,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_tensor_of_the_same_values_gives_the_same(files, device, kind, no_copies):
     torch.manual_seed(0)
-    x, session = torch.randn(4, 6, device=device), Session(files / "lrm.onnx", device)
+    x, session = torch.randn(4, 6, device=device), Session(files / "lrm.onnx", on(device))
     given = KINDS[kind](x)
     outputs = session(given)
     assert all(isinstance(y, torch.Tensor) and not y.requires_grad for y in outputs)
@@ -190,20 +195,20 @@ def test_other_libraries(files, device, kind, no_copies, monkeypatch):
     """By the module that defines the tensors' class, or by the namespace that the array standard asks for."""
     library = types.SimpleNamespace(from_dlpack=lambda value: Foreign(torch.from_dlpack(value)))
     monkeypatch.setitem(sys.modules, Foreign.__module__.partition(".")[0], library)
-    x, session = torch.randn(4, 6, device=device), Session(files / "lrm.onnx", device)
+    x, session = torch.randn(4, 6, device=device), Session(files / "lrm.onnx", on(device))
     for ours, theirs in zip(session(kind(x)), session(x), strict=True):
         assert isinstance(ours, Foreign) and torch.equal(ours.tensor, theirs)
 
 
 def test_a_library_without_a_way_back_gets_arrays(files, device):
-    x, session = torch.randn(4, 6, device=device), Session(files / "lrm.onnx", device)
+    x, session = torch.randn(4, 6, device=device), Session(files / "lrm.onnx", on(device))
     for ours, theirs in zip(session(Foreign(x)), session(x), strict=True):
         assert type(ours) is np.ndarray and np.array_equal(ours, theirs.cpu())
 
 
 def test_the_first_tensor_says_what_comes_back(files, device):
     x, z = np.ones((2, 6), np.float32), torch.ones(2, 6, device=device)
-    session = Session(files / "two.onnx", device)
+    session = Session(files / "two.onnx", on(device))
     for inputs, kind in (((x, x), np.ndarray), ((x, z), torch.Tensor), ((z, x), torch.Tensor), ((z, z), torch.Tensor)):
         assert type(session(*inputs, task=0)) is kind
         assert type(session(*inputs, task=torch.tensor(0))) is kind
@@ -222,7 +227,7 @@ def test_dtypes(tmp_path, device, monkeypatch):
     )
     monkeypatch.setattr("fxfeedback.runtime.signature.read_metadata", lambda *of: {"product": "lrm"})
     save(model, tmp_path / "kinds.onnx")
-    session = Session(tmp_path / "kinds.onnx", device)
+    session = Session(tmp_path / "kinds.onnx", on(device))
     f, b, i = torch.rand(3).half(), torch.tensor([True, False, True]), torch.tensor([1, -2, 3])
     for made in (session(*(t.to(device) for t in (f, b, i))), session(f.numpy(), b.numpy(), i.numpy())):
         half, yes, whole = (torch.as_tensor(y).cpu() for y in made)
@@ -247,7 +252,7 @@ ERRORS = {
 @pytest.mark.parametrize("case", ERRORS)
 def test_what_cannot_be_taken_is_one_error(files, device, case):
     change, message = ERRORS[case]
-    session, learner = Session(files / "lrm.onnx", device), Learner(files / "learner.onnx", device)
+    session, learner = Session(files / "lrm.onnx", on(device)), Learner(files / "learner.onnx", on(device))
     x = change(torch.randn(4, 6, device=device))
     step = functools.partial(learner.step, x, [0] * 4, lr=1, task=0)
     for call in (functools.partial(session, x), functools.partial(learner.predict, x, task=0), step):
@@ -285,10 +290,10 @@ def lessons(device, number=4):
 
 
 def test_a_learner_takes_the_same_steps_of_tensors_and_of_arrays(files, device, no_copies, monkeypatch):
-    tensors, numpys = Learner(files / "learner.onnx", device), Learner(files / "learner.onnx", device)
+    tensors, numpys = Learner(files / "learner.onnx", on(device)), Learner(files / "learner.onnx", on(device))
     seen = Seen(monkeypatch)
     monkeypatch.setattr("fxfeedback.runtime.step_inputs.array", wary(monkeypatch))
-    losses = []
+    losses, tolerance = [], 0 if device == "cpu" else 1e-5  # bit for bit; CUDA may add in another order
     for x, target, task in lessons(device):
         losses.append(tensors.step(x, target, task=task, lr=0.1))
         assert type(losses[-1]) is float
@@ -300,11 +305,11 @@ def test_a_learner_takes_the_same_steps_of_tensors_and_of_arrays(files, device, 
     monkeypatch.undo()
     for loss, lesson in zip(losses, lessons("cpu"), strict=True):
         x, target, task = (given.numpy() for given in lesson)
-        assert numpys.step(x, target, task=task, lr=0.1) == loss
+        assert numpys.step(x, target, task=task, lr=0.1) == pytest.approx(loss, rel=tolerance, abs=0)
         assert type(numpys.logits) is type(numpys.predict(x, task=task)) is np.ndarray
     for name, value in tensors.state_dict().items():
-        assert np.array_equal(value, numpys.state_dict()[name])
-    assert np.array_equal(tensors.logits.cpu(), numpys.logits)
+        assert np.allclose(value, numpys.state_dict()[name], rtol=tolerance, atol=tolerance)
+    assert np.allclose(tensors.logits.cpu(), numpys.logits, rtol=tolerance, atol=tolerance)
 
 
 def wary(monkeypatch):
@@ -330,7 +335,7 @@ def test_logits_are_fetched_when_they_are_read(files, monkeypatch):
 
 @pytest.mark.parametrize("again", [lambda one: pickle.loads(pickle.dumps(one)), copy.deepcopy])
 def test_copies_have_the_logits_as_they_were(files, device, again):
-    learner = Learner(files / "learner.onnx", device)
+    learner = Learner(files / "learner.onnx", on(device))
     for x, target, task in lessons(device, 1):
         learner.step(x, target, task=task, lr=0.1)
     assert torch.equal(again(learner).logits, learner.logits) and learner.logits.device == x.device
@@ -339,7 +344,7 @@ def test_copies_have_the_logits_as_they_were(files, device, again):
 @pytest.mark.parametrize("of", [lambda x: x, lambda x: x.cpu().numpy()])
 @pytest.mark.parametrize("what", ["input", "instruction", "target"])
 def test_values_that_are_wrong_are_named_and_nothing_is_learned(files, device, of, what):
-    learner = Learner(files / "learner.onnx", device)
+    learner = Learner(files / "learner.onnx", on(device))
     (x, target, task), (again, *_) = lessons(device, 2)
     learner.step(of(x), of(target), task=of(task), lr=0.1)
     before, logits = learner.state_dict(), learner.logits
@@ -355,7 +360,7 @@ def test_values_that_are_wrong_are_named_and_nothing_is_learned(files, device, o
 
 
 def test_targets_of_other_dtypes_are_cast(files, device):
-    learner = Learner(files / "learner.onnx", device)
+    learner = Learner(files / "learner.onnx", on(device))
     start, losses = learner.state_dict(), set()
     for dtype in (torch.int64, torch.int32, torch.uint8, torch.int16):
         learner.load_state_dict(start)

@@ -62,10 +62,10 @@ class Session(Signature):
         """
         path = existing(as_path(path), "fxfeedback.export")
         self._opened = Opened(str(path), providers, options)
-        session, self.note = open_session(path, providers, options, str(path))
-        self.providers: list[str] = session.get_providers()
-        super().__init__(session, session.get_modelmeta().custom_metadata_map, path)
-        self._run = Running(session, str(path))
+        self._session, self.note = open_session(path, providers, options, str(path))
+        self.providers: list[str] = self._session.get_providers()
+        super().__init__(self._session, self._session.get_modelmeta().custom_metadata_map, path)
+        self._run = Running(self._session, str(path))
         if self.metadata["product"] == "learner":
             raise CheckpointError(f"{path} is a learner: open it with fxfeedback.runtime.Learner")
 
