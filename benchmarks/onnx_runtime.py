@@ -22,6 +22,7 @@ from timing import (
     ON_GPU,
     PLAIN,
     TF32,
+    TINY,
     Figure,
     command_line,
     flops,
@@ -45,7 +46,7 @@ def figures(threads: int = 2) -> Iterator[Figure]:
         warnings.simplefilter("ignore")
         for name in (name for name in NETWORKS if name != "vit_b_16"):
             yield from passes(name, Path(folder), threads)
-        for mode in ("eval", "train"):
+        for mode in ("train",) if ON_GPU or TINY else ("eval", "train"):
             yield learner(mode, Path(folder), threads)
 
 

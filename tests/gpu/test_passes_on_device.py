@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 import fxfeedback
-from marks import long, long_but, one_in
+from marks import long_but, one_in
 from networks import TRANSFORMERS, convnet
 from on_device import DEVICE, ON_GPU, assert_same, captured, compiled, ids, network, off
 
@@ -192,8 +192,16 @@ def test_captured_instructions(name, kind):
         assert off(found, butd(other, task)) <= LOOSE
 
 
-@pytest.mark.parametrize("mode", ["default", long("reduce-overhead")])
-@pytest.mark.parametrize("name", [long("convnet"), long("vit"), long("resnet18"), long("alexnet_lrm3")])
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "name, mode",
+    [
+        ("vit", "default"),
+        ("resnet18", "default"),
+        ("convnet", "reduce-overhead"),
+        ("alexnet_lrm3", "reduce-overhead"),
+    ],
+)
 def test_compiled_passes(name, mode):
     model, x, _ = passes(name)
     model, x = model.to(DEVICE), x.to(DEVICE)
