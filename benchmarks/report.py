@@ -137,13 +137,14 @@ def main() -> int:
     path, complaints = file_of(arguments.out), []
     for name in () if arguments.page else arguments.benchmarks:
         print(f"\n{name}", flush=True)
+        figures: list[Figure] = []
         try:
             module, compiled = the(name)
-            figures = show(module.figures(compiled=True) if compiled else module.figures())
+            for figure in module.figures(compiled=True) if compiled else module.figures():
+                figures += show([figure])
         except Exception as error:  # the others go on
             traceback.print_exc()
             complaints.append(f"{name} failed: {error}")
-            continue
         if arguments.check:
             complaints += worse(figures, recorded(name, path))
         else:

@@ -185,15 +185,20 @@ def interleaved(runs: Sequence[Run], repeats: int) -> list[list[float]]:
 
 def captured(run: Run) -> Run:
     """The same call as the replay of a CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
+    before, side, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(before)
     with torch.cuda.stream(side):
         for _ in range(3):
             run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = run()
+    before.wait_stream(side)
+    try:
+        with torch.cuda.graph(graph):
+            outputs = run()
+    except RuntimeError:  # what torch leaves behind: the stream, and random numbers that wait for the graph
+        torch.cuda.set_stream(before)
+        random = torch.cuda.default_generators[torch.cuda.current_device()]
+        random.graphsafe_set_state(torch.Generator(DEVICE).graphsafe_get_state())
+        raise
 
     def replay(kept: object = outputs) -> None:
         graph.replay()
@@ -202,8 +207,12 @@ def captured(run: Run) -> Run:
 
 
 def with_graphs(runs: dict[str, Run]) -> dict[str, Run]:
-    """The calls and, on a GPU, each as a CUDA graph: `NAME, CUDA graph`."""
-    return runs | ({f"{name}{GRAPH}": captured(run) for name, run in runs.items()} if ON_GPU else {})
+    """The calls and, on a GPU, each as a CUDA graph: `NAME, CUDA graph`; none where one of them cannot be captured."""
+    try:
+        return runs | ({f"{name}{GRAPH}": captured(run) for name, run in runs.items()} if ON_GPU else {})
+    except RuntimeError as error:
+        print(f"no CUDA graph: {str(error).splitlines()[0]}", flush=True)
+        return runs
 
 
 GRAPH = ", CUDA graph"

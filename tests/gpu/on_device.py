@@ -58,15 +58,20 @@ def captured(run: Callable[[], Any], warm: int = 3) -> Callable[[], Any]:
     """The run as a CUDA graph: what replays it and returns what it writes to. On the CPU the run itself."""
     if not ON_GPU:
         return run
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
+    before, side, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(before)
     with torch.cuda.stream(side):
         for _ in range(warm):
             run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = run()
+    before.wait_stream(side)
+    try:
+        with torch.cuda.graph(graph):
+            outputs = run()
+    except RuntimeError:  # or the tests that follow fail of what torch leaves behind: the stream, and the random state
+        torch.cuda.set_stream(before)
+        random = torch.cuda.default_generators[torch.cuda.current_device()]
+        random.graphsafe_set_state(torch.Generator(DEVICE).graphsafe_get_state())
+        raise
 
     def replay() -> Any:
         graph.replay()
