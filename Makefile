@@ -43,7 +43,7 @@ durations: $(VENV)/.installed  ## what every test takes, as a table: tests/durat
 
 browser: $(VENV)/.browser  ## a Chromium and Playwright, with which the tests open the page; without them those tests skip
 
-bench: $(VENV)/.installed  ## speed against plain networks, hooks, autograd and ONNX Runtime: docs/benchmarks.md
+bench: $(VENV)/.installed  ## speed against plain networks, hooks, autograd and ONNX Runtime: docs/benchmarks.md; DEVICE=cuda: on a GPU
 	$(BIN)/python benchmarks/report.py
 
 bench-check: $(VENV)/.installed  ## the same against the recorded figures: what got worse by more than 10 %

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import pytest
 import torch
 from torch import nn
 
@@ -14,7 +13,6 @@ from networks import build
 
 DEVICE = os.environ.get("DEVICE") or "cpu"
 ON_GPU = DEVICE != "cpu"
-on_a_gpu_only = pytest.mark.skipif(not ON_GPU, reason="of a GPU only")
 
 
 def network(name: str, train: bool, dtype: torch.dtype = torch.double) -> tuple[nn.Module, torch.Tensor]:
