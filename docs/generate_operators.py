@@ -39,9 +39,10 @@ from fxfeedback.graph.structures import is_structure, unpack_tuples
 from fxfeedback.instructed.check_rule import Call
 from fxfeedback.rules import RULES, Rule
 from fxfeedback.rules.core import CONSTANT
+from fxfeedback.rules.draws import DROPOUTS, dropped, survival, surviving_channels
 from fxfeedback.rules.ops import filled_from
 from fxfeedback.tracing.open_modules import open_modules
-from fxfeedback.tracing.openings import OPENINGS, OPS_OF_MAPS, WITH_POSITIONS, survival, surviving_channels
+from fxfeedback.tracing.openings import OPENINGS, OPS_OF_MAPS, WITH_POSITIONS
 from fxfeedback.tracing.share import share
 from fxfeedback.tracing.trace import trace
 
@@ -277,7 +278,7 @@ def flat(counters: Any) -> torch.Tensor | None:
 # -- measured: exports -------------------------------------------------------------------------------------------------
 
 
-RANDOM = (torch.native_dropout, survival, surviving_channels)
+RANDOM = (*DROPOUTS, survival, surviving_channels)
 """Ops after which ONNX Runtime cannot have torch's results."""
 
 
@@ -615,12 +616,15 @@ OPENED: dict[Any, Any] = {
     nn.ReLU6: (nn.ReLU6(), (2,)),
     F.dropout: (F.dropout, (2,)),
     torch.dropout: (lambda x: torch.dropout(x, 0.5, True), (2,)),
+    dropped: (lambda x: torch.dropout_(x + x, 0.5, True), (2,)),
     F.dropout1d: (F.dropout1d, (2, 2)),
     F.dropout2d: (F.dropout2d, (2, 2, 2)),
     F.dropout3d: (F.dropout3d, (2, 2, 2, 2)),
     torch.feature_dropout: (lambda x: torch.feature_dropout(x, 0.5, True), (2, 2, 2)),
     F.alpha_dropout: (lambda x: F.alpha_dropout(x, 0.5, True), (2,)),
     torch.alpha_dropout: (lambda x: torch.alpha_dropout(x, 0.5, True), (2,)),
+    F.feature_alpha_dropout: (lambda x: F.feature_alpha_dropout(x, 0.5, True), (2, 2)),
+    torch.feature_alpha_dropout: (lambda x: torch.feature_alpha_dropout(x, 0.5, True), (2, 2)),
     F.gumbel_softmax: (lambda x: F.gumbel_softmax(x, hard=True), (2,)),
     F.rrelu: (lambda x: F.rrelu(x, training=True), (2,)),
     torch.rrelu: (lambda x: torch.rrelu(x, training=True), (2,)),

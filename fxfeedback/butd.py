@@ -115,11 +115,11 @@ class BUTD(Wrapper):
     def _add_td_state(self) -> None:
         """Make the parameters and modules that the options ask for."""
         if self.options.n_tasks is not None:
-            self.instruction_head = self._frozen(make_instruction_head(graphs_of(self)))
+            self.instruction_head = self._frozen(make_instruction_head(graphs_of(self), self._like()))
         if self.options.heads == "per_task":
             self.task_heads = make_task_heads(graphs_of(self))
             self._cache.clear()  # its graphs have one head
-        for name, part in make_td_parts(graphs_of(self)).items():
+        for name, part in make_td_parts(graphs_of(self), self._like()).items():
             setattr(self, name, self._frozen(part) if name == "td_norms" else part)
 
     def _frozen(self, module: nn.Module) -> nn.Module:

@@ -17,6 +17,7 @@ from fxfeedback.deploy.free_sizes import FREE_SIZES
 from fxfeedback.deploy.program import Program, leaves
 from fxfeedback.errors import ExportError, first_line
 from fxfeedback.graph.structures import plain
+from fxfeedback.rules.draws import DROPOUTS
 
 STEPS = "fxfeedback_steps"
 """Where the steps lie among the modules of what is exported; the exporter hands on `fxfeedback_steps.NUMBER`."""
@@ -111,12 +112,15 @@ def _attention(query: Any, key: Any, value: Any, attn_mask: Any = None, *options
 
 
 def _dropout(input: torch.Tensor, p: float, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """torch.native_dropout in training mode, as random numbers: ONNX Runtime leaves out a Dropout that is on."""
+    """Dropout in training mode, as random numbers: ONNX Runtime leaves out a Dropout that is on."""
     kept = torch.rand_like(input) >= p
     return input * kept * (1 / (1 - p) if p < 1 else 0.0), kept
 
 
-WITH_A_FORM = {F.scaled_dot_product_attention: _attention, torch.native_dropout: _dropout}
+WITH_A_FORM: dict[Any, Callable[..., Any]] = {
+    F.scaled_dot_product_attention: _attention,
+    **dict.fromkeys(DROPOUTS, _dropout),
+}
 """Function -> the same in ops that torch's exporter can take."""
 
 

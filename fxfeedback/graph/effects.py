@@ -9,7 +9,8 @@ from torch import fx, nn
 
 from fxfeedback.graph.nodes import draws, is_users
 from fxfeedback.graph.operands import operand
-from fxfeedback.rules.ops import ADVANCES, cumulative_momentum, drawn_like, filled_from, put_at
+from fxfeedback.rules.draws import drawn_like, dropped
+from fxfeedback.rules.ops import ADVANCES, cumulative_momentum, filled_from, put_at
 
 OPERATORS = {
     operator.iadd: operator.add,
@@ -26,8 +27,14 @@ OPERATORS = {
     operator.irshift: operator.rshift,
 }
 """Operators in place, as x += y, and the same out of place. (x @= y makes a new tensor.)"""
-FILLING = {"zero_": torch.zeros_like, "fill_": torch.full_like, "bernoulli_": drawn_like, "copy_": filled_from}
-"""Methods in place whose twin out of place has another name."""
+FILLING = {
+    "zero_": torch.zeros_like,
+    "fill_": torch.full_like,
+    "bernoulli_": drawn_like,
+    "copy_": filled_from,
+    "dropout_": dropped,
+}
+"""Ops in place whose twin out of place has another name."""
 ONLY_MARKS = ("requires_grad_", "share_memory_")
 """Methods that leave a tensor's values as they are."""
 LOGICAL = (operator.and_, operator.or_, operator.not_)

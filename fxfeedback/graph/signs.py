@@ -9,7 +9,7 @@ from fxfeedback.graph.nodes import specs_of
 from fxfeedback.graph.operands import is_floating, operand
 from fxfeedback.graph.specs import Spec
 from fxfeedback.rules import RULES
-from fxfeedback.rules.ops import survival, surviving_channels
+from fxfeedback.rules.draws import survival, surviving_channels
 
 NEVER_NEGATIVE = {
     "relu", "relu6", "sigmoid", "hardsigmoid", "softplus", "softmax", "softmin", "exp", "exp2", "abs", "square", "sqrt",

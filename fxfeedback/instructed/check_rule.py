@@ -26,8 +26,12 @@ from fxfeedback.tracing.open_operators import open_operators
 from fxfeedback.tracing.trace import trace
 
 
-def check_rule(rule: Rule) -> None:
+def check_rule(rule: Rule, device: torch.device | str = "cpu") -> None:
     """Try `rule` on its examples.
+
+    Args:
+        rule: as `rule` registers it, in `RULES`.
+        device: where the examples' tensors are, and what an example's function makes of numbers, as torch.tensor([1]).
 
     Raises:
         AssertionError: an update differs from autograd's gradient by more than the example's tolerance, with the plain
@@ -37,24 +41,28 @@ def check_rule(rule: Rule) -> None:
     if not rule.examples:
         raise ValueError(f"the rule {rule.name!r} has no examples: write @rule(..., examples=[call(...)])")
     for example in rule.examples:
-        module = Call(example)
-        bu = open_modules(trace(module), example_inputs=(module.x,))
-        annotate_shapes(bu, (module.x,))
-        unpack_tuples(bu)
-        open_operators(bu, (module.x,), module)
-        for fused in (False, True):
-            _check_updates(module, bu, fused)
-        _check_instruction(module, bu)
+        with torch.device(device):
+            _check(Call(example, device))
+
+
+def _check(module: "Call") -> None:
+    bu = open_modules(trace(module), example_inputs=(module.x,))
+    annotate_shapes(bu, (module.x,))
+    unpack_tuples(bu)
+    open_operators(bu, (module.x,), module)
+    for fused in (False, True):
+        _check_updates(module, bu, fused)
+    _check_instruction(module, bu)
 
 
 class Call(nn.Module):
     """The example as a model: its first tensor is the input, further ones are parameters."""
 
-    def __init__(self, example: Example) -> None:
+    def __init__(self, example: Example, device: torch.device | str = "cpu") -> None:
         super().__init__()
-        self.example = example
+        self.example, self.device = example, device
         self.places: list[Any] = []
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         self.args = tuple(self._place(argument, generator) for argument in example.args)
         self.kwargs = {key: self._place(argument, generator) for key, argument in example.kwargs.items()}
 
@@ -66,9 +74,10 @@ class Call(nn.Module):
         name = f"tensor_{len(self.places)}"
         self.places.append(name)
         if isinstance(argument, C):
-            self.register_buffer(name, 0.5 + torch.rand(argument.shape, generator=generator, dtype=torch.double))
+            drawn = torch.rand(argument.shape, generator=generator, dtype=torch.double, device="cpu")
+            self.register_buffer(name, (0.5 + drawn).to(self.device))
         else:
-            value = torch.randn(argument.shape, generator=generator, dtype=torch.double)
+            value = torch.randn(argument.shape, generator=generator, dtype=torch.double, device="cpu").to(self.device)
             if len(self.places) == 1:
                 self.x = value
             else:
@@ -123,7 +132,9 @@ def _check_updates(module: Call, bu: fx.GraphModule, fused: bool) -> None:
 def _gradients(example: Example, outputs: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
     """Gradients of a loss that weighs every value of the floating-point outputs differently."""
     leaves = [y for y in (outputs if isinstance(outputs, (tuple, list)) else [outputs]) if y.is_floating_point()]
-    loss = sum((y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype).reshape(y.shape)).sum() for y in leaves)
+    loss = sum(
+        (y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype, device=y.device).reshape(y.shape)).sum() for y in leaves
+    )
     if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
         raise ValueError(
             f"torch has no gradient of {example} to compare with: declare such an op with constant(), or let the "

@@ -12,12 +12,12 @@ from fxfeedback.instructed.task_heads import TaskHeads
 from fxfeedback.tracing.saved import check_saved, own_part
 
 
-def make_instruction_head(graphs: Graphs) -> nn.Module:
-    """The instruction head, or the user's module (see `td_state.instruction_head`)."""
+def make_instruction_head(graphs: Graphs, like: torch.Tensor) -> nn.Module:
+    """The instruction head, where `like` is, or the user's module (see `td_state.instruction_head`)."""
     options, features = graphs.options, td_state.in_channels(graphs.head)
     size = options.instruction_size or options.n_tasks or 0
     make = functools.partial(td_state.instruction_head, size, options.embedding, features, options.td_bias)
-    return make() if isinstance(options.embedding, nn.Module) else own_part("instruction_head", make)
+    return make() if isinstance(options.embedding, nn.Module) else own_part("instruction_head", make, like)
 
 
 def make_task_heads(graphs: Graphs) -> TaskHeads:
@@ -36,8 +36,10 @@ def make_task_heads(graphs: Graphs) -> TaskHeads:
     return TaskHeads(weight, bias, n_tasks)
 
 
-def make_td_parts(graphs: Graphs) -> dict[str, td_state.ByName]:
+def make_td_parts(graphs: Graphs, like: torch.Tensor) -> dict[str, td_state.ByName]:
     """TD's own weights, biases and norms, as far as the options ask for them, by the names of their attributes.
+
+    Norms have the dtype and the device of `like`; weights and biases are as the BU weights.
 
     Raises:
         OptionError: a layer that cannot have them.
@@ -51,12 +53,14 @@ def make_td_parts(graphs: Graphs) -> dict[str, td_state.ByName]:
     }
     for option in (option for option, given in asked.items() if given):
         graphs.require_weights_of_layers(option)
-    parts, weights, fetch = {}, graphs.weights, graphs.owner.fetch
+    weights, fetch = graphs.weights, graphs.owner.fetch
+    parts: dict[str, td_state.ByName] = {}
     if options.weights == "separate":
         mirrored = learns and options.td_learning == "mirror"
         parts["td_weights"] = td_state.twins(weights, fetch, options.td_init, options.td_noise, mirrored)
     if options.td_bias:
         parts["td_biases"] = td_state.td_biases(weights, fetch, learns)
     if options.norm == "separate":
-        parts["td_norms"] = td_state.td_norms(graphs.bottom_up, weights)
+        make = functools.partial(td_state.td_norms, graphs.bottom_up, weights)
+        parts["td_norms"] = own_part("td_norms", make, like)
     return parts

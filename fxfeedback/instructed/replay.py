@@ -17,6 +17,7 @@ from fxfeedback.graph.effects import has_effect
 from fxfeedback.graph.nodes import draws, is_error, name_of, user_line
 from fxfeedback.rules import RULES
 from fxfeedback.rules.core import CONSTANT
+from fxfeedback.rules.draws import DROPOUTS
 from fxfeedback.rules.ops import synced_batch_norm
 
 NORMS = (F.batch_norm, synced_batch_norm, F.instance_norm)
@@ -80,20 +81,20 @@ def _stays(node: fx.Node) -> bool:
     """Whether the node's value is taken as it was: an input, what was drawn at random, a buffer that was changed."""
     if node.target is operator.getitem:
         return node in _masks(node.args[0])
-    return has_effect(node) or (draws(node) and node.target is not torch.native_dropout)
+    return has_effect(node) or (draws(node) and node.target not in DROPOUTS)
 
 
 def _masks(node: Any) -> list[fx.Node]:
     """The masks of a dropout, which it returns after its value."""
-    if node.target is not torch.native_dropout:
+    if node.target not in DROPOUTS:
         return []
     return [user for user in node.users if user.target is operator.getitem and user.args[1] == 1]
 
 
 def with_masks(graph: fx.Graph) -> None:
     """Let every dropout have a node for its mask."""
-    for node in graph.find_nodes(op="call_function", target=torch.native_dropout):
-        if not _masks(node):
+    for node in list(graph.nodes):
+        if node.target in DROPOUTS and not _masks(node):
             with graph.inserting_after(node):
                 graph.call_function(operator.getitem, (node, 1))
 
@@ -118,14 +119,14 @@ def _sources(node: fx.Node) -> list[fx.Node]:
 
 
 def _again(node: fx.Node, graph: fx.Graph, copies: dict[fx.Node, fx.Node]) -> fx.Node:
-    if node.target is torch.native_dropout:
+    if node.target in DROPOUTS:
         return graph.call_function(dropped_again, (copies[node.args[0]], node.args[1], copies[_masks(node)[0]]))  # type: ignore[index]
     args, kwargs = fx.map_arg(_call(node), copies.__getitem__)
     return graph.create_node(node.op, node.target, args, kwargs, node.name)
 
 
 def dropped_again(input: torch.Tensor, p: float, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """torch.native_dropout with a mask that it drew before."""
+    """Dropout with a mask that it drew before."""
     return input * mask * (1 / (1 - p) if p < 1 else 0.0), mask
 
 

@@ -1,5 +1,6 @@
 """The state that TD may have beside the BU weights: twins, biases, norms, instruction head, heads per task."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, pairwise
@@ -62,6 +63,15 @@ def module_of(weight: str) -> str:
     return weight.rpartition(".")[0] or weight
 
 
+def drawn_on_cpu(tensor: torch.Tensor, draw: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """A tensor of this kind that `draw` fills, in place.
+
+    By the CPU's generator, and in one order of memory: a seed gives the same on every device.
+    """
+    device = "meta" if tensor.is_meta else "cpu"
+    return torch.empty_like(tensor).copy_(draw(torch.empty(tensor.shape, dtype=tensor.dtype, device=device)))
+
+
 def twins(
     weights: Mapping[str, fx.Node], fetch: Callable[[str], torch.Tensor], init: str, noise: float, learn: bool
 ) -> ByName:
@@ -69,8 +79,8 @@ def twins(
 
     def draw(weight: torch.Tensor) -> torch.Tensor:
         if init == "symmetric":
-            return weight * (1 + noise * torch.randn_like(weight)) if noise else weight.clone()
-        return nn.init.kaiming_uniform_(torch.empty_like(weight), a=math.sqrt(5))
+            return weight * (1 + noise * drawn_on_cpu(weight, torch.Tensor.normal_)) if noise else weight.clone()
+        return drawn_on_cpu(weight, functools.partial(nn.init.kaiming_uniform_, a=math.sqrt(5)))
 
     return ByName({name: nn.Parameter(draw(fetch(name).detach()), learn) for name in weights})
 
@@ -80,7 +90,7 @@ def td_biases(weights: Mapping[str, fx.Node], fetch: Callable[[str], torch.Tenso
 
     def draw(weight: torch.Tensor, node: fx.Node) -> torch.Tensor:
         bound = 1 / math.sqrt(math.prod(weight.shape[1:]))
-        return weight.new_empty(in_channels(node)).uniform_(-bound, bound)
+        return drawn_on_cpu(weight.new_empty(in_channels(node)), lambda bias: bias.uniform_(-bound, bound))
 
     biases = {module_of(name): draw(fetch(name).detach(), node) for name, node in weights.items()}
     return ByName({name: nn.Parameter(bias, learn) for name, bias in biases.items()})

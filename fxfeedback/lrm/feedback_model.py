@@ -62,7 +62,7 @@ class FeedbackModel(Wrapper):
             with eval_mode(self):
                 verify_graph(self._bottom_up(), self._net, *example_form(self._net, examples))
         makers = {block_name(one): functools.partial(make_block, bu, one) for one in self.connections}
-        blocks = {name: own_part(f"modulations.{name}", make).to(self._like()) for name, make in makers.items()}
+        blocks = {name: own_part(f"modulations.{name}", make, self._like()) for name, make in makers.items()}
         self.modulations = nn.ModuleDict(blocks)
 
     def forward(

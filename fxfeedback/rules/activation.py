@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from fxfeedback.rules.core import as_is, channelwise, constant, fused, roles, rule, spatial, update, without_derivative
+from fxfeedback.rules.draws import drawn_slopes
 from fxfeedback.rules.examples import Example, T, call
-from fxfeedback.rules.ops import drawn_slopes, leaky_by
+from fxfeedback.rules.ops import leaky_by
 
 aten = torch.ops.aten
 

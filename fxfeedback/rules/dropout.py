@@ -1,14 +1,21 @@
 """Dropout: the instruction passes it as it is, the error takes the very mask that the BU pass drew."""
 
-import torch
 import torch.nn.functional as F
 
 from fxfeedback.rules.core import as_is, constant, roles, rule, transpose
+from fxfeedback.rules.draws import DROPOUTS, survival, surviving_channels
 from fxfeedback.rules.examples import T, call
-from fxfeedback.rules.ops import same, survival, surviving_channels
+from fxfeedback.rules.ops import same
 
 
-@rule(torch.native_dropout, examples=[call(F.dropout, T(40, 5), 0.3), call(F.dropout2d, T(40, 5, 3, 3), 0.3)])
+@rule(
+    *DROPOUTS,
+    examples=[
+        call(F.dropout, T(40, 5), 0.3),
+        call(lambda x: F.dropout(x * x, 0.3, inplace=True), T(40, 5)),
+        call(F.dropout2d, T(40, 5, 3, 3), 0.3),
+    ],
+)
 def dropout(y, input, p, train):
     """y, mask = x mask / (1 - p), mask"""
     scale = 1 / (1 - p) if p < 1 else 0.0

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 
 from fxfeedback.rules.activation import pointwise
 from fxfeedback.rules.core import as_is, constant, dtype_of, nothing, roles, rule, sum_to
+from fxfeedback.rules.draws import drawn_like
 from fxfeedback.rules.examples import C, T, call
-from fxfeedback.rules.ops import BOUNDS_PASS, drawn_like, without_gradient
+from fxfeedback.rules.ops import BOUNDS_PASS, without_gradient
 
 Tensor = torch.Tensor
 

@@ -7,8 +7,15 @@ from fxfeedback.errors import RuleError
 from fxfeedback.rules.core import known, nothing, roles, rule, update
 from fxfeedback.rules.examples import C, T, call
 
-IDS = torch.tensor([1, 0, 2, 2, 0])
-BAGS, AND_END = torch.tensor([0, 2, 2]), torch.tensor([0, 2, 5])
+
+def ids():
+    """Five rows of a table, for the examples."""
+    return torch.tensor([1, 0, 2, 2, 0])
+
+
+def bags(*more):
+    """Where three bags of them begin."""
+    return torch.tensor([0, 2, *(more or [2])])
 
 
 def _bags(input, offsets, number, like):
@@ -40,9 +47,11 @@ def _firsts(y, rows, bag, counts):
     examples=[
         call(lambda x, w: F.embedding_bag((x > 0).long(), w) * x.sum(), T(4, 5), T(2, 3)),
         call(
-            lambda x, w: F.embedding_bag(IDS, w, BAGS, mode="mean", padding_idx=-1).sin().sum(0) * x, T(4, 3), T(3, 3)
+            lambda x, w: F.embedding_bag(ids(), w, bags(), mode="mean", padding_idx=-1).sin().sum(0) * x,
+            T(4, 3),
+            T(3, 3),
         ),
-        call(lambda x, w: F.embedding_bag(IDS, w, BAGS, mode="max").sin().sum(0) * x, T(4, 3), T(3, 3)),
+        call(lambda x, w: F.embedding_bag(ids(), w, bags(), mode="max").sin().sum(0) * x, T(4, 3), T(3, 3)),
         call(
             lambda x, w: F.embedding_bag((x > 0).long(), w.relu(), mode="max", padding_idx=0) + x[:, :3],
             T(9, 5),
@@ -56,7 +65,7 @@ def _firsts(y, rows, bag, counts):
         ),
         call(
             lambda x, w, z: (
-                F.embedding_bag(IDS, w, AND_END, mode="sum", per_sample_weights=z, include_last_offset=True)
+                F.embedding_bag(ids(), w, bags(5), mode="sum", per_sample_weights=z, include_last_offset=True)
                 .sin()
                 .sum(0)
                 * x

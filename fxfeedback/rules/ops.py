@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import distributed, fx
 from torch.utils._pytree import tree_map_only
-from torchvision.ops import stochastic_depth
 
 
 def one_node(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -48,12 +47,6 @@ def records(x: torch.Tensor) -> bool:
     return is_recorded() and x.requires_grad
 
 
-def drawn_like(input: torch.Tensor, p: Any = 0.5, *, generator: torch.Generator | None = None) -> torch.Tensor:
-    """x.bernoulli_(p) out of place: x.bernoulli(p) draws in another order where x is not contiguous, and x.bernoulli()
-    takes x for p."""
-    return torch.empty_like(input).bernoulli_(p, generator=generator)
-
-
 def same(input: torch.Tensor) -> torch.Tensor:
     """The input itself: what is left of dropout in evaluation mode, and of nn.Identity."""
     return input
@@ -83,25 +76,6 @@ def _ties_share() -> bool:
 
 TIES_SHARE = _ties_share()
 """Whether the gradient of torch.fmax goes by halves to equal values; in torch's older versions the first has it all."""
-
-
-def survival(input: torch.Tensor, p: float, mode: str) -> torch.Tensor:
-    """Stochastic depth's factor: 0 or 1 / (1 - p) per sample ("row") or per batch, drawn as torchvision draws it."""
-    samples = input.shape[0] if mode == "row" else 1
-    ones = torch.ones((samples,) + (1,) * (input.ndim - 1), dtype=input.dtype, device=input.device)
-    return stochastic_depth(ones, p, mode, True)
-
-
-def surviving_channels(input: torch.Tensor, p: float) -> torch.Tensor:
-    """Channel dropout's factor, (N, C, 1, ...): 0 or 1 / (1 - p), drawn as F.dropout2d draws it."""
-    return torch.feature_dropout(input.new_ones(input.shape[:2] + (1,) * (input.ndim - 2)), p, True)
-
-
-def drawn_slopes(input: torch.Tensor, lower: float, upper: float) -> torch.Tensor:
-    """RReLU's factors: 1 where x > 0, elsewhere drawn between the bounds, as F.rrelu draws them."""
-    slopes = torch.zeros_like(input, memory_format=torch.contiguous_format)  # which the kernel takes it for
-    torch.ops.aten.rrelu_with_noise(input.detach(), slopes, lower, upper, True)
-    return slopes
 
 
 @one_node
@@ -201,7 +175,7 @@ def sum_over_processes(value: torch.Tensor) -> torch.Tensor:
 def mean_over_processes(x: Any, dims: Any) -> Any:
     """The mean over `dims`, which are kept, of what all processes have; their batches may differ in size."""
     total = x.sum(dims, keepdim=True)
-    count = total.new_tensor([x.numel() / max(total.numel(), 1)])
+    count = total.new_full((1,), x.numel() / max(total.numel(), 1))
     *sums, count = sum_over_processes(torch.cat([total.flatten(), count]))
     return torch.stack(sums).view_as(total) / count
 
@@ -235,7 +209,7 @@ def synced_batch_norm(
 @torch.no_grad()
 def advance_by_(running_mean: Any, running_var: Any, mean: Any, var: Any, input: Any, momentum: float) -> None:
     """Advance running statistics, in place, by those of all processes' batches; the variance is unbiased."""
-    n = sum_over_processes(input.new_tensor(input.numel() / max(input.shape[1], 1)))
+    n = sum_over_processes(input.new_full((), input.numel() / max(input.shape[1], 1)))
     _advance_to_(running_mean, mean.flatten(), momentum)
     _advance_to_(running_var, var.flatten() * n / (n - 1), momentum)
 

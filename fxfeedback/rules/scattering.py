@@ -17,8 +17,16 @@ from fxfeedback.rules.ops import one_node, put_at, records
 from fxfeedback.rules.writing import from_all
 
 aten = torch.ops.aten
-HERE = torch.tensor([[2, 0], [1, 2]])
-ROWS = torch.tensor([2, 0, 2])
+
+
+def here():
+    """Positions, for the examples."""
+    return torch.tensor([[2, 0], [1, 2]])
+
+
+def rows():
+    """Positions in one dimension, one of them twice."""
+    return torch.tensor([2, 0, 2])
 
 
 # -- at tuples of positions -------------------------------------------------------------------------------------------
@@ -29,8 +37,8 @@ ROWS = torch.tensor([2, 0, 2])
     torch._unsafe_index,
     name="index",
     examples=[
-        call(lambda x: aten.index.Tensor(x, [None, ROWS]), T(4, 5, 3)),
-        call(lambda x: torch._unsafe_index(x.mT, [ROWS, ROWS]) * x.sum(), T(4, 5, 3)),
+        call(lambda x: aten.index.Tensor(x, [None, rows()]), T(4, 5, 3)),
+        call(lambda x: torch._unsafe_index(x.mT, [rows(), rows()]) * x.sum(), T(4, 5, 3)),
     ],
 )
 def index(y, input, indices):
@@ -49,8 +57,8 @@ def as_index(indices):
     aten.index_put.default,  # whose indices may be None
     examples=[
         call(lambda x, z: x.index_put((torch.tensor([3, 1]), torch.tensor([0, -1])), z), T(4, 5), T(2)),
-        call(lambda x, z: torch.index_put(x, (HERE[0],), z.sin(), accumulate=True), T(4, 5), T(1, 5)),
-        call(lambda x: aten.index_put.default(x, [None, ROWS], x[:, :3].exp(), True), T(4, 5)),
+        call(lambda x, z: torch.index_put(x, (here()[0],), z.sin(), accumulate=True), T(4, 5), T(1, 5)),
+        call(lambda x: aten.index_put.default(x, [None, rows()], x[:, :3].exp(), True), T(4, 5)),
         call(lambda x, z: x.index_put((x.detach() > 0,), z), T(4, 5), T()),
     ],
 )
@@ -77,7 +85,7 @@ def is_known(entry):
 @rule(
     torch.take,
     examples=[
-        call(lambda x: torch.take(x, HERE - 3) * x.sum(), T(4, 5)),
+        call(lambda x: torch.take(x, here() - 3) * x.sum(), T(4, 5)),
         call(lambda x: x.take(x.argmax()) * x, T(4, 5)),
     ],
 )
@@ -94,8 +102,8 @@ def take(y, input, index):
 @rule(
     torch.put,
     examples=[
-        call(lambda x, z: torch.put(x, HERE - 3, z), T(4, 5), T(4)),
-        call(lambda x, z: x.put(ROWS, z * z, accumulate=True), T(4, 5), T(3)),
+        call(lambda x, z: torch.put(x, here() - 3, z), T(4, 5), T(4)),
+        call(lambda x, z: x.put(rows(), z * z, accumulate=True), T(4, 5), T(3)),
     ],
 )
 def put_flat(y, input, index, source, accumulate=False):
@@ -178,7 +186,7 @@ def with_one_zero(product, zeros):
         _reduced("prod", include_self=False),
         _reduced("amax"),
         _reduced("amin", include_self=False),
-        call(lambda x: x.scatter_reduce(-1, HERE, x[:2, :2].sin(), reduce="amax"), T(4, 5)),
+        call(lambda x: x.scatter_reduce(-1, here(), x[:2, :2].sin(), reduce="amax"), T(4, 5)),
     ],
 )
 def scatter_reduce(y, input, dim, index, src, reduce, *, include_self=True):
@@ -236,13 +244,13 @@ def scatter_reduce(y, input, dim, index, src, reduce, *, include_self=True):
 @rule(
     torch.index_reduce,
     examples=[
-        call(lambda x, z: x.index_reduce(1, ROWS, z * x[:, :3], "mean"), T(4, 5), T(3)),
-        call(lambda x, z: x.index_reduce(1, ROWS, z * x[:, :3], "mean", include_self=False), T(4, 5), T(3)),
+        call(lambda x, z: x.index_reduce(1, rows(), z * x[:, :3], "mean"), T(4, 5), T(3)),
+        call(lambda x, z: x.index_reduce(1, rows(), z * x[:, :3], "mean", include_self=False), T(4, 5), T(3)),
         call(
-            lambda x: torch.relu(x).index_reduce(1, ROWS, torch.cat([torch.relu(x[:, :1]), x[:, 1:3]], 1), "prod"),
+            lambda x: torch.relu(x).index_reduce(1, rows(), torch.cat([torch.relu(x[:, :1]), x[:, 1:3]], 1), "prod"),
             T(40, 5),
         ),
-        call(lambda x: torch.index_reduce(x, -1, ROWS, x[:, :3].relu(), "amax"), T(40, 5)),
+        call(lambda x: torch.index_reduce(x, -1, rows(), x[:, :3].relu(), "amax"), T(40, 5)),
         call(lambda x: x.index_reduce(1, (x[0, :3] > 0).long(), x[:, :3], "amin", include_self=False), T(4, 5)),
     ],
 )

@@ -47,7 +47,7 @@ def ctc_loss(y, log_probs, targets, input_lengths, target_lengths, blank=0, redu
         return t.reshape([1]).expand([count]) / (count if how == "mean" else 1)
 
     def lengths(given, like):
-        return given if hasattr(given, "reshape") else torch.tensor(given, device=like.device)
+        return given.to(like.device) if hasattr(given, "reshape") else torch.tensor(given, device=like.device)
 
     def error(e):
         e = of_samples(e)

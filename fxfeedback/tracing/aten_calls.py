@@ -10,7 +10,8 @@ from torch import fx
 
 from fxfeedback.errors import TraceError
 from fxfeedback.rules.core import CONSTANT, RULES
-from fxfeedback.rules.ops import drawn_like, put_at, same, without_gradient
+from fxfeedback.rules.draws import drawn_like, dropped
+from fxfeedback.rules.ops import put_at, same, without_gradient
 from fxfeedback.tracing.aten import function_of
 
 Operator: Any = type(torch.ops.aten.add.Tensor)
@@ -74,7 +75,7 @@ def torch_call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     kwargs = {key: value for key, value in kwargs.items() if key not in PLACES}
     if name in IN_PLACE_ONLY and op._schema.is_mutable:
         return Call(f"{name}_", args, kwargs)
-    spelled = SPELLED.get(name)
+    spelled = SPELLED.get(op.overloadpacket.__name__, SPELLED.get(name))
     if spelled is not None:
         return spelled(*args, **kwargs)
     if op._schema.is_mutable:
@@ -173,6 +174,7 @@ SPELLED: dict[str, Callable[..., Call]] = {
     "embedding": _embedding,
     "hardtanh": _hardtanh,
     "dropout": lambda *args: Call(F.dropout, args),
+    "dropout_": lambda *args: Call(dropped, args),
     "copy": lambda x, value, *_: Call(put_at, (x, (...,), value)),
     "fill": lambda x, value: Call(put_at, (x, (...,), value)),
     "zero": lambda x: Call(torch.zeros_like, (x,)),

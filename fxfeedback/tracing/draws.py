@@ -97,6 +97,15 @@ def _numpys() -> list[Any]:
     return [sys.modules["numpy.random"]] if "numpy.random" in sys.modules else []
 
 
+def seed(device: torch.device, number: int) -> None:
+    """Seed the generators of the CPU and of this device. torch.manual_seed seeds those of all GPUs as well."""
+    torch.default_generator.manual_seed(number)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(number)
+    elif device.type != "cpu":
+        torch.manual_seed(number)
+
+
 def random_states() -> tuple[Any, ...]:
     """Of the generators that all threads share: torch's, Python's, numpy's."""
     numpy = [pickle.dumps(module.get_state(legacy=False)) for module in _numpys()]

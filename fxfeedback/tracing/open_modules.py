@@ -36,8 +36,8 @@ from fxfeedback.tracing.doors import door_of, of_same_door
 from fxfeedback.tracing.known_shapes import Shapes
 from fxfeedback.tracing.memory import Write, check_overwriting, is_view
 from fxfeedback.tracing.on_sizes import is_on_sizes
-from fxfeedback.tracing.openings import OPENINGS, call
-from fxfeedback.tracing.stand_ins import Shaped, device_of_inputs, elements
+from fxfeedback.tracing.openings import OPENINGS
+from fxfeedback.tracing.stand_ins import Shaped, call, device_of_inputs, elements
 from fxfeedback.tracing.tensors import Readings, Tensors
 from fxfeedback.tracing.while_tracing import parametrized_once, running_on_proxies
 
@@ -182,7 +182,7 @@ class _Opener(fx.Tracer):
         if target is getattr and args[1] == "data":
             kind, target, args = "call_method", "detach", args[:1]
         changes_state = bool(args) and isinstance(args[0], fx.Proxy) and args[0].node.op == "get_attr"
-        in_place = False
+        in_place, given = False, kwargs
         if not changes_state or self.inside:
             in_place = out_of_place(target) is not target or bool(kwargs.get("inplace"))
             kwargs = {key: value for key, value in kwargs.items() if key != "inplace"}
@@ -191,7 +191,7 @@ class _Opener(fx.Tracer):
             kind, target = "call_function", getattr(torch.Tensor, target) if isinstance(target, str) else target
         value: Any = NotImplemented
         if kind == "call_function" and target in OPENINGS:
-            value = OPENINGS[target](*args, **kwargs)
+            value = OPENINGS[target](*args, **given)
         has_rule = target in RULES or target in CONSTANT
         if value is NotImplemented and self.shapes and kind == "call_function" and is_users(target) and not has_rule:
             value = self.open_function(target, args, kwargs)

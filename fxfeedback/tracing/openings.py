@@ -3,14 +3,12 @@
 `OPENINGS` is the table; `open_modules` uses it. Every module that is not in it opens by its own forward.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torchvision.ops import stochastic_depth
 
 from fxfeedback.errors import TraceError
 from fxfeedback.rules.convolution import CONV
@@ -18,21 +16,13 @@ from fxfeedback.rules.core import as_tuple
 from fxfeedback.rules.ops import (
     ADVANCES,
     cumulative_momentum,
-    drawn_slopes,
     filled_from,
-    leaky_by,
-    survival,
-    surviving_channels,
     synced_batch_norm,
 )
 from fxfeedback.tracing.open_attention import decoder, dot_product, encoder, multi_head
+from fxfeedback.tracing.open_draws import DRAWS
 from fxfeedback.tracing.open_recurrent import cell, sequence
-from fxfeedback.tracing.stand_ins import Shaped
-
-
-def call(function: Callable[..., Any], input: fx.Proxy, *args: Any) -> fx.Proxy:
-    """A node that calls a function of ours as a whole, for what cannot run on proxies."""
-    return input.tracer.create_proxy("call_function", function, (input, *args), {})
+from fxfeedback.tracing.stand_ins import Shaped, call, lacks_batch
 
 
 def _batch_norm(module: Any, input: fx.Proxy) -> fx.Proxy:
@@ -77,57 +67,6 @@ def _instance_norm(module: Any, input: fx.Proxy) -> fx.Proxy:
     return F.instance_norm(input, *statistics, module.weight, module.bias, own, momentum, module.eps)
 
 
-def _dropout(input: fx.Proxy, p: float = 0.5, training: bool = True, inplace: bool = False) -> fx.Proxy:
-    """Dropout hands out the mask that it draws; the random stream is F.dropout's."""
-    return torch.native_dropout(input, p, True)[0] if training and p > 0 else input
-
-
-def _stochastic_depth(input: fx.Proxy, p: float, mode: str, training: bool = True) -> fx.Proxy:
-    return input * call(survival, input, p, mode) if training and p > 0 else input
-
-
-def _feature_dropout(input: fx.Proxy, p: float = 0.5, training: bool = True, inplace: bool = False) -> fx.Proxy:
-    return input * call(surviving_channels, input, p) if training and p > 0 else input
-
-
-def _dropout_of_maps(ndim: int) -> Callable[..., Any]:
-    """Channel dropout of maps that have `ndim` dimensions with their batch."""
-
-    def dropout(input: fx.Proxy, p: float = 0.5, training: bool = True, inplace: bool = False) -> fx.Proxy:
-        if lacks_batch(input, ndim):
-            return _feature_dropout(input.unsqueeze(0), p, training).squeeze(0)
-        return _feature_dropout(input, p, training)
-
-    return dropout
-
-
-def _alpha_dropout(input: fx.Proxy, p: float = 0.5, training: bool = False, inplace: bool = False) -> fx.Proxy:
-    """Who drops out becomes α, SELU's lowest value; then mean 0 and variance 1 again (Klambauer et al. 2017)."""
-    if not training or p == 0:
-        return input
-    if p == 1:
-        return input * 0
-    alpha = -1.7580993408473766
-    scale = 1 / math.sqrt((1 + alpha * alpha * p) * (1 - p))
-    stays = torch.empty_like(input).bernoulli_(1 - p)
-    return input * (stays * scale) + ((1 - stays) * (alpha * scale) - alpha * scale * p)
-
-
-def _gumbel_softmax(logits: fx.Proxy, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1) -> Any:
-    """A sample of categories, softly; with `hard` one of them, with the gradient of the soft one."""
-    noise = -torch.empty_like(logits, memory_format=torch.contiguous_format).exponential_().log()
-    soft = ((logits + noise) / tau).softmax(dim)
-    if not hard:
-        return soft
-    one = torch.zeros_like(logits).scatter_(dim, soft.argmax(dim, keepdim=True), 1.0)
-    return one - soft.detach() + soft
-
-
-def lacks_batch(input: Any, ndim: int) -> bool:
-    """Whether a value is known to have one dimension less than `ndim`: torch takes it for a batch of one."""
-    return isinstance(input, Shaped) and input.ndim == ndim - 1
-
-
 def _batched(function: Callable[..., Any], ndim: int) -> Callable[..., Any]:
     """The opening of an op of maps that have `ndim` dimensions with their batch."""
 
@@ -147,44 +86,6 @@ def _with_positions(function: Callable[..., Any], ndim: int) -> Callable[..., An
         return values.squeeze(0), positions.squeeze(0)
 
     return opening
-
-
-def _fractional_max_pool(pool: Callable[..., Any], n: int, with_positions: bool) -> Callable[..., Any]:
-    """Pooling over windows of random steps, which a node of its own draws, as torch's function does."""
-
-    def opening(
-        input: Any,
-        kernel_size: Any,
-        output_size: Any = None,
-        output_ratio: Any = None,
-        return_indices: bool = False,
-        _random_samples: Any = None,
-    ) -> Any:
-        if not isinstance(input, Shaped):
-            return NotImplemented
-        alone = lacks_batch(input, n + 2)
-        x = input.unsqueeze(0) if alone else input
-        if output_size is None:
-            factors = as_tuple(output_ratio, n)
-            output_size = [int(size * factor) for size, factor in zip(input.shape[-n:], factors, strict=True)]
-        samples = (
-            torch.rand_like(x.flatten(2)[:, :, :1].expand(-1, -1, n)) if _random_samples is None else _random_samples
-        )
-        values, positions = pool(x, kernel_size, list(as_tuple(output_size, n)), samples)
-        if alone:
-            values, positions = values.squeeze(0), positions.squeeze(0)
-        return (values, positions) if with_positions else values
-
-    return opening
-
-
-def _rrelu(
-    input: fx.Proxy, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False
-) -> Any:
-    """A leaky ReLU whose slopes are drawn; in evaluation mode all are their mean."""
-    if not training:
-        return F.leaky_relu(input, (lower + upper) / 2)
-    return leaky_by(input, call(drawn_slopes, input, lower, upper))
 
 
 def _matrix_norm(input: Any, ord: Any = None, dim: Any = None, keepdim: bool = False, **options: Any) -> Any:
@@ -255,26 +156,11 @@ OPENINGS: dict[Any, Callable[..., Any]] = {
     nn.RNNCellBase: cell,
     F.scaled_dot_product_attention: dot_product,
     nn.ReLU6: lambda module, input: F.relu6(input),  # its own forward is a hardtanh
-    F.dropout: _dropout,
-    torch.dropout: _dropout,
-    F.dropout1d: _dropout_of_maps(3),
-    F.dropout2d: _feature_dropout,  # which takes three dimensions for a batch of sequences
-    F.dropout3d: _dropout_of_maps(5),
-    torch.feature_dropout: _feature_dropout,
-    F.alpha_dropout: _alpha_dropout,
-    torch.alpha_dropout: _alpha_dropout,
-    F.gumbel_softmax: _gumbel_softmax,
     filled_from: filled_from,
-    F.fractional_max_pool2d: _fractional_max_pool(torch._C._nn.fractional_max_pool2d, 2, False),
-    F.fractional_max_pool3d: _fractional_max_pool(torch._C._nn.fractional_max_pool3d, 3, False),
-    F.fractional_max_pool2d_with_indices: _fractional_max_pool(torch._C._nn.fractional_max_pool2d, 2, True),
-    F.fractional_max_pool3d_with_indices: _fractional_max_pool(torch._C._nn.fractional_max_pool3d, 3, True),
-    F.rrelu: _rrelu,
-    torch.rrelu: _rrelu,
+    **DRAWS,
     torch.linalg.norm: _matrix_norm,
     torch.fliplr: lambda input: input.flip(1),
     torch.flipud: lambda input: input.flip(0),
-    stochastic_depth: _stochastic_depth,
     **dict.fromkeys(CONV.values(), _convolution),
     **{op: _batched(op, ndim) for ndim, ops in OPS_OF_MAPS.items() for op in ops},
     **{op: _with_positions(op, ndim) for ndim, ops in WITH_POSITIONS.items() for op in ops},

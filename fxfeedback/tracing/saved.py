@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -15,13 +15,20 @@ SAVED: ContextVar[Mapping[str, torch.Size] | None] = ContextVar("SAVED", default
 """While a file is loaded: the shapes of the tensors that it has, by name below the wrapper that is made."""
 
 
-def own_part(name: str, make: Callable[[], nn.Module]) -> nn.Module:
-    """A part that a wrapper adds; for a file it is made only where the file has its tensors (see `check_saved`)."""
+Part = TypeVar("Part", bound=nn.Module)
+
+
+def own_part(name: str, make: Callable[[], Part], like: torch.Tensor) -> Part:
+    """A part that a wrapper adds; for a file it is made only where the file has its tensors (see `check_saved`).
+
+    The CPU's generator draws it, so that a seed gives the same on every device; then it goes to that of `like`.
+    """
     if SAVED.get() is not None:
         with torch.device("meta"):
             for key, tensor in make().state_dict().items():
                 check_saved(f"{name}.{key}", tensor.shape)
-    return make()
+    with torch.device("meta" if like.is_meta else "cpu"):
+        return make().to(like)
 
 
 def check_saved(name: str, shape: Sequence[int]) -> None:

@@ -1,7 +1,7 @@
 """Proxies that know what they stand for: `StandIn` its kind, `Shaped` its shape."""
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -218,6 +218,16 @@ class Shaped(StandIn):
         if self.view_of is not None:
             whole, index = self.view_of
             whole.becomes(put_at(whole, index, value))
+
+
+def lacks_batch(input: Any, ndim: int) -> bool:
+    """Whether a value is known to have one dimension less than `ndim`: torch takes it for a batch of one."""
+    return isinstance(input, Shaped) and input.ndim == ndim - 1
+
+
+def call(function: Callable[..., Any], input: fx.Proxy, *args: Any) -> fx.Proxy:
+    """A node that calls a function of ours as a whole, for what cannot run on proxies."""
+    return input.tracer.create_proxy("call_function", function, (input, *args), {})
 
 
 def device_of_inputs(tracer: fx.Tracer) -> fx.Proxy:

@@ -16,6 +16,7 @@ from fxfeedback.errors import TraceError
 from fxfeedback.graph.specs import EXAMPLE_BATCH
 from fxfeedback.tracing.arguments import Form, form_of
 from fxfeedback.tracing.doors import both, is_final
+from fxfeedback.tracing.draws import seed
 from fxfeedback.tracing.export_door import export_graph
 from fxfeedback.tracing.known_shapes import Either, Shapes
 from fxfeedback.tracing.stand_ins import Shaped, Sizes, StandIn, device_of_inputs, elements
@@ -122,7 +123,7 @@ def _agree(modules: Sequence[fx.GraphModule], examples: Sequence[torch.Tensor]) 
     outputs = []
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         for module in modules:
-            torch.manual_seed(0)
+            seed(device, 0)
             zeros = [torch.zeros(EXAMPLE_BATCH, *x.shape[1:], dtype=x.dtype, device=device) for x in examples]
             inputs = [torch.randn_like(x) if x.is_floating_point() else x for x in zeros]
             outputs.append(tree_leaves(copy.deepcopy(module)(*inputs)))

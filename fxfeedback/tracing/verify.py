@@ -17,6 +17,7 @@ from fxfeedback.graph.nodes import asked_dtype, module_path_of, name_of, user_li
 from fxfeedback.graph.structures import plain
 from fxfeedback.tracing.arguments import Form
 from fxfeedback.tracing.attributes import attributes_of
+from fxfeedback.tracing.draws import seed
 from fxfeedback.tracing.open_modules import open_modules
 from fxfeedback.tracing.share import share
 from fxfeedback.tracing.trace_at_size import trace_for
@@ -107,7 +108,7 @@ def verify_under_autocast(
 def _drew(device: torch.device) -> bool:
     """Whether the last call, which `_run` began with seed 0, drew random numbers; taken for granted on GPUs."""
     state = torch.get_rng_state()
-    torch.manual_seed(0)
+    seed(device, 0)
     return device.type != "cpu" or not torch.equal(state, torch.get_rng_state())
 
 
@@ -115,7 +116,7 @@ def _compare_exactly(graph: fx.Graph, net: nn.Module, form: Form, inputs: Sequen
     """In float64, and without what depends on random numbers, which a graph may draw in another order."""
     net, inputs = copy.deepcopy(net).double(), [x.double() if x.is_floating_point() else x for x in inputs]
     first = _of_model(graph, net, form, inputs)
-    by_chance = _differences(first, _of_model(graph, net, form, inputs, seed=1))
+    by_chance = _differences(first, _of_model(graph, net, form, inputs, 1))
     differences = _differences(first, _of_graph(graph, net, inputs))
     wrong = {place: size for place, size in differences.items() if place not in by_chance}
     if wrong:
@@ -143,7 +144,7 @@ def _first_call(
     """A sample on which the model runs, and what it computes."""
     given = [torch.zeros(x.shape, dtype=x.dtype, device=device) if x.is_meta else x.to(device) for x in examples]
     given = [x[:1] if x.ndim else x for x in given]
-    torch.manual_seed(0)
+    seed(device, 0)
     random = [torch.randn_like(x) if x.is_floating_point() else x for x in given]
     two = [torch.cat([x, torch.randn_like(x) if x.is_floating_point() else x]) if x.ndim else x for x in random]
     failed: Exception | None = None
@@ -161,7 +162,7 @@ def _first_call(
 # -- what is computed -------------------------------------------------------------------------------------------------
 
 
-def _of_model(graph: fx.Graph, net: nn.Module, form: Form, inputs: Sequence[torch.Tensor], seed: int = 0) -> Values:
+def _of_model(graph: fx.Graph, net: nn.Module, form: Form, inputs: Sequence[torch.Tensor], number: int = 0) -> Values:
     """By a call of the model, at the modules that have nodes in the graph."""
     paths = set(_called_modules(net))
     nodes: dict[str, list[fx.Node]] = defaultdict(list)
@@ -180,7 +181,7 @@ def _of_model(graph: fx.Graph, net: nn.Module, form: Form, inputs: Sequence[torc
         return net(*args, **named)
 
     try:
-        returned = _run(call, net, inputs, seed)
+        returned = _run(call, net, inputs, number)
     finally:
         for hook in hooks:
             hook.remove()
@@ -201,7 +202,7 @@ def _called_modules(net: nn.Module, path: str = "") -> Iterator[str]:
 def _of_graph(graph: fx.Graph, net: nn.Module, inputs: Sequence[torch.Tensor]) -> Values:
     """By the graph, with the tensors of `net`."""
     run = _Interpreter(getattr(net, "_root", net), graph=graph)  # a network of ours has its tensors in _root
-    returned = _run(run.run, net, inputs, seed=0)
+    returned = _run(run.run, net, inputs, 0)
     return {**run.values, **dict(_places(returned))}
 
 
@@ -222,9 +223,9 @@ class _Interpreter(fx.Interpreter):
         return value
 
 
-def _run(function: Any, net: nn.Module, inputs: Sequence[torch.Tensor], seed: int) -> Any:
+def _run(function: Any, net: nn.Module, inputs: Sequence[torch.Tensor], number: int) -> Any:
     """A call, after which the buffers are as before: what it writes into them a graph writes as well."""
-    torch.manual_seed(seed)
+    seed(next((x.device for x in inputs), torch.device("cpu")), number)
     before = [(buffer, buffer.clone()) for buffer in net.buffers()]
     try:
         return function(*[x.clone() for x in inputs])
