@@ -35,7 +35,7 @@ def layout_of(x: torch.Tensor) -> tuple[tuple[int, int], ...]:
     return tuple(merged)
 
 
-COPIES = (torch.ops.aten.copy_.default,)
+COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._use_cudnn_ctc_loss.Tensor)
 """Ops that may take tensors of both."""
 
 

@@ -23,9 +23,6 @@ def network(name: str, train: bool, dtype: torch.dtype = torch.double) -> tuple[
         x = torch.randn(16, 1, 28, 28, dtype=torch.double)
     else:
         model, x = build(name, train)
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.inplace = False  # on a GPU dropout draws other numbers when it is done in place
     return model.to(DEVICE, dtype), x.to(DEVICE, dtype)
 
 

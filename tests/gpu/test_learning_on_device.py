@@ -255,4 +255,4 @@ def test_compiled_learning(name, mode):
 @one_in(40)
 @pytest.mark.parametrize("rule", list(dict.fromkeys(RULES.values())), ids=lambda rule: rule.name)
 def test_every_rule_obeys_the_law(rule):
-    fxfeedback.check_rule(rule, **({"device": DEVICE} if ON_GPU else {}))
+    fxfeedback.check_rule(rule, DEVICE)
