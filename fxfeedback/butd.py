@@ -9,7 +9,6 @@ from torch import fx, nn
 from fxfeedback.errors import InputError
 from fxfeedback.graph.nodes import name_of
 from fxfeedback.graph.specs import of_size, size_of
-from fxfeedback.instructed.autocast import is_autocast
 from fxfeedback.instructed.autograd_bridge import learned, refuse_transforms
 from fxfeedback.instructed.graphs import Graphs
 from fxfeedback.instructed.instruction import distinct, read_instruction
@@ -19,6 +18,7 @@ from fxfeedback.instructed.owner import Owner
 from fxfeedback.instructed.parts import make_instruction_head, make_task_heads, make_td_parts
 from fxfeedback.one_task.select_task import select_task
 from fxfeedback.tracing.arguments import Form, describe, example_form
+from fxfeedback.tracing.autocast import is_autocast
 from fxfeedback.tracing.examples import examples_of
 from fxfeedback.tracing.modes import eval_mode
 from fxfeedback.tracing.verify import verify_graph

@@ -1,5 +1,8 @@
 """torch.compile takes whole what we return: no graph break, and the same values."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torchvision
@@ -52,6 +55,17 @@ def test_the_model_itself_in_every_way_of_calling_it(feedback):
     assert all(p.grad is not None for p in model.modulations.parameters())
 
 
+class Scaled(torch.nn.Module):
+    """x * factors[0]"""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factors = [factor]
+
+    def forward(self, x):
+        return x * self.factors[0]
+
+
 CHANGES = {
     "one module's mode": lambda network: network.get_submodule("1").train(),
     "mode": lambda network: network.train(),
@@ -59,6 +73,8 @@ CHANGES = {
     "slope": lambda network: setattr(network.get_submodule("2"), "negative_slope", 0.9),
     "dropout": lambda network: setattr(network.train().get_submodule("1"), "p", 0.0),
     "child": lambda network: network.add_module("2", torch.nn.Tanh()),
+    "child of the same kind": lambda network: network.add_module("4", Scaled(3.0)),
+    "in a list": lambda network: network.get_submodule("4").factors.__setitem__(0, 4.0),
 }
 
 
@@ -67,7 +83,7 @@ CHANGES = {
 def test_changed_modes_and_attributes_compile_anew(learns):
     torch._dynamo.reset()
     nn = torch.nn
-    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.LeakyReLU(0.1), nn.Linear(8, 2)).eval()
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.LeakyReLU(0.1), nn.Linear(8, 2), Scaled(2.0)).eval()
     feedback = {"connections": [("3", "2")], "input_size": (4,)}
     network = fxfeedback.to_butd(model, input_size=(4,)) if learns else fxfeedback.add_feedback(model, **feedback)
     fast, x = compiled(network), torch.randn(3, 4)
@@ -78,6 +94,34 @@ def test_changed_modes_and_attributes_compile_anew(learns):
             torch.manual_seed(0)
             outputs.append(one(x))
         torch.testing.assert_close(*outputs)
+
+
+def test_one_compiled_function_for_several_networks():
+    """Copies have graphs and weights of their own."""
+    torch._dynamo.reset()
+    network, x = fxfeedback.to_butd(convnet(), input_size=(2, 8, 8)), torch.randn(3, 2, 8, 8)
+    networks = [network, copy.deepcopy(network), pickle.loads(pickle.dumps(network))]
+    call = compiled(lambda network, x: network(x))
+    for factor, one in enumerate([*networks, network]):
+        with torch.no_grad():
+            next(one.parameters()).mul_(factor)
+        torch.testing.assert_close(call(one, x), one(x))
+
+
+@long
+def test_inductor():
+    torch._dynamo.reset()
+    for network in (
+        fxfeedback.add_feedback(convnet(), [("8", "5")], input_size=(2, 8, 8)),
+        fxfeedback.to_butd(convnet(), input_size=(2, 8, 8)),
+    ):
+        x, grads = torch.randn(3, 2, 8, 8), []
+        for call in (network, torch.compile(network, fullgraph=True)):
+            network.zero_grad()
+            outputs = call(x)
+            sum(y.square().sum() for y in (outputs if isinstance(outputs, list) else [outputs])).backward()
+            grads.append([outputs, *(p.grad for p in network.parameters() if p.grad is not None)])
+        torch.testing.assert_close(*grads)
 
 
 TASKS = {"plain": None, "ids": torch.tensor([0, 2, 1, 0]), "vectors": torch.rand(4, 3)}

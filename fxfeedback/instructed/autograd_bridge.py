@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from fxfeedback.errors import GradientError
-from fxfeedback.instructed.autocast import same_autocast
 from fxfeedback.instructed.halves import Halves
+from fxfeedback.tracing.autocast import same_autocast
 
 
 def _unchanged(values: Sequence[Any], versions: Sequence[int]) -> Sequence[Any]:

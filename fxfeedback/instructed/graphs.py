@@ -25,6 +25,7 @@ from fxfeedback.instructed.task_heads import put_task_heads
 from fxfeedback.rules.gating import gate
 from fxfeedback.td_graph import Instructing, instruct
 from fxfeedback.tracing.arguments import Form
+from fxfeedback.tracing.by_id import by_id, known_by_id
 from fxfeedback.tracing.open_modules import open_modules
 from fxfeedback.tracing.open_operators import open_operators
 from fxfeedback.tracing.trace_at_size import trace_for
@@ -45,16 +46,22 @@ def kept(make: Method) -> Method:
 
     @functools.wraps(make)
     def get(self: "Graphs", *how: Any) -> Any:
-        self.make_once(name, how)
+        _make_once(id(self), name, how)
         return self.made[name][how]
 
     return get  # type: ignore[return-value]
+
+
+@torch.compiler.assume_constant_result
+def _make_once(graphs: int, name: str, how: tuple[Any, ...]) -> None:
+    by_id(graphs).make_once(name, how)
 
 
 class Graphs:
     """All graphs of a BU-TD network for one input size and mode; each is built when it is first used."""
 
     def __init__(self, owner: Owner, examples: Sequence[torch.Tensor], form: Form) -> None:
+        known_by_id(self)
         self.owner, self.options = owner, owner.options
         traced, _ = trace_for(owner.net, examples, form, owner.door)
         self.bu = open_modules(traced, example_inputs=examples, owner=owner.net)
@@ -248,7 +255,6 @@ class Graphs:
         if self.can_instruct:
             _ = self.td
 
-    @torch.compiler.assume_constant_result
     def make_once(self, name: str, how: tuple[Any, ...]) -> None:
         """Make what the `kept` method of this name returns for these arguments."""
         if how not in self.made[name]:

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from fxfeedback.instructed.autocast import autocast_dtype
 from fxfeedback.instructed.graphs import Graphs
+from fxfeedback.tracing.autocast import autocast_dtype
 
 
 def last_gates(

@@ -3,7 +3,8 @@
 import itertools
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from copy import deepcopy
+from typing import Any, Self
 
 import torch
 from torch import fx, nn
@@ -11,6 +12,8 @@ from torch import fx, nn
 from fxfeedback.graph.nodes import asked_dtype
 from fxfeedback.graph.specs import of_size, size_of
 from fxfeedback.tracing.arguments import Form
+from fxfeedback.tracing.autocast import autocast_dtype
+from fxfeedback.tracing.by_id import by_id, known_by_id
 from fxfeedback.tracing.fingerprint import Cache, Fingerprint, refuse_hooks
 from fxfeedback.tracing.verify import verify_under_autocast
 from fxfeedback.tracing.while_tracing import building, forget
@@ -33,26 +36,33 @@ class KeepsGraphs(nn.Module):
     _cache: Cache
     _children: dict[str, nn.Module | None]  # as they were when the two last agreed
 
+    def __new__(cls, *args: Any, **named: Any) -> Self:
+        """However it is made, also by copying and unpickling, functions that take its id find it."""
+        return known_by_id(super().__new__(cls))
+
     def _fingerprint(self) -> int:
         """A number for the modules' modes and attributes: the same for the same ones.
 
         Raises:
             OptionError: a module has a hook, which would not run.
         """
-        number = self._number()
-        return self._number(self._watched()) if torch.compiler.is_compiling() else number
+        number = _number(id(self))
+        return _number(id(self), self._watched()) if torch.compiler.is_compiling() else number
 
     def _watched(self) -> int:
         """How many of the plain attributes are as they are: read so that torch.compile looks at each in every call."""
         same = 0
-        for module in [*self.modules(), *self._net.modules()]:  # a child may be exchanged in either
-            for name, value in _plain(module):
+        for module, plain in zip(self._everything(), _plain(id(self)), strict=True):
+            id(module)  # torch.compile looks whether it is this one
+            for name, value in plain:
                 if getattr(module, name) == value:
                     same += 1
         return same
 
-    @torch.compiler.assume_constant_result
-    def _number(self, watched: int = 0) -> int:
+    def _everything(self) -> list[nn.Module]:
+        return [*self.modules(), *self._net.modules()]  # a child may be exchanged in either
+
+    def _numbered(self) -> int:
         if self._cache.present is None or not self._cache.present[0].holds():
             self._follow()
             now = Fingerprint(self._net, self._modules)
@@ -79,11 +89,10 @@ class KeepsGraphs(nn.Module):
 
     def _kept(self, key: tuple[Any, ...]) -> Any:
         """What `_build` makes for this key; made once, and kept as long as it is one of the last that were used."""
-        self._make(key)
+        _make(id(self), key)
         kept = self._cache.get(key)
         return self._kept(key) if kept is None else kept  # another thread may have cleared the cache
 
-    @torch.compiler.assume_constant_result  # making a graph is nothing that torch.compile could trace
     def _make(self, key: tuple[Any, ...]) -> None:
         kept = self._cache.pop(key, None)
         if kept is None:
@@ -103,12 +112,11 @@ class KeepsGraphs(nn.Module):
         Raises:
             TraceError: the graph differs.
         """
-        device = inputs[0].device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = autocast_dtype(inputs[0])
+        if dtype is not None:
             sizes = tuple([(size_of(x), x.dtype) for x in inputs])
-            self._compare((self._fingerprint(), sizes, form, torch.get_autocast_dtype(device)))
+            _compare(id(self), (self._fingerprint(), sizes, form, dtype))
 
-    @torch.compiler.assume_constant_result
     def _compare(self, key: tuple[Any, ...]) -> None:
         _, sizes, form, dtype = key
         if any(map(asked_dtype, self._graph(sizes, form).nodes)) and self._cache.get(("autocast", key)) is None:
@@ -130,7 +138,35 @@ def modes_of(keeper: KeepsGraphs) -> int:
     return keeper._fingerprint()
 
 
+# -- what torch.compile cannot trace and takes as constants: it checks the objects of ids in every call
+
+
 @torch.compiler.assume_constant_result
-def _plain(module: nn.Module) -> tuple[tuple[str, Any], ...]:
-    """The module's mode, numbers and words, by name."""
-    return tuple([(name, value) for name, value in vars(module).items() if isinstance(value, FACTS)])
+def _number(keeper: int, watched: int = 0) -> int:
+    return by_id(keeper)._numbered()
+
+
+@torch.compiler.assume_constant_result
+def _make(keeper: int, key: tuple[Any, ...]) -> None:
+    by_id(keeper)._make(key)
+
+
+@torch.compiler.assume_constant_result
+def _compare(keeper: int, key: tuple[Any, ...]) -> None:
+    by_id(keeper)._compare(key)
+
+
+@torch.compiler.assume_constant_result
+def _plain(keeper: int) -> tuple[tuple[tuple[str, Any], ...], ...]:
+    """Of every module its mode, numbers and words, and lists of such, by name."""
+    return tuple(
+        [
+            tuple([(name, deepcopy(value)) for name, value in vars(module).items() if _is_plain(value)])
+            for module in by_id(keeper)._everything()
+        ]
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    parts = value if type(value) in (list, tuple) else ()
+    return isinstance(value, FACTS) or (bool(parts) and all(map(_is_plain, parts)))

@@ -11,7 +11,7 @@ import torch
 def is_autocast(tensor: torch.Tensor) -> bool:
     """Whether autocast is on, on the tensor's device."""
     device = tensor.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return _has_autocast(device) and torch.is_autocast_enabled(device)
 
 
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
@@ -21,7 +21,12 @@ def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
 
 def same_autocast(device: str) -> Callable[..., Any]:
     """What makes the present autocast again; without its cache, in which weights have lost their history."""
-    if not torch.amp.is_autocast_available(device):
+    if not _has_autocast(device):
         return lambda enabled=False: contextlib.nullcontext()
     dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
     return functools.partial(torch.autocast, device, dtype=dtype, enabled=enabled, cache_enabled=False)
+
+
+@torch.compiler.assume_constant_result
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
