@@ -256,7 +256,7 @@ class BUTD(Wrapper):
         return not (training or is_rewritten() or isinstance(self.options.embedding, nn.Module))
 
     def _switch_own(self, mode: bool) -> Self:
-        self._cache.pop("gates", None)
+        self._cache.gates = None
         return super()._switch_own(mode)
 
     def _instructions_mix(self) -> bool:

@@ -4,6 +4,10 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import pytest
+import torch
+
+OLD_TORCH = torch.__version__ < (2, 14)
+"""torch 2.11, the oldest that we take, cannot do all that 2.14 does; what lies between was not tried."""
 
 
 def long(*values: Any) -> Any:

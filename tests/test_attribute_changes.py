@@ -161,8 +161,8 @@ def test_a_change_of_the_class_and_one_that_is_taken_back(convert, monkeypatch):
     monkeypatch.setattr(Base, "level", 5.0)
     assert not torch.allclose(call(converted, x)[0], before)
     monkeypatch.undo()
-    n_graphs = len(converted._cache)
-    assert torch.equal(call(converted, x)[0], before) and len(converted._cache) == n_graphs
+    n_graphs = len(converted._cache.graphs)
+    assert torch.equal(call(converted, x)[0], before) and len(converted._cache.graphs) == n_graphs
 
 
 @pytest.mark.parametrize("convert", CONVERTED.values(), ids=CONVERTED)
@@ -315,13 +315,13 @@ def test_the_least_recently_used_graphs_go(convert):
     network, call = convert(model)
     sizes = [torch.randn(2, 1, 8 + i % 5, 8 + i) for i in range(7)]
     expected = [call(x) for x in sizes]
-    assert len(network._cache) > 3
+    assert len(network._cache.graphs) > 3
     network.max_graphs = 3
     sources = n_sources()
     for _ in range(2):
         for x, y in zip(sizes, expected, strict=True):
             torch.testing.assert_close(call(x), y)
-            assert len([key for key in network._cache if key != "gates"]) <= 3
+            assert len(network._cache.graphs) <= 3
     assert n_sources() <= sources
     builds = []
     network._build = lambda key: builds.append(key)

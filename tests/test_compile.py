@@ -1,6 +1,7 @@
 """torch.compile takes whole what we return: no graph break, and the same values."""
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -80,6 +81,7 @@ CHANGES = {
 
 @one_in(2)
 @pytest.mark.parametrize("learns", [True, False], ids=["butd", "feedback"])
+@torch._dynamo.config.patch(recompile_limit=16)
 def test_changed_modes_and_attributes_compile_anew(learns):
     torch._dynamo.reset()
     nn = torch.nn
@@ -108,7 +110,21 @@ def test_one_compiled_function_for_several_networks():
         torch.testing.assert_close(call(one, x), one(x))
 
 
-@long
+@pytest.mark.parametrize("learns", [True, False], ids=["butd", "feedback"])
+def test_what_else_is_called_compiles_nothing_anew(learns):
+    torch._dynamo.reset()
+    convert = fxfeedback.to_butd if learns else functools.partial(fxfeedback.add_feedback, connections=[("2", "1")])
+    nn, made = torch.nn, []
+    model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    network, x = convert(model.eval(), input_size=(2, 4, 4)), torch.randn(2, 2, 4, 4)
+    fast = torch.compile(network, backend=lambda graph, _: made.append(graph) or graph, fullgraph=True)
+    for size in (4, 5, 6):
+        fast(x)
+        network(torch.randn(2, 2, size, size), **({} if learns else {"passes": size}))
+    assert len(made) == 1
+
+
+@pytest.mark.long
 def test_inductor():
     torch._dynamo.reset()
     for network in (

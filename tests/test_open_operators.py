@@ -10,6 +10,7 @@ from fxfeedback.errors import RuleError
 from fxfeedback.graph.nodes import name_of
 from fxfeedback.instructed.graphs import Graphs
 from fxfeedback.rules import RULES, T, call
+from marks import OLD_TORCH
 from test_law import check
 
 OPS = {
@@ -39,7 +40,10 @@ OPS = {
 }
 
 
-@pytest.mark.parametrize("name", OPS)
+QUANTILE = pytest.mark.skipif(OLD_TORCH, reason="this torch's quantile looks at values, and so does not open")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=QUANTILE if name == "quantile" else ()) for name in OPS])
 def test_the_law(name):
     check(OPS[name])
 
@@ -72,6 +76,7 @@ def test_names_and_lines_are_those_of_the_call(monkeypatch):
     assert all(node.target in RULES for node in calls)
 
 
+@QUANTILE
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_the_batch_stays_open(batch):
     """Also where a number of the decomposition depends on it: the rank of a quantile over the samples."""

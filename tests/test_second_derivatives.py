@@ -26,7 +26,7 @@ from fxfeedback.instructed.halves import cut
 from fxfeedback.rules import RULES, roles, rule
 from fxfeedback.tracing.open_modules import open_modules
 from fxfeedback.tracing.trace import trace
-from marks import long_but, one_in
+from marks import OLD_TORCH, long_but, one_in
 from networks import SMALL, build
 from test_law import ALL_RULES, Gated
 
@@ -92,6 +92,16 @@ def first_and_second(outputs, tensors, seed=5):
     return first, [None] * len(tensors) if linear else torch.autograd.grad(product, tensors, allow_unused=True)
 
 
+def torchs(outputs, tensors):
+    """What torch's own should be; older ones do not have all."""
+    try:
+        return first_and_second(outputs, tensors)
+    except RuntimeError as error:
+        if OLD_TORCH and "is not implemented" in str(error):
+            pytest.skip(f"this torch has nothing to compare with: {error}")
+        raise
+
+
 def check_near(found, expected, tolerance=1e-9):
     largest = max((e.abs().max() for e in expected if e is not None and not e.isnan().any()), default=0)
     for i, (a, b) in enumerate(zip(found, expected, strict=True)):
@@ -118,7 +128,7 @@ def test_every_rule_obeys_the_law_of_second_derivatives(rule, fused):
         x, parameters = module.x.requires_grad_(), dict(module.named_parameters())
         torch.manual_seed(0)  # of dropout's masks
         with WithDerivatives(), sdpa_kernel(SDPBackend.MATH):
-            _, expected = first_and_second(module(x), [x, *parameters.values()])
+            _, expected = torchs(module(x), [x, *parameters.values()])
         module.load_state_dict(buffers, strict=False)
         wanted = frozenset(["input:x", *parameters])
         assert wanted == {key_of(n) for n in bu.graph.nodes if n.op in ("placeholder", "get_attr")} - buffers.keys()
@@ -161,7 +171,8 @@ def test_norms_have_second_derivatives_where_values_are_zero(name, p):
     x = torch.tensor([[0, 1, -2], [0, 0, 0], [0.3, -0.2, 0.9]], dtype=torch.double, requires_grad=True)
     model = Function(lambda x: NORMS[name](x, p))
     butd = fxfeedback.to_butd(model, example_inputs=(x,), verify=False)
-    (first, second), (expected_first, expected_second) = (first_and_second(net(x), [x]) for net in (butd, model))
+    first, second = first_and_second(butd(x), [x])
+    expected_first, expected_second = torchs(model(x), [x])
     check_near(first, expected_first)
     known = [~e.isnan() for e in expected_second if e is not None]  # torch's own may be unbounded at zero
     for here, a, b in zip(known, second, expected_second, strict=True):

@@ -120,8 +120,31 @@ def _ctc_loss(log_probs: Any, *args: Any, reduction: Any = "mean", **options: An
     return log_probs.new_empty(log_probs.shape[1:-1] if how in ("none", 0) else ())
 
 
-SHAPES: dict[Any, Callable[..., Any]] = {F.ctc_loss: _ctc_loss, torch.ctc_loss: _ctc_loss}
-"""Functions without a kernel for tensors that have no data, and what they make of them."""
+def _fft_c2c(input: Any, *how: Any) -> Any:
+    return torch.empty_like(input)
+
+
+def _fft_r2c(input: Any, dim: Any, normalization: int, onesided: bool) -> Any:
+    size = input.shape[dim[-1]]
+    return _with_size(input, dim[-1], size // 2 + 1 if onesided else size, torch.result_type(input, 1j))
+
+
+def _fft_c2r(input: Any, dim: Any, normalization: int, last_dim_size: int) -> Any:
+    return _with_size(input, dim[-1], last_dim_size, torch.real(input).dtype)
+
+
+def _with_size(input: Any, dim: int, size: int, dtype: torch.dtype) -> Any:
+    return torch.empty([size if i == dim % input.ndim else n for i, n in enumerate(input.shape)], dtype=dtype)
+
+
+SHAPES: dict[Any, Callable[..., Any]] = {
+    F.ctc_loss: _ctc_loss,
+    torch.ctc_loss: _ctc_loss,
+    torch._fft_c2c: _fft_c2c,  # in torch 2.11 their kernels fail where the dimensions are not in order
+    torch._fft_r2c: _fft_r2c,
+    torch._fft_c2r: _fft_c2r,
+}
+"""Functions without a kernel for tensors that have no data, or without a right one, and what they make of them."""
 
 SHAPED_LIKE = {nn.TransformerEncoder: "src", nn.TransformerDecoder: "tgt", nn.Transformer: "tgt"}
 """Modules that look into their masks, and the argument that their output has the shape of."""

@@ -25,7 +25,7 @@ from fxfeedback.instructed.task_heads import put_task_heads
 from fxfeedback.rules.gating import gate
 from fxfeedback.td_graph import Instructing, instruct
 from fxfeedback.tracing.arguments import Form
-from fxfeedback.tracing.by_id import by_id, known_by_id
+from fxfeedback.tracing.by_id import Shelf, by_id, known_by_id
 from fxfeedback.tracing.open_modules import open_modules
 from fxfeedback.tracing.open_operators import open_operators
 from fxfeedback.tracing.trace_at_size import trace_for
@@ -46,15 +46,14 @@ def kept(make: Method) -> Method:
 
     @functools.wraps(make)
     def get(self: "Graphs", *how: Any) -> Any:
-        _make_once(id(self), name, how)
-        return self.made[name][how]
+        return getattr(self.made, _made_once(id(self), name, how))
 
     return get  # type: ignore[return-value]
 
 
 @torch.compiler.assume_constant_result
-def _make_once(graphs: int, name: str, how: tuple[Any, ...]) -> None:
-    by_id(graphs).make_once(name, how)
+def _made_once(graphs: int, name: str, how: tuple[Any, ...]) -> str:
+    return by_id(graphs).make_once(name, how)
 
 
 class Graphs:
@@ -74,8 +73,7 @@ class Graphs:
         unpack_tuples(self.bu)
         open_operators(self.bu, examples, owner.net)
         self.bottom_up = BottomUp(self.bu.graph)
-        # A dict for each, as torch.compile sees no change of a dict that it has looked into.
-        self.made: dict[str, dict[tuple[Any, ...], Any]] = {name: {} for name in MAKERS}
+        self.made = Shelf()
         try:
             self.head, self.no_head = self.bottom_up.find_head(self.options.head), None
         except Error as error:
@@ -255,13 +253,15 @@ class Graphs:
         if self.can_instruct:
             _ = self.td
 
-    def make_once(self, name: str, how: tuple[Any, ...]) -> None:
-        """Make what the `kept` method of this name returns for these arguments."""
-        if how not in self.made[name]:
+    def make_once(self, name: str, how: tuple[Any, ...]) -> str:
+        """What the `kept` method of this name returns for these arguments: its name in `made`."""
+        key = name, how
+        found = self.made.find(key)
+        if found is None:
             with building(self.owner.net) as sources:
                 weakref.finalize(self, forget, sources)
-                if how not in self.made[name]:
-                    self.made[name][how] = MAKERS[name](self, *how)
+                found = self.made.find(key) or self.made.put(key, MAKERS[name](self, *how))
+        return found
 
     # -- the instruction pass at run time -----------------------------------------------------------------------------
 

@@ -1,16 +1,16 @@
 """The gates of the last call, which the next one takes where nothing that they depend on has changed."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from fxfeedback.instructed.graphs import Graphs
 from fxfeedback.tracing.autocast import autocast_dtype
+from fxfeedback.tracing.fingerprint import Cache
 
 
 def last_gates(
-    cache: dict[Any, Any], graphs: Graphs, instructions: torch.Tensor, tensors: Sequence[torch.Tensor]
+    cache: Cache, graphs: Graphs, instructions: torch.Tensor, tensors: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
     """The gates of `instructions`, kept in `cache` until something else is asked for.
 
@@ -25,10 +25,10 @@ def last_gates(
     """
     state = graphs, torch.is_inference_mode_enabled(), autocast_dtype(instructions)
     values = [instructions, *{id(tensor): tensor for tensor in tensors}.values()]
-    kept = cache.get("gates")
+    kept = cache.gates
     if kept is None or kept[0] != state or not _equal(kept[1], values):
         values = [value.detach().clone() for value in values]
-        kept = cache["gates"] = state, values, graphs.gates(instructions)
+        kept = cache.gates = state, values, graphs.gates(instructions)
     return kept[2]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fxfeedback.rules.core import eye_like, fused, known, nothing, roles, rule, spatial, transpose
+from fxfeedback.rules.core import eye_like, fused, known, nothing, roles, rule, spatial, transpose, without_derivative
 from fxfeedback.rules.examples import T, call
 
 aten = torch.ops.aten
@@ -171,8 +171,16 @@ def _has_kernel(y, input, grid, mode="bilinear", padding_mode="zeros", align_cor
 @fused(grid_sample, applies=_has_kernel)
 def grid_sample_backward(e, y, saved, wanted, input, grid, mode="bilinear", padding_mode="zeros", align_corners=None):
     how = MODES.index(mode), PADDING.index(padding_mode), bool(align_corners)
-    both = aten.grid_sampler_2d_backward(e, input, grid, *how, ["input" in wanted, "grid" in wanted])
+    both = _grid_sampler_2d_error(e, input, grid, *how, ["input" in wanted, "grid" in wanted])
     return {"input": both[0], "grid": both[1]}
+
+
+def _by_formula(e, input, grid, mode, padding, align_corners, wanted):
+    operands = grid_sample.table(e, input, grid, MODES[mode], PADDING[padding], align_corners)
+    return operands["input"].error(e), operands["grid"].error(e)
+
+
+_grid_sampler_2d_error = without_derivative(aten.grid_sampler_2d_backward, _by_formula)  # torch 2.11 cannot
 
 
 @rule(

@@ -320,7 +320,7 @@ def segment_reduce(y, data, reduce, *, lengths=None, indices=None, offsets=None,
 @rule(
     torch.diagonal_scatter,
     examples=[
-        call(torch.diagonal_scatter, T(4, 3, 5), T(4, 3), 1, 1, 2),
+        call(lambda x, w: x.diagonal_scatter(x[:, :, 0] * w, 1, 1, 2), T(4, 3, 5), T(3)),
         call(lambda x, w: x * w.diagonal_scatter(w[:4, 0].exp(), -1).sum(1), T(4, 5), T(5, 4)),
     ],
 )

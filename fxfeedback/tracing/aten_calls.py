@@ -147,6 +147,11 @@ def _index_put(x: Any, indices: list[Any], value: Any, accumulate: bool = False)
     return Call(put_at, (x, _index(x, indices).args[1], value))
 
 
+def _view(x: Any, size: Any) -> Call:
+    """Other strides than at export, as an opened attention's, are no fault."""
+    return Call("view" if isinstance(size, torch.dtype) else torch.reshape, (x, size))
+
+
 def _bernoulli(x: Any, p: Any = None, **kwargs: Any) -> Call:
     return Call(torch.bernoulli, (x,)) if p is None else Call(drawn_like, (x, p))
 
@@ -188,6 +193,7 @@ SPELLED: dict[str, Callable[..., Call]] = {
     "index": _index,
     "to": _to,
     "_to_copy": _to,
+    "view": _view,
     "sym_size": lambda x, dim: Call("size", (x, dim)),
     "sym_numel": lambda x: Call("numel", (x,)),
     "numpy_T": lambda x: Call(getattr, (x, "T")),

@@ -17,6 +17,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from fxfeedback.errors import OptionError
 from fxfeedback.tracing.buffers import READ
+from fxfeedback.tracing.by_id import Shelf
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 """What nn.Module's call runs, and a graph does not."""
@@ -26,16 +27,23 @@ MACHINERY = frozenset(vars(nn.Module())) - {"training"}
 CONSTANTS = ("_tensor_constant", "_constant_")  # buffers that tracing leaves on a model
 
 
-class Cache(dict[Any, Any]):
-    """The graphs that a network keeps, by what they depend on.
+class Cache:
+    """What a network keeps.
 
-    numbers: of the fingerprints that were seen. present: the last one, and its number.
+    graphs: by what they depend on. numbers: of the fingerprints that were seen. present: the last one, and its number.
+    compared: what was compared with the model under autocast. gates: of the last call.
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self.numbers: dict[Fingerprint, int] = {}
         self.present: tuple[Fingerprint, int] | None = None
+        self.clear()
+
+    def clear(self) -> None:
+        """Without graphs, and what was made with them."""
+        self.graphs = Shelf()
+        self.compared: set[Any] = set()
+        self.gates: Any = None
 
 
 VALUES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout)

@@ -89,22 +89,22 @@ class KeepsGraphs(nn.Module):
 
     def _kept(self, key: tuple[Any, ...]) -> Any:
         """What `_build` makes for this key; made once, and kept as long as it is one of the last that were used."""
-        _make(id(self), key)
-        kept = self._cache.get(key)
+        name = _made(id(self), key)
+        kept = getattr(self._cache.graphs, name, None)
         return self._kept(key) if kept is None else kept  # another thread may have cleared the cache
 
-    def _make(self, key: tuple[Any, ...]) -> None:
-        kept = self._cache.pop(key, None)
-        if kept is None:
+    def _make(self, key: tuple[Any, ...]) -> str:
+        graphs = self._cache.graphs
+        name = graphs.find(key)
+        if name is None:
             with building(self._net) as sources:
-                kept = self._cache.pop(key, None)
-                if kept is None:
-                    kept = self._build(key)
-                    weakref.finalize(kept, forget, sources)
-        self._cache[key] = kept
-        graphs = [key for key in list(self._cache) if key != "gates"]
-        for oldest in graphs[: -self.max_graphs]:
-            self._cache.pop(oldest, None)
+                name = graphs.find(key)
+                if name is None:
+                    made = self._build(key)
+                    weakref.finalize(made, forget, sources)
+                    name = graphs.put(key, made)
+        graphs.keep(self.max_graphs)
+        return name
 
     def _check_autocast(self, inputs: Sequence[torch.Tensor], form: Form | None) -> None:
         """Under autocast, compare a graph that has answers about dtypes with the model: once for each.
@@ -119,11 +119,11 @@ class KeepsGraphs(nn.Module):
 
     def _compare(self, key: tuple[Any, ...]) -> None:
         _, sizes, form, dtype = key
-        if any(map(asked_dtype, self._graph(sizes, form).nodes)) and self._cache.get(("autocast", key)) is None:
+        if any(map(asked_dtype, self._graph(sizes, form).nodes)) and key not in self._cache.compared:
             with building(self._net):
                 examples = [of_size(*each) for each in sizes]
-                compared = verify_under_autocast(self._net, form or self._form, examples, dtype)
-                self._cache["autocast", key] = compared
+                verify_under_autocast(self._net, form or self._form, examples, dtype)
+                self._cache.compared.add(key)
 
     def _graph(self, sizes: Any, form: Form | None) -> fx.Graph:
         """The opened graph for calls of this form (None: the example's) with inputs of these sizes and dtypes."""
@@ -147,8 +147,8 @@ def _number(keeper: int, watched: int = 0) -> int:
 
 
 @torch.compiler.assume_constant_result
-def _make(keeper: int, key: tuple[Any, ...]) -> None:
-    by_id(keeper)._make(key)
+def _made(keeper: int, key: tuple[Any, ...]) -> str:
+    return by_id(keeper)._make(key)
 
 
 @torch.compiler.assume_constant_result
