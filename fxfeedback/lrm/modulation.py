@@ -35,8 +35,8 @@ NORMS = ("layer", "channel")
 RESIZES = ("bilinear", "bicubic", "area")
 SLICE: int | None = None
 """Bytes of a source's map, resized, that `modulate` works on at a time; None: see `_slice_bytes`."""
-CACHE, GPU_PART = 2**23, 64
-"""What a CPU's caches hold at least; the part of a GPU's memory."""
+CACHE, GPU_PART = 2**23, 512
+"""What a CPU's caches hold at least; the part of a GPU's memory, which its kernels take some 50 microseconds for."""
 
 
 class Norm(nn.Module):
@@ -177,8 +177,9 @@ class Modulation(nn.Module):
             (B, C_s, ...), (B, C_d, ...) and (1, C_d, C_s): m = resize(low) + weight min(resize(z), 0)
         """
         neg, pos = self._scales(strength)
-        z, weight = z.to(dtype), self.modulation.weight
-        low = self._mix(channels_last(z), self.modulation.bias, pos * weight)
+        weight = self.modulation.weight
+        z = z if z.dtype == dtype else channels_last(z, dtype)  # a copy only where there is one anyway: it is kept
+        low = self._mix(z, self.modulation.bias, pos * weight)
         return z, low.to(dtype), ((neg - pos) * weight.flatten(1)).to(dtype).unsqueeze(0)
 
     def _mix(

@@ -21,10 +21,10 @@ def resize(x: torch.Tensor, size: Sequence[int], mode: str = "bilinear") -> torc
     return F.interpolate(x, size, mode=mode, align_corners=True)
 
 
-def channels_last(x: torch.Tensor) -> torch.Tensor:
+def channels_last(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """A map with its channels last in memory, which resizes fastest: on a GPU a thread makes one value, and with
     channels first those of one position in the whole batch."""
-    return x.contiguous(memory_format=CHANNELS_LAST.get(x.ndim, torch.contiguous_format))
+    return x.to(dtype or x.dtype, memory_format=CHANNELS_LAST.get(x.ndim, torch.contiguous_format))
 
 
 def resize_by_axis(x: torch.Tensor, size: Sequence[int], mode: str = "bilinear") -> torch.Tensor:
