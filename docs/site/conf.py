@@ -53,6 +53,7 @@ html_math_renderer = "mathml"
 PAGES = {
     "CONTRIBUTING.md": "rules.md",
     "docs/benchmarks.md": "benchmarks.md",
+    "docs/gpu.md": "gpu.md",
     "docs/operators.md": "operators.md",
     "docs/reliability.md": "reliability.md",
     "docs/results.md": "results.md",
