@@ -142,3 +142,11 @@ def test_under_autocast_the_modulated_map_keeps_its_dtype(run, laid):
             out = run(y, [(block, a, None), (block, a, None)], "relu")
     assert out.dtype == y.dtype and out.stride() == y.stride()
     assert run is formula or large.ops == []
+
+
+def test_a_hook_on_a_connections_block_sees_its_call():
+    block = Modulation(Layout("map", 2, (2, 3)), Layout("map", 4, (5, 6))).double()
+    y, a, seen = torch.randn(BATCH, 4, 5, 6).double(), torch.randn(BATCH, 2, 2, 3).double(), []
+    block.register_forward_hook(lambda block, given, m: seen.append(m) or 2 * m)
+    value = modulate(y, [(block, a, None)], "none")
+    torch.testing.assert_close(value, y + y * seen[0] * 2, rtol=1e-9, atol=1e-9)

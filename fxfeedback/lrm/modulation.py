@@ -29,6 +29,7 @@ from fxfeedback.errors import OptionError
 from fxfeedback.graph.layout import Layout
 from fxfeedback.lrm.grown import How, grown, working_dtype
 from fxfeedback.lrm.resizing import channels_last, resize
+from fxfeedback.tracing.fingerprint import HOOKS
 
 ORDERS = ("norm-squash-resize", "resize-norm-squash")
 NORMS = ("layer", "channel")
@@ -214,13 +215,18 @@ def modulate(y: torch.Tensor, shares: Sequence[Share], activation: str) -> torch
     widest = max(block.source.channels for block, _, _ in shares) * positions * y.element_size()
     samples = max(1, (SLICE or _slice_bytes(y.device)) // widest)
     both = zip(shares, sources, strict=True)
-    if all(z.ndim == 2 or (block.grows and len(z) == len(y)) for (block, _, _), (z, _) in both):
+    if all(z.ndim == 2 or (_grows(block) and len(z) == len(y)) for (block, _, _), (z, _) in both):
         return _grown(y, shares, sources, activation == "relu", samples)
     sliced = [_sliced(x, len(y), samples) for x in (y, *itertools.chain(*sources))]
     again = functools.partial(checkpoint, modulated, use_reentrant=False, preserve_rng_state=False)
     run: Callable[..., Any] = again if torch.is_grad_enabled() else modulated
     parts = [run(y, *zip(x[::2], x[1::2], strict=True)) for y, *x in zip(*sliced, strict=False)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _grows(block: Modulation) -> bool:
+    """Whether its source grows, and no hook waits for its call."""
+    return block.grows and not any(vars(block)[kind] for kind in HOOKS)
 
 
 def _grown(
