@@ -22,6 +22,7 @@ from fxfeedback.tracing.autocast import is_autocast
 from fxfeedback.tracing.examples import examples_of
 from fxfeedback.tracing.modes import eval_mode
 from fxfeedback.tracing.verify import verify_graph
+from fxfeedback.tracing.waiting import at_hand
 from fxfeedback.tracing.while_tracing import building, is_rewritten
 from fxfeedback.tracing.wrapper import Wrapper, stand_ins_of
 
@@ -244,7 +245,7 @@ class BUTD(Wrapper):
             return [], graphs.gates(instruction)
         instructions, rows = distinct(instruction, ids, batch)
         which = [] if rows is None else [rows]
-        if not self._may_keep_gates():
+        if not (self._may_keep_gates() and at_hand(instructions)):  # whether they are the last's, values say
             return which, graphs.gates(instructions)
         weights = [*self.parameters(), *self.buffers(), *(self._fetch(name) for name in graphs.gating().attributes)]
         return which, last_gates(self._cache, graphs, instructions, weights)

@@ -1094,7 +1094,8 @@ def squares(x: Value) -> bool:
 @grows(
     *("inv", "inv_ex", "pinv", "det", "det_with_factors", "logdet", "slogdet", "matrix_exp", "cholesky_inverse"),
     *("solve", "solve_ex", "solve_triangular", "triangular_solve", "cholesky_solve", "cholesky", "cholesky_ex"),
-    *("lu", "lu_factor", "lu_factor_ex", "lu_unpack", "lu_solve", "lu_solve_of", "polar", "matrix_sqrth"),
+    *("lu", "lu_factor", "lu_factor_ex", "lu_unpack", "lu_solve", "lu_solve_of", "polar"),
+    *(["matrix_sqrth"] if hasattr(torch.linalg, "matrix_sqrth") else []),
     when=squares,
 )
 def of_squares(g, x):

@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from fxfeedback.errors import InputError
+from fxfeedback.tracing.waiting import at_hand, moved
 from fxfeedback.tracing.wrapper import not_finite
 
 
@@ -22,11 +22,12 @@ def read_instruction(
         takes_ids: whether ids stand for one-hot vectors.
 
     Raises:
-        InputError: a wrong shape, an id out of range, or a vector that is not finite; the last two on the CPU only, as
-            looking would wait for another device.
+        InputError: a wrong shape, an id out of range, or a vector that is not finite; the last two where looking would
+            not wait for another device. There an id out of range is an error of the device's, and comes later.
     """
+    given = task
     try:
-        task = torch.as_tensor(task, device=like.device)
+        task = torch.as_tensor(given)  # looked at where it is
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"an instruction is made of ids or of float vectors, not of {task!r}: {error}") from None
     rows = "batch" if batch is None else batch
@@ -38,7 +39,7 @@ def read_instruction(
             raise InputError(
                 "an instruction vector has values that are not finite (NaN or infinite): it opens no gates"
             )
-        return vectors, None
+        return vectors.to(like.device), None
     if not takes_ids:
         raise InputError(f"with instruction_size={size} an instruction is a float vector ({rows}, {size}), not ids")
     if task.dtype == torch.bool or task.ndim > 1 or (task.ndim == 1 and batch is not None and len(task) != batch):
@@ -46,12 +47,13 @@ def read_instruction(
             f"instructions are ({rows},) integer ids or ({rows}, {size}) floats, "
             f"not {task.dtype} of shape {tuple(task.shape)}"
         )
-    # Looking at ids on a GPU would wait for it, and torch.compile cannot; there, one_hot or index_select raises.
-    looks = task.device.type == "cpu" and not torch.compiler.is_compiling()
+    looks = at_hand(task) and not torch.compiler.is_compiling()
     if looks and task.numel() and not 0 <= int(task.min()) <= int(task.max()) < size:
         raise InputError(f"instruction ids lie between 0 and {size - 1}; got {int(task.min())} to {int(task.max())}")
-    ids = task.reshape(-1).long()
-    return F.one_hot(ids, size).to(like.dtype), ids
+    ids = moved(task, given, like.device).reshape(-1).long()
+    if not looks:  # the device looks, and nobody waits
+        torch._assert_async(((ids >= 0) & (ids < size)).all(), f"instruction ids lie between 0 and {size - 1}")
+    return (ids.unsqueeze(-1) == torch.arange(size, device=ids.device)).to(like.dtype), ids
 
 
 def distinct(
@@ -63,7 +65,8 @@ def distinct(
     """
     if ids is not None and instruction.shape[1] <= batch:
         return torch.eye(instruction.shape[1], dtype=instruction.dtype, device=instruction.device), ids
-    if len(instruction) == 1 or torch.compiler.is_compiling():  # there, no size may depend on values
+    if len(instruction) == 1 or torch.compiler.is_compiling() or not at_hand(instruction):
+        # No size may depend on values.
         return instruction, None
     different, rows = torch.unique(instruction, dim=0, return_inverse=True)
     if len(different) == len(instruction):

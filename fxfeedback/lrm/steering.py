@@ -11,6 +11,7 @@ from fxfeedback.errors import InputError, NodeNameError, OptionError
 from fxfeedback.graph.channels import channel_dim
 from fxfeedback.graph.nodes import name_of, spec_of
 from fxfeedback.graph.specs import Spec
+from fxfeedback.tracing.waiting import moved
 from fxfeedback.tracing.wrapper import not_finite
 
 State = dict[str, torch.Tensor]
@@ -154,7 +155,7 @@ def _tensor(given: Steering, what: str, like: torch.Tensor) -> torch.Tensor:
         tensor = value if isinstance(value, torch.Tensor) else torch.as_tensor(value, dtype=like.dtype)
     except (TypeError, ValueError, RuntimeError):
         raise InputError(f"steering {given.source!r}: {what}={value!r} is not a number or a tensor") from None
-    made = tensor.to(like.device, like.dtype)
+    made = moved(tensor, value, like.device).to(like.dtype)
     if not_finite(tensor) or not_finite(made):
         raise InputError(
             f"steering {given.source!r}: {what} has values that are not finite (NaN, or too large for {like.dtype})"

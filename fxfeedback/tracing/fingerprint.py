@@ -18,6 +18,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from fxfeedback.errors import OptionError
 from fxfeedback.tracing.buffers import READ
 from fxfeedback.tracing.by_id import Shelf
+from fxfeedback.tracing.waiting import is_captured
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 """What nn.Module's call runs, and a graph does not."""
@@ -175,16 +176,27 @@ class _Tensor:
         self.number, self.places = number, 0
         self.only: torch.Tensor | None = None
         self.held: torch.Tensor | None = None  # of one whose values are constants of a graph
+        self.seen: torch.Tensor | None = None  # what had them last, in this version
+        self.version = -1
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, torch.Tensor):
             same = (other.shape, other.dtype, other.device) == self.facts and (self.only is None or self.only is other)
-            return same and (self.held is None or torch.equal(self.held, other))
+            return same and (self.held is None or self._holds(other))
         if not isinstance(other, _Tensor) or (other.number, other.facts) != (self.number, self.facts):
             return False
         return other.held is self.held or (
             self.held is not None and other.held is not None and torch.equal(self.held, other.held)
         )
+
+    def _holds(self, other: torch.Tensor) -> bool:
+        """Whether it has the values still; while a CUDA graph is captured, when nobody can look: by its version."""
+        version = -1 if other.is_inference() else other._version
+        if is_captured(other):
+            return self.seen is other and self.version == version >= 0
+        same = torch.equal(self.held, other)  # type: ignore[arg-type]
+        self.seen, self.version = other if same else None, version
+        return same
 
 
 class _Any:

@@ -14,6 +14,7 @@ from fxfeedback.tracing.fingerprint import Cache, refuse_hooks
 from fxfeedback.tracing.kept_graphs import KeepsGraphs
 from fxfeedback.tracing.saved import without_prefixes
 from fxfeedback.tracing.share import share
+from fxfeedback.tracing.waiting import at_hand
 from fxfeedback.tracing.while_tracing import is_rewritten
 
 
@@ -256,7 +257,7 @@ def not_finite(tensor: torch.Tensor) -> bool:
 
     Looking would wait for a GPU; torch.compile and torch.func.vmap cannot look.
     """
-    return not is_rewritten() and tensor.device.type == "cpu" and not bool(tensor.isfinite().all())
+    return not is_rewritten() and at_hand(tensor) and not bool(tensor.isfinite().all())
 
 
 def stand_ins(example_inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
