@@ -96,5 +96,6 @@ class Gpu:
 
         states = mock.patch("fxfeedback.tracing.trace.random_states", tuple)  # which would be read as numpy's arrays
         equal = mock.patch("torch.equal", lambda a, b: a.shape == b.shape)  # of values that there are none of
-        with self.mode, mock.patch.object(nn.Module, "to", to), states, equal, Watch() as watch:
+        fast = mock.patch("torch.backends.mha._is_fastpath_enabled", False)  # which torch 2.11 has no fake kernel of
+        with self.mode, mock.patch.object(nn.Module, "to", to), states, equal, fast, Watch() as watch:
             yield watch
