@@ -29,6 +29,7 @@ from table import Line, Table, command
 from torch import fx, nn
 
 import fxfeedback
+from fxfeedback.lrm.modulation import modulate
 
 RANDOM = ("native_dropout", "survival", "surviving_channels")
 """The names of the functions that draw random numbers in an opened graph."""
@@ -129,16 +130,16 @@ def by_hooks(plain: nn.Module, model: fxfeedback.FeedbackModel, x: torch.Tensor)
     )
     signals: list[torch.Tensor] = []
 
-    def modulate(module: nn.Module, inputs: Any, y: torch.Tensor) -> torch.Tensor:
+    def modulated(module: nn.Module, inputs: Any, y: torch.Tensor) -> torch.Tensor:
         if signals:
-            y = torch.addcmul(y, y, block(signals[0], y))  # to the last bit as the passes compute it
-            y = torch.relu(y) if isinstance(module, nn.modules.conv._ConvNd) else y
+            rectified = "relu" if isinstance(module, nn.modules.conv._ConvNd) else "none"
+            y = modulate(y, [(block, signals[0], None)], rectified)  # to the last bit as the passes compute it
         return y
 
     def hand_on(module: nn.Module, inputs: Any, y: torch.Tensor) -> None:
         signals.append(y.clone())  # an in-place ReLU may follow
 
-    hooks = destination.register_forward_hook(modulate), source.register_forward_hook(hand_on)
+    hooks = destination.register_forward_hook(modulated), source.register_forward_hook(hand_on)
     outputs = [plain(x), plain(x)]
     for hook in hooks:
         hook.remove()

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from on_device import DEVICE, ON_GPU
+from the_device import DEVICE, ON_GPU
 
 collect_ignore = [] if os.environ.get("DEVICE") else ["test_suite_on_device.py"]  # the suite's own tests once more
 

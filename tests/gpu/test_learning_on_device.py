@@ -12,8 +12,8 @@ import test_precision
 from fxfeedback.rules import RULES
 from marks import long, long_but, one_in
 from networks import SMALL, TRANSFORMERS
-from on_device import DEVICE, ON_GPU, assert_same, captured, compiled, ids, network, off, on_a_stream_of_its_own
 from test_precision import error, named_gradients
+from the_device import DEVICE, ON_GPU, assert_same, captured, compiled, ids, network, off, on_a_stream_of_its_own
 
 REAL = ["resnet18", "resnet50", "mobilenet_v2", "alexnet", "efficientnet_b0", "convnext_tiny", "swin_v2_t", "vit_b_16"]
 NETWORKS = ["published", *SMALL, *TRANSFORMERS, *(REAL if ON_GPU else REAL[:1])]  # other tests have them on the CPU

@@ -11,7 +11,7 @@ from torch import nn
 import fxfeedback
 from marks import long_but, one_in
 from networks import TRANSFORMERS, convnet
-from on_device import DEVICE, ON_GPU, assert_same, captured, compiled, ids, network, off
+from the_device import DEVICE, ON_GPU, assert_same, captured, compiled, ids, network, off
 
 TIGHT, LOOSE = 1e-9, 1e-8
 NETWORKS = {

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 import fxfeedback
 from marks import long
-from on_device import DEVICE, ON_GPU, ids, network, off
 from test_passes_on_device import passes
+from the_device import DEVICE, ON_GPU, ids, network, off
 
 pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
