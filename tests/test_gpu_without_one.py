@@ -157,7 +157,7 @@ def wrapped(model, options, verify=False):
     return fxfeedback.to_butd(model, input_size=(2, 6, 6), verify=verify, **options)
 
 
-@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("asked", long_but(["own weights", "connections"], ASKED))
 def test_a_seed_gives_the_same_network_on_every_device(asked):
     """What is added is drawn by the CPU's generator, in one order, and lies where the model is."""
     model, options, gpu = SMALL["residual"](), ASKED[asked], Gpu()
@@ -177,7 +177,7 @@ def test_a_seed_gives_the_same_network_on_every_device(asked):
     assert not watch.draws and all(x.is_meta for x in without_data.values())
 
 
-@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("asked", long_but(["own weights"], ASKED))
 def test_building_leaves_the_generators_of_other_devices_alone(asked, monkeypatch):
     """torch.manual_seed would seed every GPU, and those that are set up later."""
     monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeds every GPU"))
@@ -196,7 +196,7 @@ FAMILIES = (
 NETWORKS = [*SMALL, *TRANSFORMERS, *LARGE, *FAMILIES]
 
 
-@pytest.mark.parametrize("name", long_but(["residual", "attention"], NETWORKS))
+@pytest.mark.parametrize("name", long_but(["residual"], NETWORKS))
 @pytest.mark.parametrize("training", [True, False])
 def test_networks_stay_on_the_device(name, training):
     """Made on the CPU and moved: calls, which draw what the model draws, instructed ones, the learner, two passes."""

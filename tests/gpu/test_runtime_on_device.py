@@ -136,7 +136,7 @@ def a_learner(case, folder):
     return butd, x, Learner(folder / "learner.onnx", PROVIDER, profiling(folder)), kind, 0.01 if kind == "sgd" else 1e-3
 
 
-@pytest.mark.parametrize("case", ["convnet-sgd", *map(long, list(CASES)[1:])])
+@pytest.mark.parametrize("case", list(map(long, CASES)))
 def test_a_step_is_torchs(case, tmp_path, opened):
     """As in float64: the loss, the weights, and the statistics."""
     butd, x, learner, kind, lr = a_learner(case, tmp_path)
