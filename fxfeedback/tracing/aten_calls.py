@@ -184,6 +184,7 @@ SPELLED: dict[str, Callable[..., Call]] = {
     "fill": lambda x, value: Call(put_at, (x, (...,), value)),
     "zero": lambda x: Call(torch.zeros_like, (x,)),
     "bernoulli": _bernoulli,
+    "bernoulli_": lambda x, p=0.5, **_: Call(drawn_like, (x, p)),  # torch.export leaves out what is the default
     "index_put": _index_put,
     "alias": lambda x: Call(same, (x,)),
     "lift_fresh": lambda x: Call(same, (x,)),
