@@ -18,6 +18,7 @@ from fxfeedback.graph.nodes import gated_site_of, name_of, spec_of, specs_of, te
 from fxfeedback.graph.operands import operand, weight_of
 from fxfeedback.graph.values import Emitter, Value, batch_size
 from fxfeedback.rules import RULES
+from fxfeedback.rules.gating import gates_of_samples
 from fxfeedback.td_graph import Walk, twins_in
 
 INPUT = "input:"
@@ -133,12 +134,16 @@ def _emit_bottom_up(bu: BottomUp, emitter: Emitter, wanted: set[fx.Node], fused:
 
 
 def _is_gated_step(node: fx.Node) -> bool:
-    """Whether the node is the gate after an activation that is a step (see `Rule`) and that is read by nothing else."""
+    """Whether the node is the gate after an activation that is a step (see `Rule`) and that is read by nothing else.
+
+    That each sample's gates are laid out like it is no reading.
+    """
     if gated_site_of(node) is None:
         return False
     activation = node.all_input_nodes[0]
     rule = RULES.get(activation.target)
-    return rule is not None and rule.step and len(activation.users) == 1
+    alone = all(user is node or user.target is gates_of_samples for user in activation.users)
+    return rule is not None and rule.step and alone
 
 
 def _updates(

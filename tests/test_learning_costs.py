@@ -15,9 +15,15 @@ from networks import build
 NETWORKS = {
     "relu": lambda: torchvision.models.shufflenet_v2_x0_5(num_classes=5),
     "relu6": lambda: torchvision.models.mobilenet_v2(num_classes=5),
+    "convolutions": lambda: convolutions(),
     "gelu": lambda: torchvision.models.VisionTransformer(32, 16, 2, 2, 16, 64, num_classes=5),
     "frozen": lambda: frozen(nn.Conv2d(3, 16, 3), nn.Dropout(), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Dropout()),
 }
+
+
+def convolutions() -> nn.Module:
+    layers = [(nn.Conv2d(8 if i else 3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()) for i in range(6)]
+    return nn.Sequential(*itertools.chain(*layers), nn.AvgPool2d(16), nn.Flatten(), nn.Linear(32, 5))
 
 
 def frozen(*trunk: nn.Module) -> nn.Module:
@@ -35,7 +41,7 @@ def peak(step):
     return max(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
 
 
-@pytest.mark.parametrize("name", long_but(["gelu", "frozen"], NETWORKS))
+@pytest.mark.parametrize("name", long_but(["convolutions", "gelu", "frozen"], NETWORKS))
 def test_values_are_freed_as_the_error_pass_consumes_them(name):
     """A value too many would be seen: gates, pre-activations, or a norm's output held by its statistics."""
     x, task = torch.randn(16, 3, 32, 32), torch.arange(16) % 2
