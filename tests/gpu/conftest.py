@@ -1,6 +1,7 @@
 """Tests on a GPU: `make test-gpu`. In `make test` their small cases run on the CPU."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,15 @@ collect_ignore = [] if os.environ.get("DEVICE") else ["test_suite_on_device.py"]
 def pytest_configure(config):
     if ON_GPU and not torch.cuda.is_available():
         pytest.exit(f"nothing was tested: torch {torch.__version__} finds no GPU here", returncode=0)
+
+
+def pytest_collection_modifyitems(config, items):
+    """The large cases are for a GPU: on the CPU the suite's own tests have them."""
+    here = Path(__file__).parent
+    large = [item for item in items if here in item.path.parents and item.get_closest_marker("long")]
+    left_out = [] if ON_GPU else large
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in set(left_out)]
 
 
 @pytest.fixture(autouse=True)
