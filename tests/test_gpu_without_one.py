@@ -31,9 +31,11 @@ from other_device import Gpu, Watch
 sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
 from generate_operators import OPENED
 
-CALLS = [(rule, example) for rule in dict.fromkeys(RULES.values()) for example in rule.examples]
-BY_VALUES = {"ctc_loss", "getitem", "index", "index_put"}
-"""Rules with examples that nothing but a real GPU can try: torch looks at values."""
+ONLY_THERE = {"ctc_loss"}
+"""Rules that nothing but a real GPU can try: torch asks its driver."""
+CALLS = [(r, example) for r in dict.fromkeys(RULES.values()) if r.name not in ONLY_THERE for example in r.examples]
+BY_VALUES = {"getitem", "index", "index_put"}
+"""Rules with examples in which torch looks at values, which these tensors do not have."""
 
 
 def learners(module, x):
@@ -69,7 +71,7 @@ def test_every_rule_stays_on_the_device(rule, example, there):
             with gpu(), torch.no_grad():
                 results = gpu.move(one)(gpu.tensor(x), *map(gpu.tensor, errors))
             assert {y.device.type for y in tree_leaves(results) if is_floating(y)} == {"cuda"}
-    except (DataDependentOutputException, DynamicOutputShapeException, RuntimeError) as error:
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
         if rule.name not in BY_VALUES:
             raise
         pytest.skip(f"torch looks at values: {error}")

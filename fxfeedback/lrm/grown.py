@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from fxfeedback.graph.layout import Layout
 from fxfeedback.lrm.resizing import channels_last, resize, resize_by_axis, resize_transposed
+from fxfeedback.tracing.autocast import autocast_dtype, is_autocast
 
 Tensors = Sequence[Any]
 """y; rest and what modulates class tokens, or None; then z, low and weight of each source."""
@@ -60,18 +61,13 @@ class _Grown(torch.autograd.Function):
 
 def working_dtype(y: torch.Tensor) -> torch.dtype:
     """The dtype that m is computed in: autocast's, or y's own."""
-    device = y.device.type
-    return torch.get_autocast_dtype(device) if _is_autocast(device) and y.dtype != torch.float64 else y.dtype
-
-
-def _is_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    low = autocast_dtype(y)
+    return y.dtype if low is None or y.dtype == torch.float64 else low
 
 
 def _exact(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Without autocast: everything has the dtype already that it is computed in."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if _is_autocast(device) else contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if is_autocast(x) else contextlib.nullcontext()
 
 
 def _slices(samples: int, batch: int, tensors: Tensors) -> Iterator[list[Any]]:
