@@ -34,7 +34,7 @@ from fxfeedback.graph.nodes import (
 )
 from fxfeedback.instructed.graphs import Graphs
 from fxfeedback.lrm.feedback_model import FeedbackModel, bottom_up_of, links_of, looks_at_sizes
-from fxfeedback.rewrite import Unroller, Unrolling
+from fxfeedback.rewrite import Link, Unroller, Unrolling
 from fxfeedback.tracing.modes import eval_mode
 from fxfeedback.tracing.wrapper import Wrapper, call_as_example, fetch_of, like_of, root_of
 
@@ -151,9 +151,9 @@ class _Numbered(Unroller):
                 tell(node, **{"pass": number})
         return result
 
-    def modulated(self, y: fx.Node, modulation: fx.Node, activation: str) -> fx.Node:
+    def modulated(self, y: fx.Node, modulation: fx.Node, link: Link) -> fx.Node:
         before = set(self.graph.nodes)
-        value = super().modulated(y, modulation, activation)
+        value = super().modulated(y, modulation, link)
         for node in self.graph.nodes:
             if node not in before:
                 tell(node, name=f"{name_of(y)}.modulated")

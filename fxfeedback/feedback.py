@@ -34,10 +34,11 @@ def add_feedback(
 ) -> Any:
     """Add long-range modulatory connections to a model and run it in several passes.
 
-    In each pass a destination y becomes relu(y + y Σ m). m is computed from its sources' values: those of the previous
-    pass for a source that runs later (feedback), of the present pass for one that runs earlier (skip). A destination
-    without a signal is not changed, so the first pass of a feedback-only model is the model ("Cognitive
-    Steering in Deep Neural Networks via Long-Range Modulatory Feedback Connections", NeurIPS 2023).
+    In each pass a destination y becomes relu(y + y Σ m), or as its `Connection` says. m is computed from its
+    sources' values: those of the previous pass for a source that runs later (feedback), of the present pass for one
+    that runs earlier (skip). A destination without a signal is not changed, so the first pass of a feedback-only model
+    is the model ("Cognitive Steering in Deep Neural Networks via Long-Range Modulatory Feedback Connections",
+    NeurIPS 2023).
 
     Args:
         model: any module that torch.fx can trace. It is not changed. Its parameters are shared with the result; its

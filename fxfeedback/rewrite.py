@@ -22,13 +22,15 @@ from fxfeedback.rules.ops import ADVANCES
 class Link:
     """One connection between nodes of a graph.
 
-    block: qualified name of its `Modulation`; activation: "relu" or "none", what follows the destination's modulation.
+    block: qualified name of its `Modulation`; activation: "relu" or "none", what follows the destination's modulation;
+    mode: "multiply" or "add".
     """
 
     source: fx.Node
     destination: fx.Node
     block: str
     activation: str
+    mode: str = "multiply"
 
 
 class Unrolling(NamedTuple):  # no dataclass: torch.compile has to take it as a constant
@@ -99,7 +101,7 @@ class Unroller:
                 signals = [(link, signal) for link, signal in signals if signal is not None]
                 modulation = self.modulation(before, signals)
                 if modulation is not None:
-                    values[node] = self.modulated(before, modulation, signals[0][0].activation)
+                    values[node] = self.modulated(before, modulation, signals[0][0])
                 if name_of(node) in self.what.readout:
                     readout[name_of(node)] = (values[node], before, modulation)
         self.signals = {link.source: values[link.source] for link in self.links}
@@ -144,10 +146,11 @@ class Unroller:
             total = m if total is None else self.once(operator.add, total, m)
         return total
 
-    def modulated(self, y: fx.Node, modulation: fx.Node, activation: str) -> fx.Node:
-        """relu(y + y m)"""
-        value = self.once(torch.addcmul, y, y, modulation)
-        return self.once(torch.relu, value) if activation == "relu" else value
+    def modulated(self, y: fx.Node, modulation: fx.Node, link: Link) -> fx.Node:
+        """relu(y + y m), or relu(y + m); `link`: any of its connections, which agree."""
+        arguments = (torch.add, y, modulation) if link.mode == "add" else (torch.addcmul, y, y, modulation)
+        value = self.once(*arguments)
+        return self.once(torch.relu, value) if link.activation == "relu" else value
 
     def steer(self) -> None:
         """signal <- alpha activation + (1 - alpha) signal; from now on the source's scales are multiplied."""

@@ -1643,6 +1643,7 @@ options = st.fixed_dictionaries(
         "norm": st.just("channel"),
         "resize": st.just("area"),
         "activation": st.just("none"),
+        "mode": st.just("add"),
     },
 )
 

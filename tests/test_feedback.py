@@ -393,6 +393,8 @@ def test_no_connections_at_all():
         {"resize": "bicubic"},
         {"resize": "area"},
         {"activation": "none"},
+        {"mode": "add"},
+        {"mode": "add", "order": "resize-norm-squash", "activation": "none"},
         {"order": "resize-norm-squash", "norm": "channel", "resize": "area", "activation": "relu"},
     ],
     ids=str,
@@ -427,7 +429,8 @@ def test_options_of_a_connection(pair, options):
 
     z = torch.tanh(norm(resize(z))) if options.get("order", "n")[0] == "r" else resize(torch.tanh(norm(z)))
     m = F.conv2d(torch.where(z < 0, block.neg_scale, block.pos_scale) * z, *block.modulation.parameters())
-    after = y + y * (m if y.ndim == 4 else m.flatten(1))
+    m = m if y.ndim == 4 else m.flatten(1)
+    after = y + (m if options.get("mode") == "add" else y * m)
     after = after if options.get("activation") == "none" else torch.relu(after)
     expected = net[destination + 1 :](after)
     assert close(model(x)[0], expected if skip else net(x))
@@ -765,6 +768,8 @@ MISTAKES = {
         OptionError,
         r"agree on activation",
     ),
+    "mode": ([Connection("8", "4", mode="subtract")], {}, OptionError, r"mode='subtract'.*'multiply', 'add'"),
+    "modes": ([Connection("8", "4", mode="add"), ("10", "4")], {}, OptionError, r"10 -> 4.*agree on mode="),
     "one name": ([("8",)], {}, OptionError, r"give \(source, destination\), a dict or a Connection"),
     "misspelt key": ([{"source": "8", "dest": "4"}], {}, OptionError, r"dest.*give \(source, destination\)"),
     "a number": ([3], {}, OptionError, r"3 is not a connection"),

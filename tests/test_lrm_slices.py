@@ -37,17 +37,19 @@ def value(layout, class_tokens=0):
     return torch.randn(BATCH, *(tokens or shape[layout.kind]), dtype=torch.double)
 
 
-def formula(y, shares, activation):
-    modulated = y + y * functools.reduce(torch.add, [block(a, y, strength) for block, a, strength in shares])
+def formula(y, shares, activation, mode="multiply"):
+    m = functools.reduce(torch.add, [block(a, y, strength) for block, a, strength in shares])
+    modulated = y + m if mode == "add" else y + y * m
     return torch.relu(modulated) if activation == "relu" else modulated
 
 
 @pytest.mark.parametrize("samples", [1, 2, BATCH])
 @pytest.mark.parametrize("activation", ["relu", "none"])
+@pytest.mark.parametrize("mode", ["multiply", "add"])
 @pytest.mark.parametrize(
-    "name, mode", [*((name, "bilinear") for name in DESTINATIONS), ("map", "bicubic"), ("map", "area")]
+    "name, resized", [*((name, "bilinear") for name in DESTINATIONS), ("map", "bicubic"), ("map", "area")]
 )
-def test_values_and_derivatives_are_the_formulas(name, mode, activation, samples):
+def test_values_and_derivatives_are_the_formulas(name, resized, mode, activation, samples):
     torch.manual_seed(0)
     kind, size = DESTINATIONS[name]
     destination, class_tokens = Layout(kind, 4, size), 2 if name == "class tokens" else 0
@@ -57,7 +59,7 @@ def test_values_and_derivatives_are_the_formulas(name, mode, activation, samples
     y = y.to(memory_format=torch.channels_last) if name == "channels last" else y
     strength = torch.tensor([0.7, -1.2]).double().requires_grad_()
     shares = [
-        (Modulation(source, destination, resize=mode).double(), value(source), strength if i == 0 else None)
+        (Modulation(source, destination, resize=resized).double(), value(source), strength if i == 0 else None)
         for i, source in enumerate(sources)
     ]
     for block, *_ in shares:
@@ -67,7 +69,7 @@ def test_values_and_derivatives_are_the_formulas(name, mode, activation, samples
     tensors = [x.requires_grad_() for x in [y, *(a for _, a, _ in shares), strength, *parameters]]
 
     def results(function):
-        out = function(y, shares, activation)
+        out = function(y, shares, activation, mode)
         loss = (out * torch.linspace(-1, 1, out.numel()).view_as(out)).square().sum()
         first = torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True)
         again = torch.autograd.grad(loss, tensors, create_graph=True, allow_unused=True)
@@ -79,7 +81,7 @@ def test_values_and_derivatives_are_the_formulas(name, mode, activation, samples
     with mock.patch("fxfeedback.lrm.modulation.SLICE", samples * 5 * positions * 8):
         found, expected = results(modulate), results(formula)
         with torch.no_grad():
-            torch.testing.assert_close(modulate(y, shares, activation), found[0], rtol=0, atol=1e-12)
+            torch.testing.assert_close(modulate(y, shares, activation, mode), found[0], rtol=0, atol=1e-12)
     for a, b in zip(found, expected, strict=True):
         assert (a is None) == (b is None)
         if a is not None:
@@ -136,7 +138,8 @@ def cuda_autocast():
 
 @pytest.mark.parametrize("laid", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("run", [modulate, formula])
-def test_under_autocast_the_modulated_map_keeps_its_dtype(run, laid):
+@pytest.mark.parametrize("mode", ["multiply", "add"])
+def test_under_autocast_the_modulated_map_keeps_its_dtype(run, laid, mode):
     """On a GPU autocast resizes in float32, and what is computed of it would be in float32, too."""
     source, destination = Layout("map", 6, (4, 4)), Layout("map", 3, (16, 16))
     with FakeTensorMode(), cuda_autocast(), torch.no_grad(), mock.patch("fxfeedback.lrm.modulation.SLICE", 2**30):
@@ -145,7 +148,7 @@ def test_under_autocast_the_modulated_map_keeps_its_dtype(run, laid):
         y = torch.empty(9, 3, 16, 16, device="cuda", dtype=torch.bfloat16).to(memory_format=laid)
         a = torch.empty(9, 6, 4, 4, device="cuda", dtype=torch.bfloat16)
         with Large(y.numel()) as large:
-            out = run(y, [(block, a, None), (block, a, None)], "relu")
+            out = run(y, [(block, a, None), (block, a, None)], "relu", mode)
     assert out.dtype == y.dtype and out.stride() == y.stride()
     assert run is formula or large.ops == []
 

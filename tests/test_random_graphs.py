@@ -326,11 +326,14 @@ def legal(model: nn.Module, inputs: list[torch.Tensor], links: Any) -> list[fxfe
         ):
             names.append(node.meta["name"])
     found: dict[tuple[str, str], fxfeedback.Connection] = {}
-    activations: dict[str, str] = {}
+    agreed: dict[str, dict[str, str]] = {}
     for source, destination, options in links if names else ():
         source, destination = names[source % len(names)], names[destination % len(names)]
-        activation = activations.setdefault(destination, options.get("activation", "auto"))
-        connection = fxfeedback.Connection(source, destination, **{**options, "activation": activation})
+        own = {name: options[name] for name in ("activation", "mode") if name in options}
+        defaults = {"activation": "auto", "mode": "multiply"}
+        connection = fxfeedback.Connection(
+            source, destination, **{**options, **agreed.setdefault(destination, defaults | own)}
+        )
         try:
             made = fxfeedback.add_feedback(model, [connection], example_inputs=inputs)
         except NodeNameError:  # the output does not depend on the destination

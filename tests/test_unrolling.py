@@ -57,7 +57,8 @@ def reference(net, names, model, x, passes, state=None, steering=(), steer_first
                 if c.destination == name and signal is not None:
                     ms.append(block(model.modulation(c.source, name), c, signal, y, strength.get(c.source, (1, 1))))
                     activation = torch.relu if c.activation != "none" else torch.clone
-            run.env[node] = signals[name] = activation(y + y * sum(ms)) if ms else y
+                    gain = y if c.mode == "multiply" else 1
+            run.env[node] = signals[name] = activation(y + gain * sum(ms)) if ms else y
         outputs.append(signals["output"])
         steer()
     return outputs, {c.source: signals[c.source] for c in model.connections}
@@ -216,6 +217,7 @@ def connected(draw):
     names = [n for n, info in fxfeedback.node_names(net, example_inputs=(x,)).items() if info.shape]
     pairs = draw(st.lists(st.tuples(*[st.sampled_from(names)] * 2), min_size=1, max_size=4, unique=True))
     activations = {destination: draw(st.sampled_from(["auto", "auto", "none"])) for _, destination in pairs}
+    modes = {destination: draw(st.sampled_from(["multiply", "multiply", "add"])) for _, destination in pairs}
     connections = [
         Connection(
             *pair,
@@ -223,6 +225,7 @@ def connected(draw):
             norm=draw(st.sampled_from(["layer", "layer", "channel"])),
             resize=draw(st.sampled_from(["bilinear", "bilinear", "area"])),
             activation=activations[pair[1]],
+            mode=modes[pair[1]],
         )
         for pair in pairs
     ]

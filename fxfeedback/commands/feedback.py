@@ -26,6 +26,7 @@ KEYS = {
     "connections[].source": "where it starts",
     "connections[].destination": "where it ends",
     "connections[].kind": "feedback: the source runs after the destination; skip: before",
+    "connections[].mode": "multiply or add",
     "connections[].source_shape": "of the source's value",
     "connections[].destination_shape": "of the destination's value",
     "connections[].parameters": "of its block",
@@ -99,6 +100,7 @@ def _connections(network: Any) -> list[dict[str, Any]]:
                 "source": connection.source,
                 "destination": connection.destination,
                 "kind": "skip" if order.index(source) < order.index(destination) else "feedback",
+                "mode": connection.mode,
                 "source_shape": spec_of(source).sizes,
                 "destination_shape": spec_of(destination).sizes,
                 "parameters": parameters(network.modulation(connection.source, connection.destination)),
@@ -117,7 +119,7 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
     rows = [
         (
             f"{c['source']} -> {c['destination']}",
-            c["kind"],
+            c["kind"] + (", added" if c["mode"] == "add" else ""),
             f"{sizes(c['source_shape'])} -> {sizes(c['destination_shape'])}",
             Count(c["parameters"]),
         )

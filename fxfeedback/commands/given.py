@@ -59,6 +59,9 @@ def add_connections(parser: argparse.ArgumentParser) -> None:
         help="connections between nodes; `fxfeedback nodes MODEL` lists their names",
     )
     parser.add_argument("--passes", type=positive, metavar="N", help="how many passes (default 2)")
+    parser.add_argument(
+        "--mode", choices=["multiply", "add"], help="what --connect does to a destination (default multiply)"
+    )
 
 
 def add_tasks(parser: argparse.ArgumentParser) -> None:
@@ -128,7 +131,11 @@ def read_network(arguments: argparse.Namespace, *kinds: type[Any]) -> Any:
     model: Any = read_model(arguments.model, arguments.weights)
     if "connect" in asked:
         passes = arguments.passes or 2
-        model = fxfeedback.add_feedback(model, arguments.connect, passes, input_size=arguments.input_size)
+        mode = arguments.mode or "multiply"
+        connections = [fxfeedback.Connection(source, onto, mode=mode) for source, onto in arguments.connect]
+        model = fxfeedback.add_feedback(model, connections, passes, input_size=arguments.input_size)
+    elif "mode" in asked:
+        raise OptionError("--mode belongs to --connect")
     elif "passes" in asked:
         if not isinstance(model, fxfeedback.FeedbackModel):
             raise OptionError("--passes belongs to a model with connections: also give --connect")

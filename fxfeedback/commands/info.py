@@ -49,6 +49,7 @@ KEYS = {
     "connections[].norm": "as of fxfeedback.Connection",
     "connections[].resize": "as of fxfeedback.Connection",
     "connections[].activation": "as of fxfeedback.Connection",
+    "connections[].mode": "as of fxfeedback.Connection",
     "tasks": "how many there are; also null where instructions are vectors over the model's outputs",
     "task": "the one task that the file is for, an id or a vector",
     "instruction_size": "the length of an instruction",
@@ -101,6 +102,7 @@ def about(file: str) -> dict[str, Any]:
         "state": state,
         "steerable": sorted(said.get("steerable") or {}),
         **{key: said.get(key) for key in SAID},
+        "connections": said.get("connections") and [{"mode": "multiply"} | one for one in said["connections"]],
     }
 
 
@@ -144,7 +146,8 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
     yield f"sha256 of the state_dict: {result['weights_sha256']}"
     for connection in result["connections"] or ():
         steered = ", steerable" if connection["source"] in result["steerable"] else ""
-        yield f"connection: {connection['source']} -> {connection['destination']}{steered}"
+        added = ", added" if connection["mode"] == "add" else ""
+        yield f"connection: {connection['source']} -> {connection['destination']}{added}{steered}"
     for key in ("passes", "tasks", "task", "gating", "loss", "optimizer"):
         if result[key] is not None:
             yield f"{key}: {result[key]}"

@@ -163,8 +163,7 @@ def arc(points: Sequence[Point], connection: Arc) -> ET.Element:
     """A connection."""
     drawn = line(bent(points), colour_of(connection), True, 2, "none" if connection.feedback else DASHED)
     drawn.set("class", "arc")
-    size = f"{short_number(connection.parameters)} parameters"
-    add(drawn, "title").text = f"{connection.number}: {connection.kind} {connection.arrow}; {size}"
+    add(drawn, "title").text = f"{connection.number}: {connection.kind} {connection.arrow}; {connection.size}"
     return drawn
 
 
@@ -172,7 +171,8 @@ def badge(connection: Arc, x: float = 0, y: float = 0) -> ET.Element:
     """A connection's number."""
     group = ET.Element("g", {"transform": f"translate({x:.1f},{y:.1f})"})
     add(group, "circle", r=8.5, fill=PAPER, stroke=colour_of(connection), stroke_width=1.5)
-    write(group, str(connection.number), 0, 3.8, SMALL, INK, bold=True, anchor="middle")
+    number = f"{'+' * connection.added}{connection.number}"
+    write(group, number, 0, 3.8, SMALL, INK, bold=True, anchor="middle")
     return group
 
 
@@ -207,6 +207,9 @@ def legend(drawing: Drawing) -> list[tuple[ET.Element, str]]:
         found.append((line("M1,0H19", FEEDBACK, width=2), "feedback"))
     if "skip" in kinds:
         found.append((line("M1,0H19", SKIP, width=2, dashes=DASHED), "skip connection"))
+    added = next((connection for connection in network.arcs if connection.added), None)
+    if added:
+        found.append((badge(added, 10), "added, and not multiplied"))
     for roles in sorted({node.roles for node in network.nodes.values()} - {frozenset()}, key=len, reverse=True):
         found.append((patch(TD if "instruction" in roles else PAPER, TD_EDGE), f"TD of {roles_in_words(roles)}"))
     if network.instruction:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx, nn
 
 from fxfeedback.butd import BUTD, graphs_of
+from fxfeedback.drawing.text import short_number
 from fxfeedback.errors import OptionError
 from fxfeedback.graph.bottom_up import BottomUp
 from fxfeedback.graph.nodes import find_node, is_named, name_of, pass_of, specs_of
@@ -50,7 +51,8 @@ class Node:
 
 @dataclass(frozen=True)
 class Arc:
-    """A connection between two nodes; `given` is how the user wrote it, `parameters` how many its block has."""
+    """A connection between two nodes; `given` is how the user wrote it, `parameters` how many its block has; `added`:
+    what it brings is added and not multiplied."""
 
     number: int
     source: str
@@ -58,11 +60,17 @@ class Arc:
     given: tuple[str, str]
     feedback: bool
     parameters: int
+    added: bool = False
 
     @property
     def kind(self) -> str:
         """What is said of it: feedback or skip."""
         return "feedback" if self.feedback else "skip"
+
+    @property
+    def size(self) -> str:
+        """1.2k parameters, added"""
+        return f"{short_number(self.parameters)} parameters" + ", added" * self.added
 
     @property
     def arrow(self) -> str:
@@ -205,7 +213,7 @@ def _add_passes(network: Network, model: FeedbackModel) -> None:
         block = model.modulation(*given)
         size = sum(p.numel() for p in block.parameters())
         feedback = order[source] >= order[destination]
-        network.arcs.append(Arc(number, source, destination, given, feedback, size))
+        network.arcs.append(Arc(number, source, destination, given, feedback, size, connection.mode == "add"))
     passes: dict[str, set[int]] = {}
     for node in model.unrolled().graph.nodes:
         if node.op.startswith("call") and is_named(node):

@@ -92,7 +92,7 @@ def _about_node(drawing: Drawing, box: Box, readers: dict[str, list[str]]) -> li
         about.append(("passes", [f"{number}: {words[number in node.computed]}" for number in passes]))
     for arc in network.arcs:
         if node.name in (arc.source, arc.destination):
-            about.append((f"{arc.kind} {arc.number}", [arc.arrow, f"{short_number(arc.parameters)} parameters"]))
+            about.append((f"{arc.kind} {arc.number}", [arc.arrow, arc.size]))
     roles = [marks.roles_in_words(node.roles)] if node.roles else []
     about.append(("TD", [*roles, *(["a gating site"] if node.site else [])]))
     about += [("reads", list(node.reads)), ("is read by", readers[node.name])]

@@ -15,7 +15,7 @@ from fxfeedback.lrm.modulation import Modulation
 from fxfeedback.rewrite import Link
 from fxfeedback.rules import RULES
 
-ACTIVATIONS = ("auto", "relu", "none")
+ACTIVATIONS, MODES = ("auto", "relu", "none"), ("multiply", "add")
 FORM = "give (source, destination), a dict or a Connection, with names of nodes"
 
 
@@ -27,7 +27,8 @@ class Connection:
     "area" (see `Modulation`). activation: "relu" or "none" after the modulated destination; "auto": ReLU for vectors
     and channel-first maps, as published, none for tokens and channel-last maps. A pass without a signal has no such
     ReLU. Choose a destination that is rectified anyway (the ReLU after a convolution, not the convolution), or "none";
-    with "auto", `add_feedback` warns of other destinations.
+    with "auto", `add_feedback` warns of other destinations. mode: "multiply", act(y + y Σ m), as published; "add",
+    act(y + Σ m), which also reaches units that are silent. In both the block's bias acts where the source is 0.
     """
 
     source: str
@@ -36,6 +37,7 @@ class Connection:
     norm: str = "layer"
     resize: str = "bilinear"
     activation: str = "auto"
+    mode: str = "multiply"
 
 
 def block_name(connection: Connection) -> str:
@@ -82,7 +84,7 @@ def check_connections(graph: fx.Graph, connections: Sequence[Connection]) -> Non
 
     Raises:
         NodeNameError: a name that no node has, or a node that cannot be source or destination.
-        OptionError: an activation that does not exist, or connections that do not go together.
+        OptionError: an activation or a mode that does not exist, or connections that do not go together.
     """
     reaching = _reaching_output(graph)
     ends = [(find_node(graph, one.source), find_node(graph, one.destination)) for one in connections]
@@ -95,10 +97,11 @@ def check_connections(graph: fx.Graph, connections: Sequence[Connection]) -> Non
             raise NodeNameError(
                 f"{arrow(connection)}: the model's output does not depend on {connection.destination!r}"
             )
-        if connection.activation not in ACTIVATIONS:
-            raise OptionError(
-                f"activation={connection.activation!r}: choose one of {', '.join(map(repr, ACTIVATIONS))}"
-            )
+        for name, choices in (("activation", ACTIVATIONS), ("mode", MODES)):
+            if getattr(connection, name) not in choices:
+                raise OptionError(
+                    f"{name}={getattr(connection, name)!r}: choose one of {', '.join(map(repr, choices))}"
+                )
     _refuse_disagreement(connections, [destination for _, destination in ends])
     _refuse_one_block(connections)
 
@@ -133,11 +136,11 @@ def _refuse_other_dimensions(connection: Connection, source: fx.Node, destinatio
 
 
 def _refuse_disagreement(connections: Sequence[Connection], destinations: Sequence[fx.Node]) -> None:
-    agreed: dict[fx.Node, str] = {}
+    agreed: dict[tuple[fx.Node, str], str] = {}
     for connection, destination in zip(connections, destinations, strict=True):
-        activation = activation_of(connection, destination)
-        if agreed.setdefault(destination, activation) != activation:
-            raise OptionError(f"{arrow(connection)}: connections into one destination must agree on activation=")
+        for option, value in (("activation", activation_of(connection, destination)), ("mode", connection.mode)):
+            if agreed.setdefault((destination, option), value) != value:
+                raise OptionError(f"{arrow(connection)}: connections into one destination must agree on {option}=")
 
 
 def _refuse_one_block(connections: Sequence[Connection]) -> None:
@@ -191,7 +194,8 @@ def make_block(graph: fx.Graph, connection: Connection) -> Modulation:
 def link(graph: fx.Graph, connection: Connection) -> Link:
     """A connection between nodes of a graph."""
     source, destination = find_node(graph, connection.source), find_node(graph, connection.destination)
-    return Link(source, destination, f"modulations.{block_name(connection)}", activation_of(connection, destination))
+    block = f"modulations.{block_name(connection)}"
+    return Link(source, destination, block, activation_of(connection, destination), connection.mode)
 
 
 def activation_of(connection: Connection, destination: fx.Node) -> str:

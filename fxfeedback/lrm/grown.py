@@ -2,7 +2,7 @@
 
     below = min(resize(z), 0)                          the source's channels at the destination's size
     m     = Σ resize(low) + below weightᵀ, + rest      low, weight: see `Modulation.grown`; rest: what vectors make
-    out   = relu(y + y m)
+    out   = relu(y + y m), or relu(y + m)
 
 All of it runs in slices of the batch, forward and backward. The backward pass computes `below` and m again.
 """
@@ -26,11 +26,12 @@ Tensors = Sequence[Any]
 
 @dataclass(frozen=True)
 class How:
-    """destination: its layout; rectified: whether a ReLU follows; modes: how each source is resized; samples: at a
-    time."""
+    """destination: its layout; rectified: whether a ReLU follows; added: m is added and not multiplied; modes: how each
+    source is resized; samples: at a time."""
 
     destination: Layout
     rectified: bool
+    added: bool
     modes: tuple[str, ...]
     samples: int
 
@@ -81,10 +82,14 @@ def _forward(how: How, tensors: Tensors) -> torch.Tensor:
     out = torch.empty_like(y)
     with torch.no_grad(), _exact(y):
         for into, *part in _slices(how.samples, len(y), (out, *tensors)):
-            torch.addcmul(part[0], part[0], _modulation(how, part)[0], out=into)
+            _with(how, part[0], _modulation(how, part)[0], into)
             if how.rectified:
                 into.relu_()
     return out
+
+
+def _with(how: How, y: torch.Tensor, m: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    return torch.add(y, m, out=out) if how.added else torch.addcmul(y, y, m, out=out)
 
 
 def _modulation(how: How, tensors: Tensors) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -122,7 +127,7 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 def _differentiable(how: How, error: torch.Tensor, tensors: Tensors) -> list[Any]:
     """The errors of the tensors, by autograd, which differentiates them once more."""
     tensors = [None if x is None else x.view_as(x) for x in tensors]  # apart, where one is made of another
-    value = torch.addcmul(tensors[0], tensors[0], _modulation(how, tensors)[0]).to(tensors[0].dtype)
+    value = _with(how, tensors[0], _modulation(how, tensors)[0]).to(tensors[0].dtype)
     value = torch.relu(value) if how.rectified else value
     wanted = [x for x in tensors if x is not None and x.requires_grad]
     errors = iter(torch.autograd.grad(value, wanted, error, create_graph=True))
@@ -149,9 +154,13 @@ def _add_errors(how: How, error: torch.Tensor, tensors: Tensors, errors: Tensors
     y, rest, of_class, *terms = tensors
     m, belows = _modulation(how, tensors)
     if how.rectified:
-        error = torch.ops.aten.threshold_backward(error, torch.addcmul(y, y, m), 0)
-    torch.addcmul(error, error, m, out=errors[0])
-    error = (error * y).to(m.dtype)
+        error = torch.ops.aten.threshold_backward(error, _with(how, y, m), 0)
+    if how.added:
+        errors[0].copy_(error)
+        error = error.to(m.dtype)
+    else:
+        torch.addcmul(error, error, m, out=errors[0])
+        error = (error * y).to(m.dtype)
     if rest is not None:
         errors[1].add_(error.sum_to_size(rest.shape))
     if of_class is not None:

@@ -6,7 +6,8 @@ Networks via Long-Range Modulatory Feedback Connections", NeurIPS 2023).
     P(z) = neg_scale z where z < 0, pos_scale z elsewhere
     m    = conv1x1(P(z))                  the source's channels -> the destination's
 
-The destination y becomes relu(y + y Σ m), the sum running over its connections (see rewrite.py).
+The destination y becomes relu(y + y Σ m), the sum running over its connections (see rewrite.py); with mode="add"
+relu(y + Σ m).
 
 A source is mostly smaller than its destination. Then P(z) = pos_scale z + (neg_scale - pos_scale) min(z, 0) saves work:
 the first term is projected before it is resized, which is the same for linear maps, and min(z, 0) is one look at the
@@ -197,15 +198,17 @@ Share = tuple[Modulation, torch.Tensor, torch.Tensor | None]
 """One connection's part in a modulation: its block, its source's activation, and the strength."""
 
 
-def modulate(y: torch.Tensor, shares: Sequence[Share], activation: str) -> torch.Tensor:
-    """relu(y + y Σ m), slice by slice of the batch: what the blocks compute at y's size stays in a processor's cache.
+def modulate(y: torch.Tensor, shares: Sequence[Share], activation: str, mode: str = "multiply") -> torch.Tensor:
+    """relu(y + y Σ m), or relu(y + Σ m), slice by slice of the batch.
 
+    What the blocks compute at y's size stays in a processor's cache.
     A backward pass keeps nothing of it that is larger than y, and computes it again.
     """
 
     def modulated(y: torch.Tensor, *sources: tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
         modulations = [block(a, y, strength) for (block, _, strength), a in zip(shares, sources, strict=True)]
-        value = torch.addcmul(y, y, functools.reduce(torch.add, modulations))
+        m = functools.reduce(torch.add, modulations)
+        value = y + m if mode == "add" else torch.addcmul(y, y, m)
         return value.relu_() if activation == "relu" else value
 
     sources = [block.squash(a, y) for block, a, _ in shares]
@@ -216,7 +219,7 @@ def modulate(y: torch.Tensor, shares: Sequence[Share], activation: str) -> torch
     samples = max(1, (SLICE or _slice_bytes(y.device)) // widest)
     both = zip(shares, sources, strict=True)
     if all(z.ndim == 2 or (_grows(block) and len(z) == len(y)) for (block, _, _), (z, _) in both):
-        return _grown(y, shares, sources, activation == "relu", samples)
+        return _grown(y, shares, sources, (activation == "relu", mode == "add"), samples)
     sliced = [_sliced(x, len(y), samples) for x in (y, *itertools.chain(*sources))]
     again = functools.partial(checkpoint, modulated, use_reentrant=False, preserve_rng_state=False)
     run: Callable[..., Any] = again if torch.is_grad_enabled() else modulated
@@ -230,9 +233,9 @@ def _grows(block: Modulation) -> bool:
 
 
 def _grown(
-    y: torch.Tensor, shares: Sequence[Share], sources: Sequence[Any], rectified: bool, samples: int
+    y: torch.Tensor, shares: Sequence[Share], sources: Sequence[Any], ends: tuple[bool, bool], samples: int
 ) -> torch.Tensor:
-    """`modulate` with sources that are vectors or grow."""
+    """`modulate` with sources that are vectors or grow; ends: whether the sum is rectified, and m added."""
     dtype = working_dtype(y)
     both = list(zip(shares, sources, strict=True))
     maps = [(share, source) for share, source in both if source[0].ndim > 2]
@@ -240,7 +243,7 @@ def _grown(
     vectors = [block(source, y, strength) for (block, _, strength), source in both if source[0].ndim == 2]
     classes = [block.project(token, strength) for (block, _, strength), (_, token) in maps if token is not None]
     rest, of_class = (functools.reduce(torch.add, ms).to(dtype) if ms else None for ms in (vectors, classes))
-    how = How(shares[0][0].destination, rectified, tuple([block.resize for (block, _, _), _ in maps]), samples)
+    how = How(shares[0][0].destination, *ends, tuple([block.resize for (block, _, _), _ in maps]), samples)
     return grown(how, y, rest, of_class, *itertools.chain(*terms))
 
 

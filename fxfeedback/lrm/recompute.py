@@ -52,14 +52,15 @@ def lean(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _modulate(graph: fx.Graph, root: nn.Module) -> None:
-    for node in graph.find_nodes(op="call_function", target=torch.addcmul):
-        y = node.args[0]
-        blocks = _blocks(node.args[2], root) if node.args[:2] == (y, y) and len(node.args) == 3 else []
+    modulated = ((torch.addcmul, "multiply"), (torch.add, "add"))
+    for node, mode in [(n, mode) for f, mode in modulated for n in graph.find_nodes(op="call_function", target=f)]:
+        y, *factors, modulation = node.args if len(node.args) > 1 else (None, None)
+        blocks = _blocks(modulation, root) if factors == ([y] if mode == "multiply" else []) else []
         if blocks:
             relu = next((user for user in node.users if user.target is torch.relu and len(node.users) == 1), None)
             with graph.inserting_before(node):
                 shares = [(graph.get_attr(block.target), *block.args[::2]) for block in blocks]
-                value = graph.call_function(modulate, (y, shares, "relu" if relu else "none"))
+                value = graph.call_function(modulate, (y, shares, "relu" if relu else "none", mode))
             inherit(value, y)
             (relu or node).replace_all_uses_with(value)
 
