@@ -5,7 +5,7 @@ model, transforms = torch.hub.load("OWNER/fxfeedback", "alexnet_lrm3", pretraine
 
 from fxfeedback import models as _models
 
-dependencies = ["torch", "torchvision", "networkx"]
+dependencies = ["torch", "torchvision", "networkx", "safetensors", "tqdm"]
 
 
 def alexnet_lrm1(pretrained: bool = True, steering: bool = True):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fxfeedback.export import export
     from fxfeedback.feedback import Connection, FeedbackModel, Readout, Steering, add_feedback
     from fxfeedback.instructed.check_rule import check_rule
+    from fxfeedback.prototypes.prototypes import Prototypes
     from fxfeedback.storage.published import load_lrm_steering
     from fxfeedback.storage.save_load import load, save
     from fxfeedback.tracing.names import node_names
@@ -29,6 +30,7 @@ _HOMES = {
     "export": ["export"],
     "feedback": ["Connection", "FeedbackModel", "Readout", "Steering", "add_feedback"],
     "instructed.check_rule": ["check_rule"],
+    "prototypes.prototypes": ["Prototypes"],
     "storage.published": ["load_lrm_steering"],
     "storage.save_load": ["load", "save"],
     "tracing.names": ["node_names"],
@@ -40,6 +42,7 @@ __all__ = [
     "Connection",
     "Error",
     "FeedbackModel",
+    "Prototypes",
     "Readout",
     "Steering",
     "__version__",

@@ -20,6 +20,7 @@ PACKAGES = {
     "torchvision": "",
     "networkx": "",
     "safetensors": "",
+    "tqdm": "",
     "onnx": "onnx",
     "onnxscript": "onnx",
     "onnxruntime": "runtime",
