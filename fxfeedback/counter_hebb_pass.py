@@ -130,6 +130,8 @@ def _emit_bottom_up(bu: BottomUp, emitter: Emitter, wanted: set[fx.Node], fused:
         else:
             value = emitter.proxy(emitter.graph.node_copy(node, lambda source: values[source].node))
         values[node] = value
+        if node.op == "placeholder" and emitter.batch is None:
+            emitter.batch = batch_size([value])  # for kernels that ask for sizes
     return values, saved
 
 

@@ -321,3 +321,38 @@ def test_the_learner_is_explicit_nodes():
     assert set(updates) == {name for name, _ in model.named_parameters()}
     assert all(node.name == "update_" + name.replace(".", "_") for name, node in updates.items())
     assert all(node.name in learner.code for node in updates.values())
+
+
+FRAMES = {
+    "batch_norm": nn.BatchNorm2d(4),
+    "max_pool": nn.MaxPool2d(2),
+    "avg_pool": nn.AvgPool2d(2),
+    "adaptive_avg_pool": nn.AdaptiveAvgPool2d(2),
+    "conv": nn.Conv2d(4, 3, 3),
+    "group_norm": nn.GroupNorm(2, 4),
+    "upsample": nn.Upsample(scale_factor=2, mode="bilinear"),
+    "attention": nn.Sequential(nn.Flatten(2), nn.TransformerEncoderLayer(36, 2, 8, 0.0, batch_first=True)),
+}
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", FRAMES)
+def test_fused_kernels_take_the_frames_of_each_sample_as_their_batch(name, train):
+    class Video(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.layer = nn.Conv3d(2, 4, 1), FRAMES[name]
+
+        def forward(self, x):
+            frames = self.first(x).transpose(1, 2)
+            return self.layer(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
+
+    torch.manual_seed(0)
+    model = Video().double().train(train)
+    x = torch.randn(3, 2, 5, 6, 6, dtype=torch.double)
+    results = []
+    for network in (fxfeedback.to_butd(model, input_size=x.shape[1:]), model):
+        y = network(x)
+        results.append([y, *torch.autograd.grad((y - y.detach().roll(1, 0)).square().sum(), [*model.parameters()])])
+    for ours, expected in zip(*results, strict=True):
+        assert torch.allclose(ours, expected, rtol=1e-9, atol=1e-9)

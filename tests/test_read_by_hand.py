@@ -79,6 +79,15 @@ def without_gradient(w):
         return 2 * w
 
 
+def unread(m):
+    """A parameter and a buffer of which forward never uses the first name, and a nested module never."""
+    m.bias, m.scales = m.enc.bias, nn.ParameterList([m.fc.weight])
+    m.insert = nn.Sequential(nn.Sequential(nn.Linear(6, 6)))
+    m.enc.weight = m.insert[0][0].weight
+    m.norm = nn.BatchNorm1d(6)
+    m.register_buffer("mean", m.norm.running_mean)
+
+
 CASES = {
     "tied autoencoder": (nothing, lambda m, x: F.linear(hidden(m, x), m.enc.weight.t())),
     "module, hand": (nothing, lambda m, x: F.linear(hidden(m, x), m.enc.weight, m.enc.bias)),
@@ -96,6 +105,7 @@ CASES = {
     "past getattr": (nothing, lambda m, x: F.linear(m.enc(x), m.enc._parameters["weight"])),
     "two names": (tie, lambda m, x: m.dec(hidden(m, x)) @ m.dec.weight),
     "second name, first name": (tie, lambda m, x: F.linear(m.dec(x), m.enc.weight) + m.dec.weight[0]),
+    "names that are not read": (unread, lambda m, x: F.linear(m.norm(m.enc(x)), m.enc.weight.t()) @ m.fc.weight.t()),
     "norm": (norm, lambda m, x: m.norm(m.enc(x)) * m.norm.weight + m.norm.bias + m.norm.running_var),
     "table": (table, lambda m, x: F.linear(hidden(m, x) + m.table(torch.arange(6))[2], m.table.weight)),
     "free": (free, lambda m, x: F.linear(torch.relu(x @ m.w), m.w) @ m.ws[0] @ m.ws[1] + m.ws[0][0] @ m.w),

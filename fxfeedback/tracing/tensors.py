@@ -23,6 +23,9 @@ class Tensors:
         # A tied one has its first name, in the owner's order, so that it is one node, called the same in every graph.
         self._names = {id(tensor): name for name, tensor in reversed(self.by_name.items())}
         self._kept: list[torch.Tensor] = []
+        for tensor in (read := named_tensors(root)).values():
+            if self.name_of(tensor) not in read:
+                put(root, self.name_of(tensor), tensor)
 
     def __contains__(self, tensor: torch.Tensor) -> bool:
         return id(tensor) in self._names
@@ -46,6 +49,19 @@ class Tensors:
                 owner.register_buffer(name, tensor, persistent=False)
         self._names[id(tensor)], self.by_name[name] = name, tensor
         self._kept.append(tensor)  # or its id could become another's
+
+
+def put(root: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Give a traced graph a tensor of its model under another of its names."""
+    *path, leaf = name.split(".")
+    for step in path:
+        if step not in root._modules:
+            root.add_module(step, nn.Module())
+        root = root.get_submodule(step)
+    if isinstance(tensor, nn.Parameter):
+        root.register_parameter(leaf, tensor)
+    else:
+        root.register_buffer(leaf, tensor, persistent=False)
 
 
 class Readings:
