@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from fxfeedback.errors import NodeNameError, OptionError
 from fxfeedback.graph.layout import layout_of
@@ -15,7 +15,11 @@ from fxfeedback.lrm.modulation import Modulation
 from fxfeedback.rewrite import Link
 from fxfeedback.rules import RULES
 
-ACTIVATIONS, MODES = ("auto", "relu", "none"), ("multiply", "add")
+CHOICES = {
+    "activation": ("auto", "relu", "none"),
+    "mode": ("multiply", "add"),
+    "init": ("random", "identity"),
+}
 FORM = "give (source, destination), a dict or a Connection, with names of nodes"
 
 
@@ -29,6 +33,9 @@ class Connection:
     ReLU. Choose a destination that is rectified anyway (the ReLU after a convolution, not the convolution), or "none";
     with "auto", `add_feedback` warns of other destinations. mode: "multiply", act(y + y Σ m), as published; "add",
     act(y + Σ m), which also reaches units that are silent. In both the block's bias acts where the source is 0.
+    init: "random", as published; "identity": the block's projection, weight and bias, starts at zero, so that every
+    pass is the model, to the bit. The first gradient of the projection is not zero, and then of the rest is not. There
+    "auto" is ReLU only where the destination is rectified anyway, as another ReLU would change the model.
     """
 
     source: str
@@ -38,6 +45,7 @@ class Connection:
     resize: str = "bilinear"
     activation: str = "auto"
     mode: str = "multiply"
+    init: str = "random"
 
 
 def block_name(connection: Connection) -> str:
@@ -84,7 +92,7 @@ def check_connections(graph: fx.Graph, connections: Sequence[Connection]) -> Non
 
     Raises:
         NodeNameError: a name that no node has, or a node that cannot be source or destination.
-        OptionError: an activation or a mode that does not exist, or connections that do not go together.
+        OptionError: an option that does not exist, or connections that do not go together.
     """
     reaching = _reaching_output(graph)
     ends = [(find_node(graph, one.source), find_node(graph, one.destination)) for one in connections]
@@ -97,11 +105,12 @@ def check_connections(graph: fx.Graph, connections: Sequence[Connection]) -> Non
             raise NodeNameError(
                 f"{arrow(connection)}: the model's output does not depend on {connection.destination!r}"
             )
-        for name, choices in (("activation", ACTIVATIONS), ("mode", MODES)):
+        for name, choices in CHOICES.items():
             if getattr(connection, name) not in choices:
                 raise OptionError(
                     f"{name}={getattr(connection, name)!r}: choose one of {', '.join(map(repr, choices))}"
                 )
+        _refuse_change(connection, destination)
     _refuse_disagreement(connections, [destination for _, destination in ends])
     _refuse_one_block(connections)
 
@@ -132,6 +141,15 @@ def _refuse_other_dimensions(connection: Connection, source: fx.Node, destinatio
         raise NodeNameError(
             f"{arrow(connection)}: a source with {positions} dimensions of positions cannot be resized to a "
             f"destination with {onto}: both have the same number, at most three, or one of them is a vector"
+        )
+
+
+def _refuse_change(connection: Connection, destination: fx.Node) -> None:
+    if (connection.init, connection.activation) == ("identity", "relu") and not _is_rectified(destination):
+        raise OptionError(
+            f'{arrow(connection)}: init="identity" is to change nothing, but {connection.destination!r} is not '
+            'rectified in the model, and activation="relu" changes it: leave activation= out, or choose a node after a '
+            "ReLU"
         )
 
 
@@ -188,7 +206,11 @@ def _reaching_output(graph: fx.Graph) -> set[fx.Node]:
 def make_block(graph: fx.Graph, connection: Connection) -> Modulation:
     """A connection's new block, for the layouts of its ends."""
     source, destination = (layout_of(find_node(graph, name)) for name in (connection.source, connection.destination))
-    return Modulation(source, destination, connection.order, connection.norm, connection.resize)
+    block = Modulation(source, destination, connection.order, connection.norm, connection.resize)
+    if connection.init == "identity":
+        for parameter in block.modulation.parameters():
+            nn.init.zeros_(parameter)
+    return block
 
 
 def link(graph: fx.Graph, connection: Connection) -> Link:
@@ -199,10 +221,16 @@ def link(graph: fx.Graph, connection: Connection) -> Link:
 
 
 def activation_of(connection: Connection, destination: fx.Node) -> str:
-    """ "relu" or "none"; "auto" decides by the destination's layout."""
+    """ "relu" or "none"; "auto" decides by the destination's layout, and where nothing is to change, by its sign."""
     if connection.activation != "auto":
         return connection.activation
+    if connection.init == "identity" and not _is_rectified(destination):
+        return "none"
     return "relu" if layout_of(destination).kind in ("vector", "map") else "none"
+
+
+def _is_rectified(node: fx.Node) -> bool:
+    return node in never_negative(node.graph)
 
 
 # -- what is warned of ------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from fxfeedback.graph.nodes import find_node, name_of
 from fxfeedback.graph.specs import size_of
 from fxfeedback.lrm.connections import Connection, arrow, block_name, check_connections, link, make_block
 from fxfeedback.lrm.modulation import Modulation
+from fxfeedback.lrm.parts import TwoParts
 from fxfeedback.lrm.plan import GraphKey, Plan, PlanKey, Sizes, make_plan, name_by_pass, opened, steps
 from fxfeedback.lrm.readout import Readout, without_names
 from fxfeedback.lrm.steering import State, Steering, read_state, read_steering, steering_tensors
@@ -22,10 +23,9 @@ from fxfeedback.tracing.modes import eval_mode
 from fxfeedback.tracing.saved import own_part
 from fxfeedback.tracing.stand_ins import Shaped
 from fxfeedback.tracing.verify import verify_graph
-from fxfeedback.tracing.wrapper import Wrapper
 
 
-class FeedbackModel(Wrapper):
+class FeedbackModel(TwoParts):
     """A model with LRM connections, made by `add_feedback`.
 
     Parameters and buffers of the user's model are attributes under their own names; the connections' blocks are under
