@@ -10,9 +10,10 @@ from fxfeedback.errors import InputError
 from fxfeedback.graph.nodes import name_of
 from fxfeedback.graph.specs import of_size, size_of
 from fxfeedback.instructed.autograd_bridge import learned, refuse_transforms
+from fxfeedback.instructed.feedback_methods import FeedbackMethods
 from fxfeedback.instructed.graphs import Graphs
-from fxfeedback.instructed.instruction import distinct, read_instruction
-from fxfeedback.instructed.last_gates import last_gates
+from fxfeedback.instructed.instruction import read_instruction
+from fxfeedback.instructed.magnitudes import Drawn
 from fxfeedback.instructed.options import Lateral, Options
 from fxfeedback.instructed.owner import Owner
 from fxfeedback.instructed.parts import make_instruction_head, make_task_heads, make_td_parts
@@ -22,9 +23,8 @@ from fxfeedback.tracing.autocast import is_autocast
 from fxfeedback.tracing.examples import examples_of
 from fxfeedback.tracing.modes import eval_mode
 from fxfeedback.tracing.verify import verify_graph
-from fxfeedback.tracing.waiting import at_hand
-from fxfeedback.tracing.while_tracing import building, is_rewritten
-from fxfeedback.tracing.wrapper import Wrapper, stand_ins_of
+from fxfeedback.tracing.while_tracing import building
+from fxfeedback.tracing.wrapper import stand_ins_of
 
 
 def to_butd(
@@ -38,9 +38,13 @@ def to_butd(
     example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     instruction_size: int | None = None,
     weights: str = "shared",
-    td_learning: str = "mirror",
-    td_init: str = "kaiming",
+    td_learning: str | None = None,
+    td_init: str | None = None,
     td_noise: float = 0.0,
+    td_magnitude: str | None = None,
+    td_scale: str | float | None = None,
+    td_decay: float = 0.0,
+    td_clip: float | None = None,
     update_noise: float = 0.0,
     td_bias: bool = False,
     norm: str = "shared",
@@ -68,9 +72,18 @@ def to_butd(
         input_size: size of one input without its batch; default 224 by 224 with the first convolution's channels.
         example_inputs: instead of input_size: a tuple of tensors with a batch dimension, or a dict of them by name.
         instruction_size: length of the instruction vector, if it is not one-hot over tasks.
-        weights: "shared", or "separate": TD has its own weight per BU weight, in `td_weights`.
-        td_learning: "mirror" gives TD weights the BU weights' updates, "fixed" none (feedback alignment).
-        td_init: "kaiming", or "symmetric": a copy of the BU weights times 1 + td_noise * randn.
+        weights: what TD reads: "shared", the BU weights; "separate": its own weight for each, in `td_weights`; "sign":
+            the BU weights' signs, times a magnitude.
+        td_learning: of separate weights. "mirror", the default, gives them the BU weights' updates, "fixed" none
+            (feedback alignment).
+        td_init: "kaiming", the default, or "symmetric": a copy of the BU weights times 1 + td_noise * randn.
+        td_magnitude: of signs. "uniform", the default: one number for all; "batch": drawn in every call in training
+            mode, in evaluation mode their mean; "fixed": drawn once. They are in `magnitudes`.
+        td_scale: of magnitudes, their root mean square: "xavier", the default, √(2 / (fan in + fan out)), "kaiming",
+            1 / √(3 fan in), or a number.
+        td_decay: with td_learning="mirror", adds this times themselves to the updates of both weights: under SGD their
+            difference shrinks whatever the data (Kolen and Pollack).
+        td_clip: clamps what a linear layer or convolution hands to input, weight and bias to [-td_clip, td_clip].
         update_noise: each weight's update is multiplied by one draw of 1 + update_noise * randn.
         td_bias: biases in the instruction pass, after every transposed linear op and in the instruction head.
         norm: "separate" gives TD batch norms of its own in the instruction pass, after each transposed convolution.
@@ -91,22 +104,23 @@ def to_butd(
     return BUTD(model, Options(**options), examples_of(model, input_size, example_inputs), verify, door=door)
 
 
-class BUTD(Wrapper):
+class BUTD(FeedbackMethods):
     """An instructed BU-TD network, made by `to_butd`.
 
     Parameters and buffers of the user's model are attributes under their own names. Further state, if
-    options ask for it, is under `instruction_head`, `td_weights`, `td_biases`, `td_norms` and `task_heads`.
+    options ask for it, is under `instruction_head`, `td_weights`, `td_magnitudes`, `td_biases`, `td_norms` and
+    `task_heads`.
     """
 
     OPTIONS = ("task",)
-    OWN = ("instruction_head", "td_weights", "td_biases", "td_norms", "task_heads")
+    OWN = ("instruction_head", "td_weights", "td_magnitudes", "td_biases", "td_norms", "task_heads")
     untraceable = "is a BU-TD network already: connections come first, and to_butd takes the whole model at once"
 
     def __init__(
         self, model: nn.Module, options: Options, example_inputs: Any, verify: bool = False, **kw: Any
     ) -> None:
         super().__init__(model, example_inputs, **kw)
-        vars(self)["options"] = options  # past nn.Module, and not the model's
+        vars(self).update(options=options, _drawn=Drawn())  # past nn.Module, and not the model's
         if verify:
             with eval_mode(self):
                 verify_graph(graphs_of(self).bu, self._net, *example_form(self._net, example_inputs))
@@ -146,18 +160,21 @@ class BUTD(Wrapper):
             raise InputError("there is one prediction head per task: give the call a task")
         graphs = self._graphs(tensors, form)
         self._check_autocast(tensors, form)
+        drawn = self._drawn_magnitudes(graphs)
         if task is None:
-            return self._run(graphs, False, False, tensors)
+            return self._run(graphs, False, False, tensors, drawn)
         batch = next(len(x) for x in tensors if x.ndim)
         instruction, ids = self._instruction(task, graphs, batch)
-        rows, gates = self._gates(graphs, instruction, ids, batch)
-        return self._run(graphs, True, len(rows) > 0, [*tensors, *([instruction] if per_task else []), *rows, *gates])
+        rows, gates = self._gates(graphs, instruction, ids, batch, drawn)
+        values = [*tensors, *([instruction] if per_task else []), *rows, *gates]
+        return self._run(graphs, True, len(rows) > 0, values, drawn)
 
     def counter_neurons(self, task: Any) -> dict[str, torch.Tensor]:
         """Site name -> counter neurons of the instruction pass, (B, ...) like the site's value; B is 1 for one id."""
         graphs = graphs_of(self)
         with torch.no_grad():
-            return graphs.instruct(self._instruction(task, graphs, None)[0])
+            drawn = self._drawn_magnitudes(graphs)
+            return graphs.instruct(self._instruction(task, graphs, None)[0], drawn)
 
     def select(self, task: Any, input_size: Sequence[int] | None = None) -> fx.GraphModule:
         """One task's network: the model's inputs in, what `self(*inputs, task)` returns in evaluation mode out.
@@ -224,7 +241,9 @@ class BUTD(Wrapper):
             )
         return inputs[:-1], inputs[-1]
 
-    def _run(self, graphs: Graphs, instructed: bool, by_row: bool, values: list[torch.Tensor]) -> Any:
+    def _run(
+        self, graphs: Graphs, instructed: bool, by_row: bool, values: list[torch.Tensor], drawn: list[torch.Tensor]
+    ) -> Any:
         call = graphs.call(instructed, by_row)
         tensors = dict(zip(call.inputs, values, strict=True)) | {n: self._fetch(n) for n in call.all_attributes}
         wanted = frozenset([name for name, tensor in tensors.items() if tensor.requires_grad])
@@ -232,37 +251,14 @@ class BUTD(Wrapper):
         if wanted and torch.is_grad_enabled() and learns:
             refuse_transforms()
             halves = graphs.halves(instructed, by_row, wanted, is_autocast(values[0]))
-            values += [tensors[name] for name in halves.attributes]
-            return halves.structure(None, *learned(halves, (*call.inputs, *halves.attributes), values))
+            values += [*drawn, *(tensors[name] for name in halves.attributes)]
+            names = (*call.inputs, *graphs.magnitudes(), *halves.attributes)
+            return halves.structure(None, *learned(halves, names, values))
         return call.run(None, *values, *[tensors[name] for name in call.attributes])
-
-    @torch.no_grad()
-    def _gates(
-        self, graphs: Graphs, instruction: torch.Tensor, ids: torch.Tensor | None, batch: int
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The gates of the distinct instructions; before them, if there are several, which one each sample has."""
-        if self._instructions_mix() or not graphs.gating().batch_first:
-            return [], graphs.gates(instruction)
-        instructions, rows = distinct(instruction, ids, batch)
-        which = [] if rows is None else [rows]
-        if not (self._may_keep_gates() and at_hand(instructions)):  # whether they are the last's, values say
-            return which, graphs.gates(instructions)
-        weights = [*self.parameters(), *self.buffers(), *(self._fetch(name) for name in graphs.gating().attributes)]
-        return which, last_gates(self._cache, graphs, instructions, weights)
-
-    def _may_keep_gates(self) -> bool:
-        """Not where the instruction pass may draw random numbers or count, nor while others rewrite the call."""
-        own = [self._modules.get(name) for name in ("instruction_head", "td_norms")]
-        training = self.training or any(module.training for owner in own if owner for module in owner.modules())
-        return not (training or is_rewritten() or isinstance(self.options.embedding, nn.Module))
 
     def _switch_own(self, mode: bool) -> Self:
         self._cache.gates = None
         return super()._switch_own(mode)
-
-    def _instructions_mix(self) -> bool:
-        """Whether the samples of a batch see each other in the instruction pass, as in a batch norm's statistics."""
-        return self.training and (self.options.norm == "separate" or isinstance(self.options.embedding, nn.Module))
 
     def _instruction(self, task: Any, graphs: Graphs, batch: int | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         return read_instruction(task, graphs.gating().size, batch, self._like(), self.options.instruction_size is None)

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from fxfeedback.feedback_weights import Twins, twins_in
 from fxfeedback.graph.bottom_up import BottomUp
 from fxfeedback.graph.channels import channels_of
 from fxfeedback.graph.effects import has_effect
@@ -19,7 +20,7 @@ from fxfeedback.graph.operands import operand, weight_of
 from fxfeedback.graph.values import Emitter, Value, batch_size
 from fxfeedback.rules import RULES
 from fxfeedback.rules.gating import gates_of_samples
-from fxfeedback.td_graph import Walk, twins_in
+from fxfeedback.td_graph import Walk
 
 INPUT = "input:"
 """Marks the model's inputs among the names of what learns."""
@@ -35,8 +36,10 @@ class Learning:
     """How the learner learns.
 
     wanted: names of the inputs, parameters, TD twins and TD biases that get an update.
-    twins: BU weight name -> name of its TD twin, for separate weights.
+    twins: BU weight name -> what stands for it in TD: the name of its TD twin, or its signs.
     td_biases: BU weight name -> name of the TD bias after its transpose.
+    decay: a weight that has a twin, and the twin, get decay times themselves added to their updates.
+    clip: what a linear layer or convolution hands on is clamped to [-clip, clip]; None: it is not.
     noise: deviation of the factor 1 + noise * randn that each weight's update gets.
     lateral: (error, BU value) -> error at the sites, in place of the exact derivative; None is GaLU, which is exact.
     sites: names of the gating sites; only an inexact lateral needs them.
@@ -46,8 +49,10 @@ class Learning:
     """
 
     wanted: frozenset[str]
-    twins: Mapping[str, str]
+    twins: Twins
     td_biases: Mapping[str, str]
+    decay: float = 0.0
+    clip: float | None = None
     noise: float = 0.0
     lateral: Callable[[Any, Any], Any] | None = None
     sites: frozenset[str] = frozenset()
@@ -65,9 +70,9 @@ def learner(module: fx.GraphModule, root: nn.Module, learning: Learning) -> fx.G
         learning: what to update and how.
 
     Returns:
-        A graph with the inputs of `module` and one error per floating-point tensor of its output, shaped like it. It
-        returns the output of `module` and a dict: name of an input, parameter or TD twin -> its update, summed over
-        the batch as the error has it (a mean loss makes mean updates).
+        A graph with the inputs of `module`, the magnitudes of signs that are drawn, and one error per floating-point
+        tensor of its output, shaped like it. It returns the output of `module` and a dict: name of an input, parameter
+        or TD twin -> its update, summed over the batch as the error has it (a mean loss makes mean updates).
     """
     bu = BottomUp(module.graph)
     emitter = Emitter()
@@ -75,6 +80,7 @@ def learner(module: fx.GraphModule, root: nn.Module, learning: Learning) -> fx.G
     values, saved = _emit_bottom_up(bu, emitter, wanted, learning.fused)
     leaves = [leaf for i, leaf in enumerate(bu.output_leaves()) if learning.errors is None or i in learning.errors]
     names = ["error"] if len(leaves) == 1 else [f"error_{i}" for i in range(len(leaves))]
+    twin = twins_in(emitter, learning.twins, values.__getitem__)
     seeds = {leaf: emitter.placeholder(name, spec_of(leaf)) for leaf, name in zip(leaves, names, strict=True)}
     for seed in seeds.values():
         tell(seed.node, error=True)
@@ -101,7 +107,8 @@ def learner(module: fx.GraphModule, root: nn.Module, learning: Learning) -> fx.G
         values.__getitem__,
         wanted,
         arrive=arrive if learning.lateral is None else arrive_laterally,
-        twin=twins_in(emitter, learning.twins),
+        twin=twin,
+        clip=learning.clip,
         fused=learning.fused,
         saved=saved,
         autocast=learning.autocast,
@@ -167,10 +174,12 @@ def _updates(
         if not _learns(name, learning) or node not in counters:
             continue
         update = counters[node]
-        if learning.twins.get(name) in learning.wanted:
-            emit(learning.twins[name], _noisy(update, learning.noise))
+        twin = learning.twins.get(name)
+        if twin in learning.wanted:
+            emit(twin, _decaying(_noisy(update, learning.noise), emitter.attribute(twin), learning.decay))
         if name in learning.wanted:
-            emit(name, _noisy(update, learning.noise) if node in weights else update)
+            update = _noisy(update, learning.noise) if node in weights else update
+            emit(name, _decaying(update, values[node], learning.decay if twin else 0))
     biases: dict[str, Any] = {}
     for node in weighted:
         name = learning.td_biases.get(str(weight_of(node).target), "")
@@ -190,6 +199,11 @@ def bias_update(x: Any, channels: int) -> Any:
 
 def _learns(name: str, learning: Learning) -> bool:
     return name in learning.wanted or learning.twins.get(name) in learning.wanted
+
+
+def _decaying(update: Any, weight: Any, decay: float) -> Any:
+    """The update plus decay times the weight: with the same of its twin, both forget where they started."""
+    return update + decay * weight if decay else update
 
 
 def _noisy(update: Any, deviation: float) -> Any:

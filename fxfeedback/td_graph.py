@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 
 from fxfeedback.errors import Error, RuleError
+from fxfeedback.feedback_weights import Twins, clamped, twins_in
 from fxfeedback.graph.bottom_up import BottomUp
 from fxfeedback.graph.channels import along_channels, channels_of, switch_off_channels
 from fxfeedback.graph.nodes import name_of, spec_of, specs_of, tell, unopened, user_line
@@ -35,6 +36,7 @@ class Walk:
     depart: (node, counter neuron of the operand) -> the same, applied after the transpose of a linear layer or
         convolution: TD biases and norms.
     twin: weight node -> the TD weight that stands for it, or None.
+    clip: what a linear layer or convolution hands on lies in [-clip, clip]; None: as it is.
     fused: whether fused kernels may stand in for rules; saved: what their forward handed out, by node.
     autocast: whether BU values may have several dtypes, so that operands need casts.
     """
@@ -47,6 +49,7 @@ class Walk:
     arrive: Callable[[fx.Node, Any], tuple[Any, bool]] = lambda node, t: (t, False)
     depart: Callable[[fx.Node, Any], Any] = lambda node, t: t
     twin: Callable[[fx.Node], Any] = lambda node: None
+    clip: float | None = None
     fused: bool = False
     saved: Mapping[fx.Node, Any] = field(default_factory=dict)
     autocast: bool = False
@@ -89,6 +92,8 @@ class Walk:
             raise
         except Exception as error:
             raise RuleError(f"the rule {rule.name!r} fails: {error} (at node {_where(node)})") from error
+        if self.clip is not None and self.bu.is_weighted(node):
+            results = clamped(results, self.clip)
         if rule.weight and "input" in results:
             results["input"] = self.depart(node, results["input"])
         pairs = [pair for name in operands if name in results for pair in _zip(operands[name], results[name])]
@@ -195,7 +200,7 @@ class Instructing:
     sites: the gating sites, whose counter neurons the graph returns.
     head: the prediction head.
     through_head: whether the instruction is a vector over the head's output (no instruction head).
-    twins, td_biases: BU weight name -> name of the TD weight, of the TD bias after its transpose.
+    twins: BU weight name -> what stands for it in TD. td_biases: -> name of the TD bias after its transpose.
     td_norms: BU weight name -> name of the TD norm module after its transpose, in place of the BU batch norm.
     by_channel: a channel whose counter neuron has a positive mean over its positions is on, the others hand on zero.
     """
@@ -203,7 +208,7 @@ class Instructing:
     sites: Sequence[fx.Node]
     head: fx.Node
     through_head: bool
-    twins: Mapping[str, str]
+    twins: Twins
     td_biases: Mapping[str, str]
     td_norms: Mapping[str, str]
     by_channel: bool = False
@@ -212,6 +217,8 @@ class Instructing:
 def instruct(module: fx.GraphModule, root: nn.Module, how: Instructing) -> fx.GraphModule:
     """The instruction pass: instruction (B, size) -> dict: site name -> counter neurons, shaped like the site.
 
+    Where magnitudes are drawn, they are further inputs.
+
     Args:
         module: the BU graph in functional ops.
         root: has the modules and parameters that `how` names, and `instruction_head`.
@@ -219,17 +226,12 @@ def instruct(module: fx.GraphModule, root: nn.Module, how: Instructing) -> fx.Gr
     bu, emitter = BottomUp(module.graph), Emitter()
     down = _InstructionPass(bu, emitter, how)
     top, t = down.start()
-    twin = twins_in(emitter, how.twins)
+    twin = twins_in(emitter, how.twins, down.see)
     Walk(bu, emitter, "instruct", down.see, bu.below(how.sites), down.arrive, down.depart, twin).run({top: t})
     names = [name_of(site) for site in how.sites]
     emitter.graph.output({name: down.counters[name].node for name in names if name in down.counters})
     emitter.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     return fx.GraphModule(root, emitter.graph, "TopDown")
-
-
-def twins_in(emitter: Emitter, twins: Mapping[str, str]) -> Callable[[fx.Node], Any]:
-    """What `Walk.twin` asks for: weight node -> the TD weight that stands for it, or None."""
-    return lambda weight: emitter.attribute(twins[weight.target]) if weight.target in twins else None
 
 
 class _InstructionPass:

@@ -31,6 +31,8 @@ KEYS = {
     "heads": "'stacked': it computes the heads of all tasks; 'chosen': it picks from these (instructed/task_heads.py)",
     "gate": "it is the input for the gate of the site of this name (instructed/gates.py)",
     "rows": "it is the input that says which of several instructions each sample has (instructed/gates.py)",
+    "magnitude": "it is the input for the magnitudes of what TD reads in place of this weight (feedback_weights.py)",
+    "feedback_weight": "it makes what TD reads in place of the weight of this name (feedback_weights.py)",
     "gates": "it gates the site of this name (instructed/gates.py)",
     "error": "it is the input for the error of an output (counter_hebb_pass.py)",
     "counterpart": "the name of the BU node that it is the TD counterpart of, or a part of that (td_graph.py)",
@@ -129,8 +131,8 @@ def is_error(node: fx.Node) -> bool:
 
 
 def is_own_input(node: fx.Node) -> bool:
-    """Whether it is an input of the model itself: none for instructions, gates and errors."""
-    return node.op == "placeholder" and not node.meta.keys() & {"instruction", "gate", "rows", "error"}
+    """Whether it is an input of the model itself: none for instructions, gates, errors and magnitudes."""
+    return node.op == "placeholder" and not node.meta.keys() & {"instruction", "gate", "rows", "error", "magnitude"}
 
 
 def task_heads_of(node: fx.Node) -> Literal["stacked", "chosen"] | None:
@@ -141,6 +143,16 @@ def task_heads_of(node: fx.Node) -> Literal["stacked", "chosen"] | None:
 def gate_of(node: fx.Node) -> str | None:
     """Of the input for a gate: the name of the site that it gates."""
     return node.meta.get("gate")
+
+
+def magnitude_of(node: fx.Node) -> str | None:
+    """Of the input for magnitudes: the name of the BU weight whose signs they multiply."""
+    return node.meta.get("magnitude")
+
+
+def feedback_weight_of(node: fx.Node) -> str | None:
+    """Of a node that makes what TD reads in place of a BU weight: the weight's name."""
+    return node.meta.get("feedback_weight")
 
 
 def gated_site_of(node: fx.Node) -> str | None:

@@ -25,9 +25,10 @@ class Emitter(fx.Tracer):
     @contextmanager
     def named(self, prefix: str, **entries: Any) -> Iterator[None]:
         """Name the calls that are made in the meantime, and say `entries` of them (see `nodes.tell`)."""
+        before = self.prefix, self.entries
         self.prefix, self.entries = prefix, entries
         yield
-        self.prefix, self.entries = None, {}
+        self.prefix, self.entries = before
 
     def create_proxy(
         self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, *rest: Any

@@ -13,15 +13,15 @@ from fxfeedback.errors import Error, NodeNameError, OptionError
 from fxfeedback.graph.bottom_up import BottomUp
 from fxfeedback.graph.channels import channels_of, positions_of
 from fxfeedback.graph.nodes import find_node, name_of, spec_of, user_line
-from fxfeedback.graph.operands import operand, weight_of
+from fxfeedback.graph.operands import operand
 from fxfeedback.graph.shapes import annotate_shapes
 from fxfeedback.graph.structures import unpack_tuples
-from fxfeedback.instructed import td_state
 from fxfeedback.instructed.gates import gate_sites
 from fxfeedback.instructed.halves import Halves, cut, lift
 from fxfeedback.instructed.owner import Owner
 from fxfeedback.instructed.runs import Call, Gating
 from fxfeedback.instructed.task_heads import put_task_heads
+from fxfeedback.instructed.weighted import Weighted
 from fxfeedback.rules.gating import gate
 from fxfeedback.td_graph import Instructing, instruct
 from fxfeedback.tracing.arguments import Form
@@ -56,7 +56,7 @@ def _made_once(graphs: int, name: str, how: tuple[Any, ...]) -> str:
     return by_id(graphs).make_once(name, how)
 
 
-class Graphs:
+class Graphs(Weighted):
     """All graphs of a BU-TD network for one input size and mode; each is built when it is first used."""
 
     def __init__(self, owner: Owner, examples: Sequence[torch.Tensor], form: Form) -> None:
@@ -73,6 +73,7 @@ class Graphs:
         unpack_tuples(self.bu)
         open_operators(self.bu, examples, owner.net)
         self.bottom_up = BottomUp(self.bu.graph)
+        self.draws = self.options.draws and owner.net.training
         self.made = Shelf()
         try:
             self.head, self.no_head = self.bottom_up.find_head(self.options.head), None
@@ -112,33 +113,6 @@ class Graphs:
         own_outputs = spec_of(self.head).shape[channels_of(self.head)]
         return self.options.instruction_size or self.options.n_tasks or own_outputs
 
-    @functools.cached_property
-    def weights(self) -> dict[str, fx.Node]:
-        """Weight name -> the linear layer or convolution that it belongs to."""
-        return {str(weight_of(node).target): node for node in self._weighted if weight_of(node).op == "get_attr"}
-
-    @functools.cached_property
-    def _weighted(self) -> list[fx.Node]:
-        return [node for node in self.bottom_up.nodes if self.bottom_up.is_weighted(node)]
-
-    def require_weights_of_layers(self, option: str) -> None:
-        """TD state belongs to a layer's weight: refuse weights that forward computes, and layers that share one, but
-        have other inputs.
-        """
-        for node in self._weighted:
-            weight = weight_of(node)
-            if weight.op != "get_attr":
-                raise OptionError(
-                    f"{option}: the weight of {name_of(node)!r}{user_line(node)} is computed by the model's "
-                    "forward, and only a weight that is a parameter can have TD state: use the default"
-                )
-            other = self.weights[str(weight.target)]
-            if option != 'weights="separate"' and td_state.in_channels(node) != td_state.in_channels(other):
-                raise OptionError(
-                    f"{option}: {name_of(node)!r} and {name_of(other)!r} have one weight, and inputs with "
-                    "different numbers of channels, which cannot share TD state: use the default"
-                )
-
     def require_head_of_its_own(self) -> None:
         """One head per task replaces the head's weights: refuse where forward also reads them elsewhere."""
         for source in (operand(self.head, name) for name in ("weight", "bias")):
@@ -150,48 +124,42 @@ class Graphs:
                     f"{name_of(where)!r}{user_line(where)} as well, which would not follow the task: pass another head="
                 )
 
-    def _td_names(self, kind: str, names: Sequence[str]) -> dict[str, str]:
-        """Weight name -> qualified name of its TD twin, bias or norm, where there is one."""
-        owned = self.owner.td_part(kind)
-        if owned is None:
-            return {}
-        keys = {name: name if kind == "td_weights" else td_state.module_of(name) for name in names}
-        return {name: f"{kind}.{key}" for name, key in keys.items() if key in owned}
-
-    @functools.cached_property
-    def twins(self) -> dict[str, str]:
-        return self._td_names("td_weights", list(self.weights))
-
-    @functools.cached_property
-    def td_biases(self) -> dict[str, str]:
-        return self._td_names("td_biases", list(self.weights))
-
     @functools.cached_property
     def attributes(self) -> list[str]:
         """The names of all parameters and buffers that BU and TD use."""
         return [
             *dict.fromkeys(str(node.target) for node in self.bottom_up.parameters),
             *self.twins.values(),
+            *self.td_names("td_magnitudes", list(self.weights)).values(),
             *self.td_biases.values(),
         ]
 
     def learning_parameters(self) -> frozenset[str]:
         """The names of those that ask for an update."""
         with settled(self.owner.net), torch.enable_grad():  # of a parametrized one, as its own parameters do
-            return frozenset(name for name in self.attributes if self.owner.fetch(name).requires_grad)
+            return self._by_errors(name for name in self.attributes if self.owner.fetch(name).requires_grad)
+
+    def _by_errors(self, names: Iterable[str]) -> frozenset[str]:
+        """Of what asks for an update, what gets one from an error: a weight mirror needs none."""
+        own = set() if self.options.mirrors else set(self.twins.values())
+        return frozenset(names) - own
 
     # -- the graphs ---------------------------------------------------------------------------------------------------
 
     @functools.cached_property
     def td(self) -> fx.GraphModule:
+        return self.instructing(self.draws)
+
+    def instructing(self, drawn: bool) -> fx.GraphModule:
+        """The instruction pass (see `instruct`); `drawn`: with the magnitudes of signs as inputs."""
         self.require_head()
         how = Instructing(
             sites=self._candidates,
             head=self.head,
             through_head=self.options.n_tasks is None,
-            twins=self.twins,
+            twins=self.feedback(drawn),
             td_biases=self.td_biases,
-            td_norms=self._td_names("td_norms", list(self.weights)),
+            td_norms=self.td_names("td_norms", list(self.weights)),
             by_channel=self.options.gating == "channel",
         )
         return instruct(self.bu, self.owner.root, how)
@@ -208,16 +176,22 @@ class Graphs:
 
     def learner(self, instructed: bool, wanted: Iterable[str], **how: Any) -> fx.GraphModule:
         """BU pass, error pass and updates of `wanted` (see `counter_hebb_pass.learner`)."""
-        return self._learner(instructed, False, frozenset(wanted), tuple(how.items()))
+        return self._learner(instructed, False, frozenset(wanted), self.draws, tuple(how.items()))
+
+    def drawn_learner(self, instructed: bool, wanted: Iterable[str], **how: Any) -> fx.GraphModule:
+        """The same with the magnitudes of signs as inputs, if calls in training mode draw them."""
+        return self._learner(instructed, False, frozenset(wanted), self.options.draws, tuple(how.items()))
 
     @kept
     def _learner(
-        self, instructed: bool, by_row: bool, wanted: frozenset[str], how: tuple[tuple[str, Any], ...]
+        self, instructed: bool, by_row: bool, wanted: frozenset[str], drawn: bool, how: tuple[tuple[str, Any], ...]
     ) -> fx.GraphModule:
         learning = Learning(
-            wanted=wanted,
-            twins=self.twins,
+            wanted=self._by_errors(wanted),
+            twins=self.feedback(drawn),
             td_biases=self.td_biases,
+            decay=self.options.td_decay,
+            clip=self.options.td_clip,
             noise=self.options.update_noise,
             lateral=None if self.options.exact else self.options.lateral_function,
             sites=frozenset(name_of(site) for site in self.sites),
@@ -229,7 +203,7 @@ class Graphs:
     def halves(self, instructed: bool, by_row: bool, wanted: frozenset[str], autocast: bool) -> Halves:
         """What a call with learning runs."""
         how = (("autocast", True),) if autocast else ()
-        return cut(self._learner(instructed, by_row, wanted, how), self.options.inexact)
+        return cut(self._learner(instructed, by_row, wanted, self.draws, how), self.options.inexact)
 
     @kept
     def call(self, instructed: bool, by_row: bool) -> Call:
@@ -238,6 +212,14 @@ class Graphs:
         names = [key_of(node) for node in module.graph.nodes if node.op == "placeholder"]
         lifted, attributes = lift(module)
         return Call(tuple(names), type(lifted).forward, attributes, self.attributes)
+
+    def magnitudes(self) -> dict[str, float]:
+        """Weight name -> the bound of the magnitudes that a call draws, in the order of the graphs' inputs."""
+        return self._magnitudes() if self.draws else {}
+
+    @kept
+    def _magnitudes(self) -> dict[str, float]:
+        return self.bounds()
 
     @kept
     def gating(self) -> Gating:
@@ -265,14 +247,15 @@ class Graphs:
 
     # -- the instruction pass at run time -----------------------------------------------------------------------------
 
-    def instruct(self, instruction: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Site name -> counter neurons."""
+    def instruct(self, instruction: torch.Tensor, drawn: Sequence[torch.Tensor] = ()) -> dict[str, torch.Tensor]:
+        """Site name -> counter neurons; `drawn`: the magnitudes of this call, where it draws some."""
         gating = self.gating()
-        return gating.run(self.owner.root, instruction, *[self.owner.fetch(name) for name in gating.attributes])
+        attributes = [self.owner.fetch(name) for name in gating.attributes]
+        return gating.run(self.owner.root, instruction, *drawn, *attributes)
 
-    def gates(self, instruction: torch.Tensor) -> list[torch.Tensor]:
+    def gates(self, instruction: torch.Tensor, drawn: Sequence[torch.Tensor] = ()) -> list[torch.Tensor]:
         """What the lateral connections take: counter neurons, of each unit or channel; GaLU needs only their sign."""
-        counters = self.instruct(instruction).values()
+        counters = self.instruct(instruction, drawn).values()
         positions = self.gating().positions
         values = [t.mean(dims, keepdim=True) if dims else t for t, dims in zip(counters, positions, strict=True)]
         return [(value > 0).to(value.dtype) for value in values] if self.options.exact else values

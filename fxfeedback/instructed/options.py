@@ -19,18 +19,34 @@ LATERALS: dict[str, Lateral] = {
     "add": lambda value, counter: value + counter,
 }
 CHOICES = {
-    "weights": ("shared", "separate"),
-    "td_learning": ("mirror", "fixed"),
+    "weights": ("shared", "separate", "sign", "direct"),
+    "td_learning": ("mirror", "fixed", "weight_mirror"),
     "td_init": ("kaiming", "symmetric"),
+    "td_magnitude": ("uniform", "batch", "fixed"),
+    "direct": ("op", "unit"),
     "norm": ("shared", "separate"),
     "gating": ("unit", "channel"),
     "heads": ("shared", "per_task"),
     "learning": ("counter_hebb", "backprop"),
 }
+UNSAID = ("td_learning", "td_init", "td_magnitude", "td_scale", "direct")
+"""Options that are None where the user does not give them: not every kind of weights has them."""
+BELONGS = {
+    "td_magnitude": ("sign",),
+    "td_scale": ("sign",),
+    "direct": ("direct",),
+    "td_learning": ("shared", "separate"),
+    "td_init": ("shared", "separate"),
+}
+"""Option -> the kinds of weights that have it."""
 
 
 def _is_deviation(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) < math.inf
+
+
+def _is_scale(value: Any) -> bool:
+    return value in (None, "xavier", "kaiming") or (_is_deviation(value) and value > 0)
 
 
 def _is_list(value: Any, fits: Callable[[Any], bool]) -> bool:
@@ -52,6 +68,12 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "instruction_size": (lambda n: n is None or is_count(n), "give the length of an instruction vector, or None"),
     "td_noise": (_is_deviation, "give a standard deviation, a number from 0 on"),
     "update_noise": (_is_deviation, "give a standard deviation, a number from 0 on"),
+    "td_scale": (_is_scale, "choose 'xavier' or 'kaiming', or give a number above 0"),
+    "td_decay": (_is_deviation, "give a number from 0 on, the part of a weight that is added to its update"),
+    "td_clip": (
+        lambda c: c is None or (_is_deviation(c) and c > 0),
+        "give a number above 0, the largest absolute value that a layer hands on, or None",
+    ),
     "td_bias": (lambda b: isinstance(b, bool), "give True or False"),
     "lateral": (
         lambda f: f in LATERALS if isinstance(f, str) else callable(f),
@@ -71,8 +93,8 @@ class Options:
     sites: Sequence[str] | None
     instruction_size: int | None
     weights: str
-    td_learning: str
-    td_init: str
+    td_learning: str | None
+    td_init: str | None
     td_noise: float
     update_noise: float
     td_bias: bool
@@ -81,14 +103,20 @@ class Options:
     gating: str
     heads: str
     learning: str
+    td_magnitude: str | None = None
+    td_scale: str | float | None = None
+    td_decay: float = 0.0
+    td_clip: float | None = None
+    direct: str | None = None
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
+            if getattr(self, name) not in (choices if name not in UNSAID else (*choices, None)):
                 raise OptionError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(repr, choices))}")
         for name, (fits, wanted) in KINDS.items():
             if not fits(getattr(self, name)):
                 raise OptionError(f"{name}={getattr(self, name)!r}: {wanted}")
+        self._check_feedback()
         if self.n_tasks is None and (self.embedding is not None or self.instruction_size is not None):
             raise OptionError("embedding= and instruction_size= belong to an instruction head: pass n_tasks= as well")
         if self.n_tasks is None and self.heads == "per_task":
@@ -98,6 +126,34 @@ class Options:
                 'heads="per_task" needs instructions that are one-hot over tasks: leave out instruction_size='
             )
 
+    def _check_feedback(self) -> None:
+        """Whether what is said of TD's weights goes together."""
+        for name, kinds in BELONGS.items():
+            if getattr(self, name) is not None and self.weights not in kinds:
+                given = f"{name}={getattr(self, name)!r}"
+                raise OptionError(f"{given}: weights={self.weights!r} has no {name}; {' and '.join(kinds)} have")
+        if self.td_learning == "weight_mirror" and self.weights != "separate":
+            raise OptionError('td_learning="weight_mirror" needs weights="separate": shared weights mirror themselves')
+        if self.td_decay and not self.mirrors:
+            raise OptionError('td_decay belongs to weights="separate" with td_learning="mirror": TD learns by no other')
+        acting = {
+            "td_clip": self.td_clip is not None,
+            "td_decay": self.td_decay != 0,
+            'weights="direct"': self.weights == "direct",
+        }
+        for option in (option for option, given in acting.items() if given and self.learning == "backprop"):
+            raise OptionError(f'{option} acts in the error pass, which learning="backprop" does not run: leave it out')
+
+    @property
+    def mirrors(self) -> bool:
+        """Whether TD's own weights get the updates of the BU weights."""
+        return self.weights == "separate" and self.td_learning in (None, "mirror")
+
+    @property
+    def draws(self) -> bool:
+        """Whether every training call draws magnitudes."""
+        return self.weights == "sign" and self.td_magnitude == "batch"
+
     @property
     def exact(self) -> bool:
         """Whether the lateral is GaLU, for which updates equal gradients."""
@@ -106,7 +162,7 @@ class Options:
     @property
     def inexact(self) -> str:
         """The option with which updates are not gradients; empty where they are."""
-        for name, exact in (("weights", "shared"), ("lateral", "galu"), ("update_noise", 0)):
+        for name, exact in (("weights", "shared"), ("lateral", "galu"), ("update_noise", 0), ("td_clip", None)):
             value = getattr(self, name)
             if value != exact:
                 return f"{name}={getattr(value, '__name__', repr(value))}"

@@ -32,6 +32,6 @@ class Owner:
         return heads if isinstance(heads, TaskHeads) else None
 
     def td_part(self, kind: str) -> ByName | None:
-        """TD's own state, "td_weights", "td_biases" or "td_norms", where there is some."""
+        """TD's own state, "td_weights", "td_magnitudes", "td_biases" or "td_norms", where there is some."""
         part = self.root._modules.get(kind)
         return part if isinstance(part, ByName) else None

@@ -37,7 +37,7 @@ def make_task_heads(graphs: Graphs) -> TaskHeads:
 
 
 def make_td_parts(graphs: Graphs, like: torch.Tensor) -> dict[str, td_state.ByName]:
-    """TD's own weights, biases and norms, as far as the options ask for them, by the names of their attributes.
+    """TD's own weights, magnitudes, biases and norms, as far as options ask for them, by their attributes' names.
 
     Norms have the dtype and the device of `like`; weights and biases are as the BU weights.
 
@@ -47,7 +47,7 @@ def make_td_parts(graphs: Graphs, like: torch.Tensor) -> dict[str, td_state.ByNa
     options = graphs.options
     learns = options.learning == "counter_hebb"
     asked = {
-        'weights="separate"': options.weights == "separate",
+        f'weights="{options.weights}"': options.weights != "shared",
         "td_bias=True": options.td_bias,
         'norm="separate"': options.norm == "separate",
     }
@@ -56,8 +56,10 @@ def make_td_parts(graphs: Graphs, like: torch.Tensor) -> dict[str, td_state.ByNa
     weights, fetch = graphs.weights, graphs.owner.fetch
     parts: dict[str, td_state.ByName] = {}
     if options.weights == "separate":
-        mirrored = learns and options.td_learning == "mirror"
-        parts["td_weights"] = td_state.twins(weights, fetch, options.td_init, options.td_noise, mirrored)
+        learning = (learns and options.mirrors) or options.td_learning == "weight_mirror"
+        parts["td_weights"] = td_state.twins(weights, fetch, options.td_init, options.td_noise, learning)
+    if options.td_magnitude == "fixed":
+        parts["td_magnitudes"] = td_state.magnitudes(weights, fetch, options.td_scale)
     if options.td_bias:
         parts["td_biases"] = td_state.td_biases(weights, fetch, learns)
     if options.norm == "separate":

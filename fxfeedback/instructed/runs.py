@@ -23,7 +23,8 @@ class Gating(NamedTuple):
     """The instruction pass.
 
     size: length of an instruction.
-    run: (module with instruction head and TD norms, instruction, *attributes) -> site name -> counter neurons.
+    run: (module with instruction head and TD norms, instruction, *magnitudes drawn, *attributes) -> site name ->
+        counter neurons.
     positions: of each site the dimensions over which a channel is one gate; none: every unit is.
     batch_first: whether a sample's gates can be picked by their first dimension.
     """

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from fxfeedback.errors import OptionError
+from fxfeedback.feedback_weights import bound
 from fxfeedback.graph.bottom_up import BottomUp
 from fxfeedback.graph.channels import channels_of
 from fxfeedback.graph.nodes import spec_of
@@ -19,9 +20,9 @@ BATCH_NORM = {3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
 
 class ByName(nn.Module):
-    """Parameters or modules under dotted names, as a read-only mapping: `td_weights["layer1.0.conv1.weight"]`."""
+    """Parameters, buffers or modules under dotted names, read-only: `td_weights["layer1.0.conv1.weight"]`."""
 
-    def __init__(self, items: Mapping[str, nn.Parameter | nn.Module]) -> None:
+    def __init__(self, items: Mapping[str, torch.Tensor | nn.Module]) -> None:
         super().__init__()
         self.names = list(items)
         for name, item in items.items():
@@ -31,7 +32,10 @@ class ByName(nn.Module):
                 if step not in owner._modules:
                     owner.add_module(step, nn.Module())
                 owner = owner.get_submodule(step)
-            setattr(owner, leaf, item)
+            if isinstance(item, (nn.Parameter, nn.Module)):
+                setattr(owner, leaf, item)
+            else:
+                owner.register_buffer(leaf, item)
 
     def __getitem__(self, name: str) -> Any:
         if name not in self.names:
@@ -50,11 +54,11 @@ class ByName(nn.Module):
         return list(self.names)
 
     def values(self) -> list[Any]:
-        """The parameters or modules."""
+        """What has these names."""
         return [self[name] for name in self.names]
 
     def items(self) -> list[tuple[str, Any]]:
-        """(dotted name, parameter or module) pairs."""
+        """(dotted name, parameter, buffer or module) pairs."""
         return [(name, self[name]) for name in self.names]
 
 
@@ -73,7 +77,7 @@ def drawn_on_cpu(tensor: torch.Tensor, draw: Callable[[torch.Tensor], torch.Tens
 
 
 def twins(
-    weights: Mapping[str, fx.Node], fetch: Callable[[str], torch.Tensor], init: str, noise: float, learn: bool
+    weights: Mapping[str, fx.Node], fetch: Callable[[str], torch.Tensor], init: str | None, noise: float, learn: bool
 ) -> ByName:
     """A TD weight for every BU weight: drawn anew as torch draws it, or a copy times 1 + noise * randn."""
 
@@ -83,6 +87,16 @@ def twins(
         return drawn_on_cpu(weight, functools.partial(nn.init.kaiming_uniform_, a=math.sqrt(5)))
 
     return ByName({name: nn.Parameter(draw(fetch(name).detach()), learn) for name in weights})
+
+
+def magnitudes(weights: Mapping[str, fx.Node], fetch: Callable[[str], torch.Tensor], how: str | float | None) -> ByName:
+    """Fixed magnitudes for the signs of every BU weight."""
+
+    def draw(weight: torch.Tensor) -> torch.Tensor:
+        b = bound(weight.shape, how or "xavier")
+        return drawn_on_cpu(weight, lambda magnitude: magnitude.uniform_(0, b))
+
+    return ByName({name: draw(fetch(name).detach()) for name in weights})
 
 
 def td_biases(weights: Mapping[str, fx.Node], fetch: Callable[[str], torch.Tensor], learn: bool) -> ByName:

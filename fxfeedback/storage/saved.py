@@ -169,7 +169,7 @@ FIELDS = {
     "BUTD": ("examples", "names", "door", *(field.name for field in fields(Options))),
 }
 """Kind of wrapper -> what the file says of it."""
-LATER = ("checkpoint", "names", "door")
+LATER = ("checkpoint", "names", "door", *(field.name for field in fields(Options) if field.default is not MISSING))
 """Fields that older files, or files of networks made without them, do not have."""
 CHECKS: dict[str, Callable[[Any], bool]] = {
     "examples": _are_examples,

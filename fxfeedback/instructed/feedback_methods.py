@@ -1,0 +1,110 @@
+"""What a BU-TD network says and does of its feedback weights, and how its calls come by their gates."""
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from fxfeedback.graph.specs import size_of
+from fxfeedback.instructed.graphs import Graphs
+from fxfeedback.instructed.instruction import distinct
+from fxfeedback.instructed.last_gates import last_gates
+from fxfeedback.instructed.magnitudes import Drawn, Magnitudes
+from fxfeedback.instructed.options import Options
+from fxfeedback.tracing.waiting import at_hand
+from fxfeedback.tracing.while_tracing import is_rewritten
+from fxfeedback.tracing.wrapper import Wrapper
+
+
+class Alignment(NamedTuple):
+    """How what TD reads, V, lies to a BU weight W.
+
+    angle: between them over all elements, in degrees; None where V does not have W's shape. ratio: |V| / |W|.
+    """
+
+    angle: float | None
+    ratio: float
+
+
+class FeedbackMethods(Wrapper):
+    """The part of `BUTD` that is about V, what TD reads in place of BU weights."""
+
+    options: Options
+    _drawn: Drawn
+
+    @property
+    def magnitudes(self) -> MutableMapping[str, torch.Tensor]:
+        """Weight name -> the magnitudes that its signs are multiplied by in TD, with weights="sign".
+
+        Of td_magnitude="fixed" they are kept, and may be set. Of "batch" they are those of the last call in training
+        mode; what is set, one by one or all at once, is taken in all such calls until it is deleted. Their absolute
+        values are taken.
+        """
+        return Magnitudes(self._present(), self._drawn)
+
+    @magnitudes.setter
+    def magnitudes(self, values: Mapping[str, torch.Tensor]) -> None:
+        kept = self.magnitudes
+        self._drawn.given.clear()
+        kept.update(values)
+
+    @torch.no_grad()
+    def alignment(self) -> dict[str, Alignment]:
+        """Weight name -> (angle, ratio) of what TD reads and the BU weight, as they are now.
+
+        An angle of 0 degrees is backpropagation's. Of magnitudes that are drawn in every call it is the last call's.
+        """
+        graphs = self._present()
+        return {name: _alignment(v, self._fetch(name)) for name, v in self._feedback_weights(graphs).items()}
+
+    def _present(self) -> Graphs:
+        """Our graphs in the present mode, at the example's size."""
+        return self._kept((self._fingerprint(), tuple([(size_of(x), x.dtype) for x in self._stand_ins()]), None))
+
+    def _feedback_weights(self, graphs: Graphs) -> dict[str, torch.Tensor]:
+        """Weight name -> what TD reads in its place."""
+        if self.options.weights == "sign":
+            return {name: m * torch.sign(self._fetch(name)) for name, m in self.magnitudes.items()}
+        return {name: self._fetch(graphs.twins.get(name, name)) for name in graphs.weights}
+
+    @torch.no_grad()
+    def _gates(
+        self,
+        graphs: Graphs,
+        instruction: torch.Tensor,
+        ids: torch.Tensor | None,
+        batch: int,
+        drawn: Sequence[torch.Tensor],
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The gates of the distinct instructions; before them, if there are several, which one each sample has."""
+        if self._instructions_mix() or not graphs.gating().batch_first:
+            return [], graphs.gates(instruction, drawn)
+        instructions, rows = distinct(instruction, ids, batch)
+        which = [] if rows is None else [rows]
+        if not (self._may_keep_gates() and at_hand(instructions)):  # whether they are the last's, values say
+            return which, graphs.gates(instructions, drawn)
+        weights = [*self.parameters(), *self.buffers(), *(self._fetch(name) for name in graphs.gating().attributes)]
+        return which, last_gates(self._cache, graphs, instructions, weights)
+
+    def _may_keep_gates(self) -> bool:
+        """Not where the instruction pass may draw random numbers or count, nor while others rewrite the call."""
+        own = [self._modules.get(name) for name in ("instruction_head", "td_norms")]
+        training = self.training or any(module.training for owner in own if owner for module in owner.modules())
+        return not (training or is_rewritten() or isinstance(self.options.embedding, nn.Module))
+
+    def _instructions_mix(self) -> bool:
+        """Whether the samples of a batch see each other in the instruction pass, as in a batch norm's statistics."""
+        return self.training and (self.options.norm == "separate" or isinstance(self.options.embedding, nn.Module))
+
+    def _drawn_magnitudes(self, graphs: Graphs) -> list[torch.Tensor]:
+        """The magnitudes of a call, in the graphs' order; none where calls draw none."""
+        return [self._drawn.draw(name, b, self._fetch(name)) for name, b in graphs.magnitudes().items()]
+
+
+def _alignment(v: torch.Tensor, w: torch.Tensor) -> Alignment:
+    v, w = v.double().flatten(), w.double().flatten()
+    ratio = (v.norm() / w.norm()).item()
+    if v.shape != w.shape:
+        return Alignment(None, ratio)
+    return Alignment(torch.rad2deg(((v @ w) / (v.norm() * w.norm())).clamp(-1, 1).acos()).item(), ratio)
