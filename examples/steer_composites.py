@@ -7,6 +7,10 @@ class. Steered toward a class that is there, the network should name it; toward 
     python examples/steer_composites.py                     # trained with mixup: the best we know, a minute
     python examples/steer_composites.py --training plain    # trained on single digits only, as published
     python examples/steer_composites.py --repeat 5          # means and 95 % confidence intervals over five seeds
+
+On pictures, with a published network and its published prototypes, which are downloaded:
+
+    python examples/steer_composites.py --data DIR --model alexnet_lrm3 --prototypes published
 """
 
 import argparse
@@ -32,7 +36,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 import fxfeedback
-from composites import KINDS, TripletDataset
+import picture_composites
+from fxfeedback.composites import KINDS, Row, TripletDataset, steerability, table
 from jobs import UserError, exit_code, make_folder, number, usable_device, write_whole
 from multi_mnist import (
     DEVIATION,
@@ -54,8 +59,6 @@ WARM_UP = 0.15  # of the steps, in which the rate rises to its highest before it
 EVALUATION_BATCH = 500
 CONFIDENCE = 0.95
 COLUMNS = ("training", "seed", "kind", "strength", "unsteered", "steered", "gain", "absent_unsteered", "hallucinated")
-
-Row = dict[str, Any]  # one line of results.csv: its COLUMNS
 
 
 def network() -> nn.Module:
@@ -131,18 +134,10 @@ def train(digits: Digits, args: argparse.Namespace, seed: int) -> fxfeedback.Fee
     return model.eval()
 
 
-@torch.no_grad()
-def prototypes(model: fxfeedback.FeedbackModel, digits: Digits) -> Tensor:
-    """The mean activation of the source, after the last pass, over the clean digits of every class: (10, 10)."""
-    device = next(model.parameters()).device
-    activations = torch.cat(
-        [
-            model.readout(normalised(images).to(device), [SOURCE])[-1][SOURCE].value
-            for images in digits.images.split(EVALUATION_BATCH)
-        ]
-    )
-    labels = digits.labels.to(device)
-    return torch.stack([activations[labels == k].mean(0) for k in range(CLASSES)])
+def prototypes(model: fxfeedback.FeedbackModel, digits: Digits) -> fxfeedback.Prototypes:
+    """The mean activation of the source, after the last pass, over the clean digits of every class."""
+    dataset = TensorDataset(normalised(digits.images), digits.labels)
+    return fxfeedback.Prototypes.compute(model, DataLoader(dataset, EVALUATION_BATCH), [SOURCE], progress=False)
 
 
 @torch.no_grad()
@@ -154,49 +149,6 @@ def accuracy(model: fxfeedback.FeedbackModel, digits: Digits) -> float:
         int((model(normalised(images).to(device))[-1].argmax(1).cpu() == labels).sum()) for images, labels in batches
     )
     return right / len(digits.labels)
-
-
-@torch.no_grad()
-def challenge(
-    model: fxfeedback.FeedbackModel, prototypes: Tensor, triplets: TripletDataset, strengths: Iterable[float]
-) -> list[Row]:
-    """How steering changes what the last pass names, one row per strength; all shares in 0..1.
-
-    `unsteered`, `steered`: how often it is the target, each of the two present classes being the target once (so
-    without steering they share at most 1, half each); `gain`: their difference. `hallucinated`: how often it is the
-    absent class when steered toward it, `absent_unsteered` when not steered.
-    """
-    device = prototypes.device
-    batches = [
-        (image.to(device), torch.stack([*present, absent]).to(device))  # classes: first, second, absent
-        for image, present, absent in DataLoader(triplets, EVALUATION_BATCH)
-    ]
-
-    def named(strength: float | None) -> list[float]:
-        """How often each of the three classes is named, steered toward it unless the strength is None."""
-        hits = [0, 0, 0]
-        for images, classes in batches:
-            for i, target in enumerate(classes):
-                steering = [] if strength is None else [fxfeedback.Steering(SOURCE, prototypes[target], strength)]
-                hits[i] += int((model(images, steering=steering)[-1].argmax(1) == target).sum())
-        return [count / len(triplets) for count in hits]
-
-    *present, absent_unsteered = named(None)
-    unsteered, rows = fmean(present), list[Row]()
-    for strength in strengths:
-        *present, hallucinated = named(strength)
-        rows.append(
-            {
-                "kind": triplets.kind,
-                "strength": strength,
-                "unsteered": unsteered,
-                "steered": fmean(present),
-                "gain": fmean(present) - unsteered,
-                "absent_unsteered": absent_unsteered,
-                "hallucinated": hallucinated,
-            }
-        )
-    return rows
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:
@@ -219,21 +171,6 @@ def summary(rows: Iterable[Row]) -> list[Row]:
             line[name], line[f"{name}_ci"] = mean_and_interval([row[name] for row in group])
         result.append(line)
     return result
-
-
-def table(lines: Iterable[Row]) -> str:
-    """A summary as people read it, in %."""
-
-    def percent(line: Row, name: str, sign: str = "") -> str:
-        interval = line[f"{name}_ci"]
-        return f"{100 * line[name]:{sign}.1f}" + ("" if interval is None else f" ± {100 * interval:.1f}")
-
-    text = [f"{'kind':14}{'strength':>8}{'unsteered':>15}{'steered':>15}{'gain':>15}{'hallucinated':>15}"]
-    for line in lines:
-        numbers = percent(line, "unsteered"), percent(line, "steered"), percent(line, "gain", "+")
-        cells = "".join(f"{cell:>15}" for cell in (*numbers, percent(line, "hallucinated")))
-        text.append(f"{line['kind']:14}{line['strength']:>8g}{cells}")
-    return "\n".join(text)
 
 
 def figure(lines: Sequence[Row], examples: dict[str, tuple[Tensor, str]], title: str) -> Figure:
@@ -262,6 +199,17 @@ def figure(lines: Sequence[Row], examples: dict[str, tuple[Tensor, str]], title:
     axes[1, 0].set_ylabel("named first (%)")
     axes[1, 0].legend(fontsize="small")
     return drawn
+
+
+def as_csv(rows: Iterable[Row], columns: Sequence[str]) -> str:
+    """These columns of the rows, numbers with six digits."""
+    lines = io.StringIO()
+    writer = csv.DictWriter(lines, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(
+        {name: round(value, 6) if isinstance(value, float) else value for name, value in row.items()} for row in rows
+    )
+    return lines.getvalue()
 
 
 class Run:
@@ -300,24 +248,19 @@ class Run:
         model = train(self.digits, self.args, seed)
         seen, rows = prototypes(model, self.digits), list[Row]()
         for kind in tqdm(KINDS, f"seed {seed}", unit="kind", dynamic_ncols=True, disable=None):
-            rows += challenge(model, seen, self.triplets[kind], self.args.strengths)
+            rows += steerability(model, self.triplets[kind], seen, self.args.strengths, progress=False)
         self.clean[seed] = accuracy(model, self.held_out)
         self.rows += [{"training": self.args.training, "seed": seed, **row} for row in rows]
         self.keep(seed, model, seen)
         tqdm.write(f"seed {seed}: {self.clean[seed]:.1%} of single digits right")
 
-    def keep(self, seed: int, model: nn.Module, seen: Tensor) -> None:
+    def keep(self, seed: int, model: nn.Module, seen: fxfeedback.Prototypes) -> None:
         """Write the network with its prototypes, results.csv, results.json and steering.png."""
-        weights = safetensors.torch.save({**model.state_dict(), "prototypes": seen})
+        means = torch.stack([seen.mean(k).float() for k in range(CLASSES)])
+        weights = safetensors.torch.save({**model.state_dict(), "prototypes": means})
         write_whole(self.args.out / f"model-{seed}.safetensors", lambda path: path.write_bytes(weights))
-        lines = io.StringIO()
-        writer = csv.DictWriter(lines, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(
-            {name: round(value, 6) if isinstance(value, float) else value for name, value in row.items()}
-            for row in self.rows
-        )
-        write_whole(self.args.out / "results.csv", lambda path: path.write_text(lines.getvalue()))
+        lines = as_csv(self.rows, COLUMNS)
+        write_whole(self.args.out / "results.csv", lambda path: path.write_text(lines))
         text = json.dumps(self.results(), indent=2) + "\n"
         write_whole(self.args.out / "results.json", lambda path: path.write_text(text))
         drawn = figure(summary(self.rows), self.examples(), self.title())
@@ -376,6 +319,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default here: %(default)s)")
     add("--data-root", type=Path, help="folder with torchvision's MNIST files, instead of 5,000 embedded digits")
     add("--download", action="store_true", help="fetch the MNIST files into --data-root where they are missing")
+    add("--data", type=Path, help="folder of pictures, a folder per class: the challenge with a published network")
+    add("--model", choices=picture_composites.MODELS, default="alexnet_lrm3", help="on --data (default %(default)s)")
+    add("--weights", default="published", help="of --model: published, none, or a file (default %(default)s)")
+    add(
+        "--prototypes",
+        default="published",
+        help="for --model: published, words (from CLIP), a file, or a folder of pictures (default %(default)s)",
+    )
+    add("--workers", type=number(int, 0, 1000), default=0, help="processes that read --data (default %(default)s)")
     add("--out", type=Path, default=Path("runs/steer_composites"), help="folder for the results (default %(default)s)")
     args = parser.parse_args(argv)
     if args.download and args.data_root is None:
@@ -383,11 +335,25 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def pictures(args: argparse.Namespace) -> int:
+    """The challenge on a folder of pictures; returns the exit code."""
+    usable_device(args.device)
+    make_folder(args.out)
+    rows = picture_composites.challenge(args)
+    text = as_csv(rows, list(rows[0]))
+    write_whole(args.out / "pictures.csv", lambda path: path.write_text(text))
+    print(table(rows))
+    print(f"in %, of {args.test_size} composites, with 95 % confidence intervals; results: {args.out / 'pictures.csv'}")
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job; returns the exit code: 0, 1 after an error, 130 after Ctrl-C (argparse exits by itself, with 2)."""
     args = parse_arguments(argv)
 
     def job() -> int:
+        if args.data:
+            return pictures(args)
         run = Run(args)
         finished = run.repeat()
         if not finished:

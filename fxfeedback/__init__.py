@@ -10,7 +10,7 @@ from fxfeedback.errors import Error
 from fxfeedback.version import __version__
 
 if TYPE_CHECKING:
-    from fxfeedback import models, rules, runtime
+    from fxfeedback import composites, models, rules, runtime
     from fxfeedback.butd import BUTD, to_butd
     from fxfeedback.deploy.learner import export_learner
     from fxfeedback.drawing.draw import draw
@@ -35,7 +35,7 @@ _HOMES = {
     "storage.save_load": ["load", "save"],
     "tracing.names": ["node_names"],
 }
-_MODULES = ["models", "rules", "runtime"]
+_MODULES = ["composites", "models", "rules", "runtime"]
 
 __all__ = [
     "BUTD",
@@ -48,6 +48,7 @@ __all__ = [
     "__version__",
     "add_feedback",
     "check_rule",
+    "composites",
     "draw",
     "errors",
     "export",

@@ -4,6 +4,7 @@ import csv
 import functools
 import json
 import math
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,13 +12,17 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-import composites
+import fxfeedback
 import multi_mnist
 import steer_composites
-from composites import KINDS, TripletDataset
+from fxfeedback import composites
+from fxfeedback.composites import KINDS, TripletDataset, steerability
+from fxfeedback.errors import InputError, OptionError
+from fxfeedback.prototypes.moments import Moments
 
 TINY = ["--steps", "3", "--batch-size", "16", "--test-size", "20", "--strengths", "0.5", "2", "--device", "cpu"]
 RESULTS = {"results.csv", "results.json", "steering.png"}
@@ -139,11 +144,16 @@ def test_any_labelled_data_set_will_do() -> None:
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: TripletDataset(Plain(), 5, "overlap"), ValueError, "choose one of 'overlay', 'side-by-side'"),
-        (lambda: TripletDataset(Subset(Plain(), [0, 1, 4, 5]), 5), ValueError, "three classes, the data set has 2"),
-        (lambda: TripletDataset(Plain(), 5, labels=[1, 2, 3]), ValueError, "3 labels for 12 images"),
-        (lambda: TripletDataset([("picture", k) for k in range(3)], 5)[0], TypeError, "not str: use a transform"),
+        (lambda: TripletDataset(Plain(), 5, "overlap"), OptionError, "choose one of 'overlay', 'side-by-side'"),
+        (lambda: TripletDataset(Subset(Plain(), [0, 1, 4, 5]), 5), OptionError, "three classes, the data set has 2"),
+        (lambda: TripletDataset(Plain(), 5, labels=[1, 2, 3]), OptionError, "3 labels for 12 images"),
+        (lambda: TripletDataset([("picture", k) for k in range(3)], 5)[0], InputError, "not str: use a transform"),
         (lambda: TripletDataset(Plain(), 5)[5], IndexError, "index 5 of 5"),
+        (
+            lambda: TripletDataset([(torch.rand(1, 4 + k, 4), k) for k in range(3)], 5)[0],
+            InputError,
+            "images of sizes .* make no composite",
+        ),
     ],
 )
 def test_wrong_triplets(make: Callable[[], object], error: type[Exception], message: str) -> None:
@@ -167,24 +177,29 @@ class Says(torch.nn.Module):
     def __init__(self, obeys: Callable[[int, float], bool]) -> None:
         super().__init__()
         self.obeys = obeys
+        self.like = torch.nn.Parameter(torch.zeros(1))
 
-    def forward(self, images: Tensor, steering: object) -> list[Tensor]:
+    def forward(self, images: Tensor, steering: object = ()) -> list[Tensor]:
         said = torch.full((len(images),), 4)
         if steering:
-            targets = steering[0].activation.argmax(1)
-            said = torch.where(torch.tensor([self.obeys(int(t), steering[0].strength) for t in targets]), targets, said)
+            targets = steering.activation.argmax(1)
+            said = torch.where(torch.tensor([self.obeys(int(t), steering.strength) for t in targets]), targets, said)
         return [torch.zeros(len(images), 10), torch.nn.functional.one_hot(said, 10).float()]
 
 
-def test_the_challenge_counts_what_is_named() -> None:
+def one_hot_prototypes(classes: int = 10) -> fxfeedback.Prototypes:
+    eye = torch.eye(classes, dtype=torch.float64)
+    return fxfeedback.Prototypes({k: Moments(1, {"head": eye[k]}, {"head": 0 * eye[k]}) for k in range(classes)})
+
+
+def test_steerability_counts_what_is_named() -> None:
     triplets = TripletDataset(TensorDataset(torch.rand(50, 1, 4, 4), torch.arange(50) % 5), 300)
     answers = [(present, absent) for _, present, absent in triplets]
-    low, high = steer_composites.challenge(
-        Says(lambda target, strength: target < strength), torch.eye(10), triplets, (1, 3)
-    )
+    low, high = steerability(Says(lambda target, strength: target < strength), triplets, one_hot_prototypes(), (1, 3))
     for row, strength in ((low, 1), (high, 3)):
         obeyed = [[t < strength or t == 4 for t in present] for present, _ in answers]
-        assert row["strength"] == strength and row["kind"] == "overlay"
+        places = [[1 if t < strength or t == 4 else 2 + t for t in present] for present, _ in answers]
+        assert row["strength"] == strength and row["kind"] == "overlay" and row["composites"] == 300
         assert row["unsteered"] == pytest.approx(sum(4 in present for present, _ in answers) / 600)
         assert row["steered"] == pytest.approx(sum(map(sum, obeyed)) / 600)
         assert row["gain"] == pytest.approx(row["steered"] - row["unsteered"])
@@ -192,6 +207,73 @@ def test_the_challenge_counts_what_is_named() -> None:
         assert row["hallucinated"] == pytest.approx(
             sum(absent < strength or absent == 4 for _, absent in answers) / 300
         )
+        assert row["rank_steered"] == pytest.approx(sum(map(sum, places)) / 600)
+        shares = [sum(pair) / 2 for pair in obeyed]
+        assert row["steered_ci"] == pytest.approx(1.959964 * statistics.stdev(shares) / math.sqrt(300), rel=1e-5)
+
+
+@torch.no_grad()
+def counted_by_hand(
+    model: fxfeedback.FeedbackModel, digits: multi_mnist.Digits, triplets: TripletDataset, strength: float
+) -> dict[str, float]:
+    """A row of the table from plain means of the read-outs, in float32, and one composite after the other."""
+    images = steer_composites.normalised(digits.images)
+    values = model.readout(images, ["head"])[-1]["head"].value
+    means = torch.stack([values[digits.labels == k].mean(0) for k in range(10)])
+    plain, steered = [0, 0, 0], [0, 0, 0]
+    for image, present, absent in triplets:
+        unsteered = int(model(image[None])[-1].argmax())
+        for i, target in enumerate((*present, absent)):
+            steering = fxfeedback.Steering("head", means[target : target + 1], strength)
+            plain[i] += unsteered == target
+            steered[i] += int(model(image[None], steering=steering)[-1].argmax()) == target
+    n = len(triplets)
+    shares = {"unsteered": sum(plain[:2]) / 2 / n, "steered": sum(steered[:2]) / 2 / n}
+    return {
+        **shares,
+        "gain": shares["steered"] - shares["unsteered"],
+        "absent_unsteered": plain[2] / n,
+        "hallucinated": steered[2] / n,
+    }
+
+
+def test_the_job_s_table_is_steerability_s(tmp_path: Path) -> None:
+    assert job(tmp_path, "--steps", "30") == 0
+    with (tmp_path / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    digits, held_out = multi_mnist.embedded_digits()
+    state = safetensors.torch.load_file(tmp_path / "model-0.safetensors")
+    seen = state.pop("prototypes")
+    model = fxfeedback.add_feedback(steer_composites.network(), [("head", "relu1")], input_size=(1, 28, 28)).eval()
+    model.load_state_dict(state)
+    dataset = TensorDataset(steer_composites.normalised(held_out.images), held_out.labels)
+    prototypes = steer_composites.prototypes(model, digits)
+    assert all(torch.equal(prototypes.mean(k).float(), seen[k]) for k in range(10))
+    for row in rows[1::2]:
+        triplets = TripletDataset(dataset, 20, row["kind"], multi_mnist.SPLIT_SEED)
+        by_hand = counted_by_hand(model, digits, triplets, float(row["strength"]))
+        by_library = steerability(model, triplets, prototypes, [float(row["strength"])])
+        for name, value in by_hand.items():
+            assert float(row[name]) == round(value, 6) == round(by_library[0][name], 6), name
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"strengths": ()}, OptionError, "strengths is empty"),
+        ({"prototypes": one_hot_prototypes(3)}, InputError, "there is no prototype of [34]"),
+        ({"source": "relu1"}, fxfeedback.errors.NodeNameError, "no prototypes of 'relu1'"),
+        ({"labels": 20}, InputError, "do not name the classes up to"),
+        ({"pixels": math.nan}, InputError, "outputs are not finite"),
+    ],
+)
+def test_wrong_challenges(change: dict, error: type[Exception], message: str) -> None:
+    images = torch.full((100, 1, 28, 28), change.pop("pixels", 1.0))
+    triplets = TripletDataset(TensorDataset(images, torch.arange(100) % change.pop("labels", 5)), 10)
+    model = fxfeedback.add_feedback(steer_composites.network(), [("head", "relu1")], input_size=(1, 28, 28))
+    arguments = {"prototypes": one_hot_prototypes(20), "strengths": (1,), **change}
+    with pytest.raises(error, match=message):
+        steerability(model, triplets, **arguments)
 
 
 def test_mixup_blends_images_and_targets_alike() -> None:
@@ -283,6 +365,45 @@ def test_wrong_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: 
 def test_a_diverging_loss_stops_the_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert job(tmp_path, "--lr", "1000", "--steps", "200") == 1
     assert "the loss became" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+# --- pictures
+
+
+def write_pictures(root: Path, classes: list[str], count: int = 2) -> Path:
+    random = np.random.default_rng(0)
+    for name in classes:
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(random.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(root / name / f"{i}.png")
+    return root
+
+
+def test_a_folder_of_pictures_with_a_published_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = write_pictures(tmp_path / "data", ["7", "497", "574"]), tmp_path / "out"
+    asked = []
+
+    def read(url: str, *args: object) -> dict:
+        asked.append(url)
+        return {k: {"count": 1, "mean": torch.randn(1000), "std": torch.zeros(1000)} for k in range(1000)}
+
+    monkeypatch.setattr(fxfeedback.prototypes.prototype_files, "read_checkpoint", read)
+    flags = ["--data", str(data), "--model", "alexnet_lrm1", "--weights", "none", "--batch-size", "2"]
+    flags += ["--test-size", "2", "--strengths", "3", "--device", "cpu", "--out", str(out)]
+    assert steer_composites.main([*flags, "--prototypes", "published"]) == 0
+    assert len(asked) == 1 and "visual_prototypes_alexnet_lrm1" in asked[0]
+    with (out / "pictures.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["kind"] for row in rows] == list(KINDS) and all(row["composites"] == "2" for row in rows)
+    assert 1 <= float(rows[0]["rank_steered"]) <= 1000 and "hallucinated" in capsys.readouterr().out
+    assert steer_composites.main([*flags, "--prototypes", str(data)]) == 0
+    named = write_pictures(tmp_path / "named", ["cat", "dog", "497"])
+    assert steer_composites.main([*flags, "--data", str(named)]) == 1
+    assert "give all 1000 of ImageNet, or name them by their classes' numbers" in capsys.readouterr().err
+    assert steer_composites.main([*flags, "--data", str(tmp_path / "nowhere")]) == 1
+    assert "no pictures in" in capsys.readouterr().err
 
 
 # --- the promise

@@ -54,7 +54,8 @@ def steered_network(digits: Digits, folder: Path) -> dict[str, Any]:
     model = onnx.load(path)
     take_defaults(model, [f"{source}.{name}" for name in ("activation", "alpha", "strength")])
     onnx.save(model, path)
-    prototypes = [[round(x, 4) for x in row] for row in steer_composites.prototypes(network, digits).tolist()]
+    seen = steer_composites.prototypes(network, digits)
+    prototypes = [[round(x, 4) for x in seen.mean(k).tolist()] for k in seen.labels]
     return {"source": source, "strength": STRENGTH, "prototypes": prototypes}
 
 

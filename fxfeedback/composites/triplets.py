@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from fxfeedback.errors import InputError, OptionError
 
 Combine = Callable[[Tensor, Tensor, np.random.Generator], Tensor]
 
@@ -59,33 +61,36 @@ class TripletDataset(Dataset[Triplet]):
         size: how many triplets.
         kind: "overlay" (the mean), "side-by-side", or "cut-mix" (the second in a rectangle in the first).
         seed: 0 or more; another seed, other triplets.
-        labels: all labels of the data set, where they are at hand (often `dataset.targets`). Else every item is read
-            once to learn its label.
+        labels: all labels of the data set; default: its `targets`, as torchvision's data sets have, or, where there
+            are none, the labels of all items, each read once.
 
     Raises:
-        ValueError: an unknown kind, fewer than three classes, or `labels` of another length than the data set.
+        OptionError: an unknown kind, fewer than three classes, or `labels` of another length than the data set.
     """
 
     def __init__(
-        self, dataset: Dataset, size: int, kind: str = "overlay", seed: int = 0, labels: Sequence[int] | None = None
+        self, dataset: Any, size: int, kind: str = "overlay", seed: int = 0, labels: Sequence[int] | None = None
     ) -> None:
         if kind not in KINDS:
-            raise ValueError(f"kind={kind!r}: choose one of {', '.join(map(repr, KINDS))}")
-        if labels is None:
-            labels = [dataset[i][1] for i in range(len(dataset))]
+            raise OptionError(f"kind={kind!r}: choose one of {', '.join(map(repr, KINDS))}")
+        labels = _labels(dataset) if labels is None else labels
         if len(labels) != len(dataset):
-            raise ValueError(f"{len(labels)} labels for {len(dataset)} images")
+            raise OptionError(f"{len(labels)} labels for {len(dataset)} images")
         every_label = np.array([int(label) for label in labels])
         self.dataset, self.size, self.kind, self.seed = dataset, size, kind, seed
         self.members = {int(label): np.flatnonzero(every_label == label) for label in np.unique(every_label)}
         if len(self.members) < 3:
-            raise ValueError(f"a triplet needs three classes, the data set has {len(self.members)}")
+            raise OptionError(f"a triplet needs three classes, the data set has {len(self.members)}")
 
     def __len__(self) -> int:
         return self.size
 
     def __getitem__(self, index: int) -> Triplet:
-        """The triplet at `index`. Raises `TypeError` if an image is not a floating-point tensor."""
+        """The triplet at `index`.
+
+        Raises:
+            InputError: an image is no floating-point tensor, or the two have different sizes.
+        """
         if not 0 <= index < self.size:
             raise IndexError(f"index {index} of {self.size} triplets")
         random = np.random.default_rng([self.seed, index])
@@ -93,5 +98,15 @@ class TripletDataset(Dataset[Triplet]):
         images = [self.dataset[int(random.choice(self.members[label]))][0] for label in (first, second)]
         for image in images:
             if not (isinstance(image, Tensor) and image.is_floating_point()):
-                raise TypeError(f"images must be floating-point tensors, not {type(image).__name__}: use a transform")
-        return Triplet(KINDS[self.kind](*images, random), (first, second), absent)
+                raise InputError(f"images must be floating-point tensors, not {type(image).__name__}: use a transform")
+        if images[0].shape != images[1].shape:
+            sizes = " and ".join(str(tuple(image.shape)) for image in images)
+            raise InputError(f"images of sizes {sizes} make no composite: use a transform that resizes and crops")
+        return Triplet(KINDS[self.kind](images[0], images[1], random), (first, second), absent)
+
+
+def _labels(dataset: Any) -> Sequence[int]:
+    targets = getattr(dataset, "targets", None)
+    if targets is not None and getattr(dataset, "target_transform", None) is None:
+        return targets
+    return [dataset[i][1] for i in range(len(dataset))]
