@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fxfeedback.export import export
     from fxfeedback.feedback import Connection, FeedbackModel, Readout, Steering, add_feedback
     from fxfeedback.instructed.check_rule import check_rule
+    from fxfeedback.prediction import Predicted, Prediction, PredictiveModel, add_prediction
     from fxfeedback.prototypes.prototypes import Prototypes
     from fxfeedback.storage.published import load_lrm_steering
     from fxfeedback.storage.save_load import load, save
@@ -31,6 +32,7 @@ _HOMES = {
     "feedback": ["Connection", "FeedbackModel", "Readout", "Steering", "add_feedback"],
     "instructed.check_rule": ["check_rule"],
     "prototypes.prototypes": ["Prototypes"],
+    "prediction": ["Predicted", "Prediction", "PredictiveModel", "add_prediction"],
     "storage.published": ["load_lrm_steering"],
     "storage.save_load": ["load", "save"],
     "tracing.names": ["node_names"],
@@ -42,11 +44,15 @@ __all__ = [
     "Connection",
     "Error",
     "FeedbackModel",
+    "Predicted",
+    "Prediction",
+    "PredictiveModel",
     "Prototypes",
     "Readout",
     "Steering",
     "__version__",
     "add_feedback",
+    "add_prediction",
     "check_rule",
     "composites",
     "draw",

@@ -19,3 +19,13 @@ def check_passes(passes: Any) -> None:
     """
     if not is_count(passes):
         raise OptionError(f"passes={passes!r}: give a whole number from 1 on")
+
+
+def check_steps(steps: Any) -> None:
+    """Refuse what is not a number of steps.
+
+    Raises:
+        OptionError: it is not a whole number from 1 on.
+    """
+    if not is_count(steps):
+        raise OptionError(f"steps={steps!r}: give a whole number from 1 on")

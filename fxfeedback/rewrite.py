@@ -5,15 +5,15 @@ had in an earlier pass; otherwise both passes share it. What is unused is droppe
 """
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 
-from fxfeedback.graph.effects import counts_batches, drop_unused, is_new_in_every_pass
-from fxfeedback.graph.nodes import input_node, name_of, tell
+from fxfeedback.graph.effects import counts_batches, drop_unused, has_effect, is_new_in_every_pass
+from fxfeedback.graph.nodes import input_node, is_named, name_of, pass_of, tell
 from fxfeedback.graph.operands import operand
 from fxfeedback.rules.ops import ADVANCES
 
@@ -51,14 +51,57 @@ class Unrolling(NamedTuple):  # no dataclass: torch.compile has to take it as a 
 
 
 @dataclass
-class Unroller:
-    """Emits the passes, one after the other, into `graph`."""
+class Passes:
+    """Emits a source graph several times into one flat `graph`; what would be computed again as it was is shared."""
+
+    WORD = "pass"
+    """What one run over the source is called, in names of nodes."""
+    FIRST = 1
+    """The number of the first."""
 
     source: fx.Graph
+    graph: fx.Graph = field(default_factory=fx.Graph, kw_only=True)
+    emitted: dict[Any, fx.Node] = field(default_factory=dict, kw_only=True)
+
+    def emit(self, node: fx.Node, values: Mapping[fx.Node, fx.Node], number: int) -> fx.Node:
+        """The node in this pass: an earlier pass's where the inputs are the same and nothing is drawn at random."""
+        key = (node, *(values[source] for source in node.all_input_nodes))
+        if key in self.emitted and not is_new_in_every_pass(node):
+            if node.target in ADVANCES:
+                self.advance_statistics(self.emitted[key])
+            return self.emitted[key]
+        copy = self.graph.node_copy(node, values.__getitem__)
+        if number > self.FIRST and node.op != "get_attr":
+            copy._rename(f"{node.name}_{self.WORD}{number}")
+            tell(copy, **{"pass": number})
+        self.emitted[key] = copy
+        return copy
+
+    def advance_statistics(self, norm: fx.Node) -> None:
+        """A batch norm in training mode whose value two passes share has seen the batch once more all the same."""
+        if counts_batches(norm):
+            x, mean, var = (operand(norm, name) for name in ("input", "running_mean", "running_var"))
+            with self.graph.inserting_after(norm):  # where x is at hand
+                self.graph.call_function(ADVANCES[norm.target], (x, mean, var, operand(norm, "momentum")))
+
+    def once(self, function: Any, *args: Any) -> fx.Node:
+        """The call's node; one for equal calls."""
+        key = (function, *args)
+        if key not in self.emitted:
+            self.emitted[key] = self.graph.call_function(function, args)
+        return self.emitted[key]
+
+    def placeholder(self, kind: str, name: str) -> fx.Node:
+        """An input of the flat graph."""
+        return input_node(self.graph, f"{kind}_{name}")
+
+
+@dataclass
+class Unroller(Passes):
+    """Emits the passes, one after the other, into `graph`."""
+
     links: Sequence[Link]
     what: Unrolling
-    graph: fx.Graph = field(default_factory=fx.Graph)
-    emitted: dict[Any, fx.Node] = field(default_factory=dict)
     signals: dict[fx.Node, fx.Node] = field(default_factory=dict)
     steering: dict[fx.Node, tuple[fx.Node, fx.Node, fx.Node]] = field(default_factory=dict)
     strength: dict[fx.Node, fx.Node] = field(default_factory=dict)
@@ -113,27 +156,6 @@ class Unroller:
         """What a source hands on to `node`: its value if it ran earlier in this pass, or else in the previous one."""
         return values[source] if source in values and source is not node else feedback.get(source)
 
-    def emit(self, node: fx.Node, values: dict[fx.Node, fx.Node], number: int) -> fx.Node:
-        """The node in this pass: an earlier pass's where the inputs are the same and nothing is drawn at random."""
-        key = (node, *(values[source] for source in node.all_input_nodes))
-        if key in self.emitted and not is_new_in_every_pass(node):
-            if node.target in ADVANCES:
-                self.advance_statistics(self.emitted[key])
-            return self.emitted[key]
-        copy = self.graph.node_copy(node, values.__getitem__)
-        if number > 1 and node.op != "get_attr":
-            copy._rename(f"{node.name}_pass{number}")
-            tell(copy, **{"pass": number})
-        self.emitted[key] = copy
-        return copy
-
-    def advance_statistics(self, norm: fx.Node) -> None:
-        """A batch norm in training mode whose value two passes share has seen the batch once more all the same."""
-        if counts_batches(norm):
-            x, mean, var = (operand(norm, name) for name in ("input", "running_mean", "running_var"))
-            with self.graph.inserting_after(norm):  # where x is at hand
-                self.graph.call_function(ADVANCES[norm.target], (x, mean, var, operand(norm, "momentum")))
-
     def modulation(self, y: fx.Node, signals: Sequence[tuple[Link, fx.Node]]) -> fx.Node | None:
         """Σ over the connections of m, or None where none has a signal."""
         total = None
@@ -164,16 +186,6 @@ class Unroller:
                 self.signals[source] = self.once(operator.add, *mixed)
             self.strength[source] = strength
 
-    def once(self, function: Any, *args: Any) -> fx.Node:
-        """The call's node; one for equal calls."""
-        key = (function, *args)
-        if key not in self.emitted:
-            self.emitted[key] = self.graph.call_function(function, args)
-        return self.emitted[key]
-
-    def placeholder(self, kind: str, name: str) -> fx.Node:
-        return input_node(self.graph, f"{kind}_{name}")
-
 
 def unroll(module: fx.GraphModule, root: nn.Module, links: Sequence[Link], what: Unrolling) -> fx.GraphModule:
     """The passes of `module` with its connections, as one flat graph (see `Unroller.run`).
@@ -183,3 +195,14 @@ def unroll(module: fx.GraphModule, root: nn.Module, links: Sequence[Link], what:
         root: has its parameters and the connections' blocks.
     """
     return fx.GraphModule(root, Unroller(module.graph, links, what).run(), "Unrolled")
+
+
+def name_by_pass(module: fx.GraphModule, word: str = Passes.WORD) -> None:
+    """Let an unrolled graph return its outputs alone, and call what a later pass n computes anew with `.pass{n}`."""
+    graph = module.graph
+    for node in graph.nodes:
+        name = str(node.target) if node.op == "call_module" and not is_named(node) else name_of(node)
+        tell(node, name=f"{name}.{word}{pass_of(node)}" if pass_of(node) else name)
+    graph.output_node().args = (graph.output_node().args[0][0],)  # type: ignore[index]
+    graph.eliminate_dead_code(is_impure_node=has_effect)
+    module.recompile()

@@ -37,7 +37,8 @@ class Walk:
         convolution: TD biases and norms.
     twin: weight node -> the TD weight that stands for it, or None.
     clip: what a linear layer or convolution hands on lies in [-clip, clip]; None: as it is.
-    fused: whether fused kernels may stand in for rules; saved: what their forward handed out, by node.
+    fused: whether fused kernels may stand in for rules; saved: what their forward handed out, by node: one that has a
+        forward stands in only there.
     autocast: whether BU values may have several dtypes, so that operands need casts.
     """
 
@@ -103,8 +104,9 @@ class Walk:
         """Operand name -> counter neuron, by the rule or by its fused kernel, for the op's value `y`."""
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._see(rule, node, t))
         has_complex = any(map(is_complex, [node, *node.all_input_nodes]))
-        if self.fused and rule.fused and not has_complex and rule.fused.applies(y, *args, **kwargs):
-            return rule.fused.error(t, y, self.saved.get(node, ()), wanted, *args, **kwargs)
+        kernel = rule.fused if self.fused and not has_complex else None
+        if kernel and (node in self.saved or not kernel.forward) and kernel.applies(y, *args, **kwargs):
+            return kernel.error(t, y, self.saved.get(node, ()), wanted, *args, **kwargs)
         table = rule.table(y, *args, **kwargs)
         table = on_complex(rule, table, is_complex(node)) if has_complex else table
         if missing := [name for name in wanted if name not in table]:

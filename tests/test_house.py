@@ -32,7 +32,7 @@ TORCHS = {
     "_version",
 }
 """Private names of torch's that are used: nothing public says the same."""
-PYTHONS = {"_getframe", "_is_owned", "_replace"}
+PYTHONS = {"_fields", "_getframe", "_is_owned", "_replace"}
 """Of Python's own, public ones of named tuples among them."""
 
 LONGEST_FILE, LONGEST_FUNCTION = 300, 50

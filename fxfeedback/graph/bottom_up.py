@@ -161,6 +161,15 @@ class BottomUp:
         return bool(rule and rule.weight and node in self.dynamic and weight_of(node) not in self.dynamic)
 
 
+def reaching_output(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that the output depends on."""
+    reaching = set(graph.output_node().all_input_nodes)
+    for node in reversed(graph.nodes):
+        if node in reaching:
+            reaching.update(node.all_input_nodes)
+    return reaching
+
+
 def _main_part(output: Any) -> Any:
     """Of the structure that a model returns, without what is beside an output called as `MAIN` says."""
     if isinstance(output, fx.Node) and is_structure(output):

@@ -13,8 +13,11 @@ import torch
 from torch import fx
 
 from fxfeedback.graph.channels import channel_dim
-from fxfeedback.graph.nodes import spec_of
+from fxfeedback.graph.nodes import spec_of, specs_of
+from fxfeedback.graph.specs import Spec
 
+LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
+"""How a map with so many dimensions of positions is resized linearly."""
 MOST_CLASS_TOKENS = 4
 """Class, distillation and register tokens, at the most, before a grid of patches."""
 
@@ -62,6 +65,12 @@ class Layout:
         if of_class is None or not class_tokens:
             return patches
         return torch.cat([of_class.unsqueeze(1).expand(-1, class_tokens, -1), patches], 1)
+
+
+def is_vector_or_map(node: fx.Node) -> bool:
+    """Whether a value is one floating-point tensor with a batch and at least one more dimension."""
+    spec = specs_of(node)
+    return isinstance(spec, Spec) and len(spec.shape) >= 2 and spec.dtype.is_floating_point
 
 
 def layout_of(node: fx.Node) -> Layout:

@@ -7,10 +7,10 @@ from typing import Any
 from torch import fx, nn
 
 from fxfeedback.errors import NodeNameError, OptionError
-from fxfeedback.graph.layout import layout_of
-from fxfeedback.graph.nodes import find_node, name_of, spec_of, specs_of
+from fxfeedback.graph.bottom_up import reaching_output
+from fxfeedback.graph.layout import is_vector_or_map, layout_of
+from fxfeedback.graph.nodes import find_node, name_of, spec_of
 from fxfeedback.graph.signs import never_negative
-from fxfeedback.graph.specs import Spec
 from fxfeedback.lrm.modulation import Modulation
 from fxfeedback.rewrite import Link
 from fxfeedback.rules import RULES
@@ -94,7 +94,7 @@ def check_connections(graph: fx.Graph, connections: Sequence[Connection]) -> Non
         NodeNameError: a name that no node has, or a node that cannot be source or destination.
         OptionError: an option that does not exist, or connections that do not go together.
     """
-    reaching = _reaching_output(graph)
+    reaching = reaching_output(graph)
     ends = [(find_node(graph, one.source), find_node(graph, one.destination)) for one in connections]
     _refuse_repeated(connections, ends)
     for connection, (source, destination) in zip(connections, ends, strict=True):
@@ -123,7 +123,7 @@ def _refuse_repeated(connections: Sequence[Connection], ends: Sequence[tuple[fx.
 
 def _refuse_other_values(connection: Connection, source: fx.Node, destination: fx.Node) -> None:
     for node, role in ((source, "source"), (destination, "destination")):
-        if not _is_vector_or_map(node):
+        if not is_vector_or_map(node):
             raise NodeNameError(f"{arrow(connection)}: the {role} {name_of(node)!r} is not a vector or a map")
 
 
@@ -177,27 +177,13 @@ def _refuse_one_block(connections: Sequence[Connection]) -> None:
 
 def legal_ends(graph: fx.Graph) -> tuple[set[fx.Node], set[fx.Node]]:
     """The nodes of a graph with shapes that may be sources, and those that may be destinations."""
-    ends = {node for node in graph.nodes if _is_vector_or_map(node) and spec_of(node).per_sample[0]}
-    return {node for node in ends if _can_be_resized(node)}, ends & _reaching_output(graph)
-
-
-def _is_vector_or_map(node: fx.Node) -> bool:
-    spec = specs_of(node)
-    return isinstance(spec, Spec) and len(spec.shape) >= 2 and spec.dtype.is_floating_point
+    ends = {node for node in graph.nodes if is_vector_or_map(node) and spec_of(node).per_sample[0]}
+    return {node for node in ends if _can_be_resized(node)}, ends & reaching_output(graph)
 
 
 def _can_be_resized(node: fx.Node) -> bool:
     """Whether a vector or map has at most three dimensions of positions."""
     return len(spec_of(node).shape) <= 5
-
-
-def _reaching_output(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes that the output depends on."""
-    reaching = set(graph.output_node().all_input_nodes)
-    for node in reversed(graph.nodes):
-        if node in reaching:
-            reaching.update(node.all_input_nodes)
-    return reaching
 
 
 # -- in a graph -------------------------------------------------------------------------------------------------------

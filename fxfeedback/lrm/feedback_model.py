@@ -14,14 +14,16 @@ from fxfeedback.graph.specs import size_of
 from fxfeedback.lrm.connections import Connection, arrow, block_name, check_connections, link, make_block
 from fxfeedback.lrm.modulation import Modulation
 from fxfeedback.lrm.parts import TwoParts
-from fxfeedback.lrm.plan import GraphKey, Plan, PlanKey, Sizes, make_plan, name_by_pass, opened, steps
-from fxfeedback.lrm.readout import Readout, without_names
+from fxfeedback.lrm.plan import Plan, PlanKey, make_plan, steps
+from fxfeedback.lrm.readout import Readout
 from fxfeedback.lrm.steering import State, Steering, read_state, read_steering, steering_tensors
-from fxfeedback.rewrite import Link, Unrolling, unroll
+from fxfeedback.rewrite import Link, Unrolling, name_by_pass, unroll
 from fxfeedback.tracing.arguments import Form, example_form
 from fxfeedback.tracing.modes import eval_mode
+from fxfeedback.tracing.names import without_names
+from fxfeedback.tracing.opened import GraphKey, Sizes, opened
+from fxfeedback.tracing.running import bound_as_graph, check_inputs, run_graph
 from fxfeedback.tracing.saved import own_part
-from fxfeedback.tracing.stand_ins import Shaped
 from fxfeedback.tracing.verify import verify_graph
 
 
@@ -164,14 +166,10 @@ class FeedbackModel(TwoParts):
             args, named: of the call; tensors without data, or proxies.
             tensors: their classes.
         """
-        options = {name: named[name] for name in self.OPTIONS if name in named}
-        for name in options.keys() - {"passes", "return_all"}:
-            raise ValueError(f"a model with connections takes no {name}= inside another one")
+        options, form, inputs, found = bound_as_graph(self, args, named, tensors, ("passes", "return_all"))
         return_all = options.get("return_all")
         what = Unrolling(self._passes(options.get("passes")), self.return_all if return_all is None else return_all)
-        found, inputs = self._bind(args, {name: named[name] for name in named if name not in options}, tensors)
-        form = None if found == self._form else found
-        sizes = self._sizes([_known(x) for x in inputs], form) if looks_at_sizes(self) or form else None
+        sizes = found if looks_at_sizes(self) or form else None
         module = self._unrolled(what, sizes, form)
         name_by_pass(module)
         return module, inputs
@@ -197,23 +195,14 @@ class FeedbackModel(TwoParts):
             raise InputError(f"{taken[0]}= is an option of unroll, and not of this call")
         form, inputs = self._called(inputs, named)
         if form is None:
-            _check_inputs(inputs, self._examples)
+            check_inputs(inputs, self._examples)
         state, several = read_state(state), read_steering(steering)
         steered = tuple([one.source for one in several])
         what = Unrolling(what.passes, what.all_outputs, tuple(state), steered, what.steer_first, what.readout)
         plan = self._plan(inputs, what, form)
         self._check_autocast(inputs, form)
         signals = self._signals(plan, inputs, state, several, form is None)
-        try:
-            return plan.run(self._root, *inputs, *signals)
-        except (RuntimeError, TypeError, ValueError) as error:
-            expected, found = _shown(self._stand_ins()), _shown(inputs)
-            if state:
-                expected = f"{expected}, state in {self._like().dtype}"
-                found = f"{found}, state in {signals[0].dtype}"
-            if isinstance(error, torch.OutOfMemoryError) or found == expected:
-                raise
-            raise InputError(f"the model does not run on {found}, as it was made for {expected}: {error}") from error
+        return run_graph(plan.run, self, inputs, signals, signals[: len(state)])
 
     def _signals(
         self, plan: Plan, inputs: Sequence[torch.Tensor], state: State, several: Sequence[Steering], as_example: bool
@@ -277,22 +266,3 @@ def looks_at_sizes(model: FeedbackModel) -> bool:
     """Whether a graph of it serves inputs of one size only."""
     bottom_up_of(model)  # which finds out
     return model._by_size
-
-
-def _shown(inputs: Sequence[torch.Tensor]) -> str:
-    """(batch, 3, 224, 224) in torch.float32, of each tensor"""
-    return ", ".join(f"({', '.join(map(str, ('batch', *x.shape[1:])))}) in {x.dtype}" for x in inputs)
-
-
-def _known(x: Any) -> torch.Tensor:
-    """A tensor with the size and the dtype of an input of a traced call."""
-    if isinstance(x, fx.Proxy) and not isinstance(x, Shaped):
-        raise ValueError("a model with connections inside another one looks at the size of its input")
-    return x.small if isinstance(x, Shaped) else x
-
-
-def _check_inputs(inputs: Sequence[torch.Tensor], examples: Sequence[torch.Tensor]) -> None:
-    """Tensors with as many dimensions as their examples."""
-    for x, example in zip(inputs, examples, strict=True):
-        if x.ndim != example.ndim:
-            raise InputError(f"an input of shape {tuple(x.shape)} does not have the dimensions of {_shown([example])}")

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from fxfeedback.graph.layout import LINEAR
+
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 def resize(x: torch.Tensor, size: Sequence[int], mode: str = "bilinear") -> torch.Tensor:

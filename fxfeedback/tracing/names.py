@@ -1,10 +1,12 @@
-"""`node_names`: what a model's nodes are called, for whoever connects, gates or reads them."""
+"""What a model's nodes are called, for whoever connects, gates or reads them: `node_names`."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import fx, nn
 
+from fxfeedback.errors import NodeNameError
 from fxfeedback.graph.nodes import name_of, specs_of
 from fxfeedback.graph.shapes import annotate_shapes
 from fxfeedback.graph.specs import Spec
@@ -55,3 +57,21 @@ def op_name(node: fx.Node, module: nn.Module) -> str:
     if node.op == "call_module":
         return type(module.get_submodule(str(node.target))).__name__
     return getattr(node.target, "__name__", str(node.target)) if node.op.startswith("call") else node.op
+
+
+def without_names(inputs: Sequence[Any]) -> tuple[Sequence[Any], list[str]]:
+    """A model's inputs, and the names of nodes after them.
+
+    Raises:
+        NodeNameError: there are no names.
+    """
+
+    def is_names(given: Any) -> bool:
+        is_list = isinstance(given, (list, tuple)) and all(isinstance(name, str) for name in given)
+        return isinstance(given, str) or is_list
+
+    number = sum(1 for _ in itertools.takewhile(is_names, reversed(inputs)))
+    own, names = inputs[: len(inputs) - number], inputs[len(inputs) - number :]
+    if not number:
+        raise NodeNameError("no node is named: readout(x, 'layer3', 'layer4') reads two, after the model's inputs")
+    return own, [name for given in names for name in ([given] if isinstance(given, str) else given)]

@@ -231,6 +231,11 @@ def net_of(wrapper: Wrapper) -> nn.Module:
     return wrapper._net
 
 
+def bind_of(wrapper: Wrapper, args: Sequence[Any], named: Mapping[str, Any], tensors: Any) -> tuple[Form, list[Any]]:
+    """The form and the inputs of a call with the model's own arguments; `tensors`: the classes of these."""
+    return wrapper._bind(args, named, tensors)
+
+
 def root_of(wrapper: Wrapper) -> nn.Module:
     """A plain module with the wrapper's tensors and modules: what graphs are made on."""
     return wrapper._root
