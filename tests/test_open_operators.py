@@ -10,7 +10,7 @@ from fxfeedback.errors import RuleError
 from fxfeedback.graph.nodes import name_of
 from fxfeedback.instructed.graphs import Graphs
 from fxfeedback.rules import RULES, T, call
-from marks import OLD_TORCH
+from marks import OLD_TORCH, one_in
 from test_law import check
 
 OPS = {
@@ -57,6 +57,32 @@ class Trunk(nn.Module):
 
     def forward(self, x):
         return self.function(self.fc(x), x)
+
+
+ONE_AFTER_ANOTHER = {
+    "entr": lambda x: torch.special.entr(x.sigmoid()),
+    "diff": lambda x: torch.diff(x, append=x[:, :1]),
+    "renorm": lambda x: torch.renorm(x, 2, 1, 1.0),
+    "logaddexp": lambda x: torch.logaddexp(x, x.flip(1)),
+    "irfft": lambda x: torch.fft.irfft(torch.fft.fft(x), n=4),
+    "layer norm of aten": lambda x: torch.native_layer_norm(x, [4], None, None, 1e-5)[0],
+    "several outputs": lambda x: torch.cat(torch.hsplit(x, 2)[::-1], 1),
+    "several, one read": lambda x: torch.hsplit(torch.cat([x, x], 1), 2)[1],
+}
+
+
+@one_in(4)
+@pytest.mark.parametrize("second", ONE_AFTER_ANOTHER)
+@pytest.mark.parametrize("first", ONE_AFTER_ANOTHER)
+def test_what_opens_may_follow_what_opens(first, second):
+    model = Trunk(lambda h, x: ONE_AFTER_ANOTHER[second](ONE_AFTER_ANOTHER[first](h)).sin()).double()
+    x = torch.randn(3, 4, dtype=torch.double, requires_grad=True)
+    results = []
+    for network in (fxfeedback.to_butd(model, input_size=(4,)), model):
+        y = network(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])])
+    for ours, expected in zip(*results, strict=True):
+        assert torch.allclose(ours, expected, rtol=1e-9, atol=1e-12)
 
 
 def bottom_up(monkeypatch, function):

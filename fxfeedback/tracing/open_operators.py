@@ -54,7 +54,8 @@ def open_operators(module: fx.GraphModule, examples: Sequence[torch.Tensor], own
             if call not in made:
                 with quiet_torch():
                     made[call] = [_decomposed(node, batch, learned) for batch in BATCHES]
-            _Opening(node, tensors).replace(*made[call])
+            replaced = _Opening(node, tensors).replace(*made[call])
+            learned |= {new for old, new in replaced.items() if old in learned}
         except Exception as error:
             tell(node, unopened=str(error).partition("\n")[0])
     if any(unopened(node) is None for node in waiting):
@@ -182,8 +183,10 @@ class _Opening:
             "call_function", getattr, (fx.Proxy(self.node.all_input_nodes[0]), "device"), {}
         )
 
-    def replace(self, first: fx.GraphModule, second: fx.GraphModule) -> None:
+    def replace(self, first: fx.GraphModule, second: fx.GraphModule) -> dict[fx.Node, fx.Node]:
         """Put the operators of a decomposition, as it is at both batch sizes, in the place of the node.
+
+        Returns what its users read now, by what they read before.
 
         Raises:
             ValueError: it computes in another way at the other batch size.
@@ -207,7 +210,7 @@ class _Opening:
             while self.node.prev is not last:
                 self.node.graph.erase_node(self.node.prev)
             raise
-        self.hand_over(self.values[a], last)
+        return self.hand_over(self.values[a], last)
 
     def run(self, a: fx.Node, b: fx.Node) -> Any:
         """What a node of the decomposition computes, which has the arguments `a` has and `b` at the two batch sizes."""
@@ -245,7 +248,7 @@ class _Opening:
             self.tensors.keep_constant(tensor)
         return self.emitter.attribute(self.tensors.name_of(tensor))
 
-    def hand_over(self, output: Any, last: fx.Node) -> None:
+    def hand_over(self, output: Any, last: fx.Node) -> dict[fx.Node, fx.Node]:
         """The users of the node read what the decomposition has computed."""
         added = []
         while last.next is not self.node:
@@ -253,15 +256,20 @@ class _Opening:
             added.append(last)
             inherit(last, self.node, name=f"{name_of(self.node)}.{last.name}", spec=specs_of(last))
             last.stack_trace = self.node.stack_trace
+        for unread in [user for user in self.node.users if is_element(user) and not user.users]:
+            unread.graph.erase_node(unread)
         if isinstance(specs_of(self.node), tuple):
-            for user in list(self.node.users):
-                user.replace_all_uses_with(output[user.args[1]].node)
-                user.graph.erase_node(user)
+            replaced = {user: output[user.args[1]].node for user in self.node.users}
         else:
             (value,) = output
             tell(value.node, name=name_of(self.node))
-            self.node.replace_all_uses_with(value.node)
-        self.node.graph.erase_node(self.node)
+            replaced = {self.node: value.node}
+        for old, new in replaced.items():
+            old.replace_all_uses_with(new)
+            old.graph.erase_node(old)
+        if self.node not in replaced:
+            self.node.graph.erase_node(self.node)
+        return replaced
 
 
 def _spec(a: Any, b: Any) -> Any:
