@@ -43,6 +43,7 @@ def to_butd(
     td_noise: float = 0.0,
     td_magnitude: str | None = None,
     td_scale: str | float | None = None,
+    direct: str | None = None,
     td_decay: float = 0.0,
     td_clip: float | None = None,
     update_noise: float = 0.0,
@@ -73,9 +74,10 @@ def to_butd(
         example_inputs: instead of input_size: a tuple of tensors with a batch dimension, or a dict of them by name.
         instruction_size: length of the instruction vector, if it is not one-hot over tasks.
         weights: what TD reads: "shared", the BU weights; "separate": its own weight for each, in `td_weights`; "sign":
-            the BU weights' signs, times a magnitude.
+            the BU weights' signs, times a magnitude; "direct": no weight at all, fixed random ones in `td_weights`
+            broadcast the error at the logits to every layer.
         td_learning: of separate weights. "mirror", the default, gives them the BU weights' updates, "fixed" none
-            (feedback alignment).
+            (feedback alignment); "weight_mirror": they learn in `mirror_step`.
         td_init: "kaiming", the default, or "symmetric": a copy of the BU weights times 1 + td_noise * randn.
         td_magnitude: of signs. "uniform", the default: one number for all; "batch": drawn in every call in training
             mode, in evaluation mode their mean; "fixed": drawn once. They are in `magnitudes`.
@@ -83,6 +85,8 @@ def to_butd(
             1 / √(3 fan in), or a number.
         td_decay: with td_learning="mirror", adds this times themselves to the updates of both weights: under SGD their
             difference shrinks whatever the data (Kolen and Pollack).
+        direct: of direct feedback. "op", the default: each linear layer or convolution hands its input the error,
+            broadcast as by its own transpose; "unit": each site has a dense random weight to all of its units.
         td_clip: clamps what a linear layer or convolution hands to input, weight and bias to [-td_clip, td_clip].
         update_noise: each weight's update is multiplied by one draw of 1 + update_noise * randn.
         td_bias: biases in the instruction pass, after every transposed linear op and in the instruction head.

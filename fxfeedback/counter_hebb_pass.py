@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from fxfeedback.feedback_weights import Twins, twins_in
+from fxfeedback.feedback_weights import Broadcast, Direct, Twins, twins_in
 from fxfeedback.graph.bottom_up import BottomUp
 from fxfeedback.graph.channels import channels_of
 from fxfeedback.graph.effects import has_effect
@@ -38,6 +38,7 @@ class Learning:
     wanted: names of the inputs, parameters, TD twins and TD biases that get an update.
     twins: BU weight name -> what stands for it in TD: the name of its TD twin, or its signs.
     td_biases: BU weight name -> name of the TD bias after its transpose.
+    direct: how the error itself is broadcast; None: it runs down.
     decay: a weight that has a twin, and the twin, get decay times themselves added to their updates.
     clip: what a linear layer or convolution hands on is clamped to [-clip, clip]; None: it is not.
     noise: deviation of the factor 1 + noise * randn that each weight's update gets.
@@ -51,6 +52,7 @@ class Learning:
     wanted: frozenset[str]
     twins: Twins
     td_biases: Mapping[str, str]
+    direct: Direct | None = None
     decay: float = 0.0
     clip: float | None = None
     noise: float = 0.0
@@ -87,7 +89,10 @@ def learner(module: fx.GraphModule, root: nn.Module, learning: Learning) -> fx.G
     sized = [*seeds.values(), *(values[node] for node in bu.inputs)]  # seeds first: an input would have to be kept
     emitter.batch = batch_size(sized)
 
+    broadcast = Broadcast(emitter, learning.direct, *seeds.values()) if learning.direct else None
+
     def arrive(node: fx.Node, e: Any) -> tuple[Any, bool]:
+        e = broadcast.at_site(node, e) if broadcast else e
         if _is_gated_step(node):
             # One look is both: v = relu(z) [t > 0] is positive where the gate is open and relu lets z pass.
             activation = node.all_input_nodes[0]
@@ -95,6 +100,7 @@ def learner(module: fx.GraphModule, root: nn.Module, learning: Learning) -> fx.G
         return e, any(_is_gated_step(user) for user in node.users)
 
     def arrive_laterally(node: fx.Node, e: Any) -> tuple[Any, bool]:
+        e = broadcast.at_site(node, e) if broadcast else e
         if name_of(node) not in learning.sites:
             return e, gated_site_of(node) is not None
         gated = next((user for user in node.users if gated_site_of(user) is not None), node)
@@ -108,6 +114,7 @@ def learner(module: fx.GraphModule, root: nn.Module, learning: Learning) -> fx.G
         wanted,
         arrive=arrive if learning.lateral is None else arrive_laterally,
         twin=twin,
+        instead=(lambda node: broadcast.to_input(node, values)) if broadcast else lambda node: None,
         clip=learning.clip,
         fused=learning.fused,
         saved=saved,

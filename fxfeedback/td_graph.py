@@ -36,6 +36,7 @@ class Walk:
     depart: (node, counter neuron of the operand) -> the same, applied after the transpose of a linear layer or
         convolution: TD biases and norms.
     twin: weight node -> the TD weight that stands for it, or None.
+    instead: node -> what it hands to its input whatever comes to it, or None: its transpose.
     clip: what a linear layer or convolution hands on lies in [-clip, clip]; None: as it is.
     fused: whether fused kernels may stand in for rules; saved: what their forward handed out, by node: one that has a
         forward stands in only there.
@@ -50,6 +51,7 @@ class Walk:
     arrive: Callable[[fx.Node, Any], tuple[Any, bool]] = lambda node, t: (t, False)
     depart: Callable[[fx.Node, Any], Any] = lambda node, t: t
     twin: Callable[[fx.Node], Any] = lambda node: None
+    instead: Callable[[fx.Node], Any] = lambda node: None
     clip: float | None = None
     fused: bool = False
     saved: Mapping[fx.Node, Any] = field(default_factory=dict)
@@ -87,12 +89,16 @@ class Walk:
         if self.role == "instruct" and rule.weight and operands[rule.weight] in self.bu.depending_on_inputs:
             return []  # a weight that the input makes does not exist yet
         wanted = [name for name, operand in operands.items() if self._wants(operand)]  # no set: it has no order
+        given = self.instead(node) if "input" in wanted else None
+        own = [name for name in wanted if given is None or name != "input"]
         try:
-            results = self.apply(rule, node, t, self.values(node), wanted)
+            results = self.apply(rule, node, t, self.values(node), own) if own else {}
         except Error:
             raise
         except Exception as error:
             raise RuleError(f"the rule {rule.name!r} fails: {error} (at node {_where(node)})") from error
+        if given is not None:
+            results["input"] = given
         if self.clip is not None and self.bu.is_weighted(node):
             results = clamped(results, self.clip)
         if rule.weight and "input" in results:

@@ -11,6 +11,7 @@ from torch import nn
 
 import fxfeedback
 from fxfeedback.errors import InputError, OptionError
+from marks import long_but
 from networks import build
 
 SIGNS = {
@@ -280,11 +281,19 @@ def test_options_that_do_not_go_together_are_refused(options):
         fxfeedback.to_butd(three_layers(), input_size=(4,), **options)
 
 
-EVERY = {"sign": SIGNS["batch"], "separate": {"weights": "separate", "td_decay": 0.1, "td_clip": 1.0}}
+EVERY = {
+    "sign": SIGNS["batch"],
+    "separate": {"weights": "separate", "td_decay": 0.1, "td_clip": 1.0},
+    "direct": {"weights": "direct"},
+    "unit": {"weights": "direct", "direct": "unit"},
+    "mirror": {"weights": "separate", "td_learning": "weight_mirror"},
+}
+
+CLASSIFIERS = ["resnet18", "mobilenet_v3_small", "squeezenet1_1", "vit", "swin", "maxvit"]
 
 
 @pytest.mark.parametrize("kind", EVERY)
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "squeezenet1_1", "vit", "swin", "maxvit"])
+@pytest.mark.parametrize("name", long_but(["resnet18", "squeezenet1_1", "vit", "swin"], CLASSIFIERS))
 def test_torchvision_classifiers_take_every_kind(name, kind):
     """They build, instructed, and learn; the laws hold in the small."""
     model, x = build(name, train=False)
@@ -292,6 +301,9 @@ def test_torchvision_classifiers_take_every_kind(name, kind):
     learned = updates(butd, x, torch.tensor([0, 1, 1, 0]))
     assert learned.keys() >= {name for name, p in model.named_parameters() if p.ndim > 1}
     assert all(update.isfinite().all() for update in learned.values())
+    if kind == "mirror":
+        butd.mirror_step(batch=2)
+        assert all(v.grad.isfinite().all() and v.grad.any() for v in butd.td_weights.values())
 
 
 def test_a_compiled_network_draws_in_every_call():

@@ -1,17 +1,20 @@
 """What a BU-TD network says and does of its feedback weights, and how its calls come by their gates."""
 
+import math
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from fxfeedback.errors import OptionError
 from fxfeedback.graph.specs import size_of
 from fxfeedback.instructed.graphs import Graphs
 from fxfeedback.instructed.instruction import distinct
 from fxfeedback.instructed.last_gates import last_gates
 from fxfeedback.instructed.magnitudes import Drawn, Magnitudes
 from fxfeedback.instructed.options import Options
+from fxfeedback.instructed.weight_mirror import mirrored
 from fxfeedback.tracing.waiting import at_hand
 from fxfeedback.tracing.while_tracing import is_rewritten
 from fxfeedback.tracing.wrapper import Wrapper
@@ -20,7 +23,7 @@ from fxfeedback.tracing.wrapper import Wrapper
 class Alignment(NamedTuple):
     """How what TD reads, V, lies to a BU weight W.
 
-    angle: between them over all elements, in degrees; None where V does not have W's shape. ratio: |V| / |W|.
+    angle: between them over all elements, in degrees; None for direct feedback. ratio: |V| / |W|.
     """
 
     angle: float | None
@@ -53,10 +56,34 @@ class FeedbackMethods(Wrapper):
     def alignment(self) -> dict[str, Alignment]:
         """Weight name -> (angle, ratio) of what TD reads and the BU weight, as they are now.
 
-        An angle of 0 degrees is backpropagation's. Of magnitudes that are drawn in every call it is the last call's.
+        An angle of 0 degrees is backpropagation's. Magnitudes that calls draw are those of the last one. Random weights
+        that broadcast the error have a ratio only, and with direct="unit" belong to no weight: there is nothing then.
         """
         graphs = self._present()
-        return {name: _alignment(v, self._fetch(name)) for name, v in self._feedback_weights(graphs).items()}
+        found = {name: _alignment(v, self._fetch(name)) for name, v in self._feedback_weights(graphs).items()}
+        direct = self.options.weights == "direct"
+        return {name: one._replace(angle=None) if direct else one for name, one in found.items()}
+
+    def mirror_step(self, sigma: float = 1.0, batch: int = 64) -> None:
+        """Let TD's weights learn the BU weights from noise, without data or error (td_learning="weight_mirror").
+
+        Each layer is given noise x = sigma * randn, and answers y = W x. Added to V's `.grad` is
+        V - Σ y xᵀ / (sigma² n), with n terms for each weight, whose mean is V - W: an optimizer's step then brings V
+        nearer to W ("Deep Learning without Weight Transport", NeurIPS 2019, arXiv:1904.05391).
+
+        Args:
+            sigma: standard deviation of the noise.
+            batch: how many samples of noise there are.
+
+        Raises:
+            OptionError: the network has no weight mirror, or an argument is of the wrong kind.
+        """
+        if self.options.td_learning != "weight_mirror":
+            raise OptionError('mirror_step: make the network with weights="separate", td_learning="weight_mirror"')
+        for name, estimate in mirrored(self._present(), sigma, batch).items():
+            v = self._fetch(f"td_weights.{name}")
+            update = torch.where(estimate.isnan(), 0, v.detach() - estimate)  # some never meet an input
+            v.grad = update if v.grad is None else v.grad + update
 
     def _present(self) -> Graphs:
         """Our graphs in the present mode, at the example's size."""
@@ -66,6 +93,8 @@ class FeedbackMethods(Wrapper):
         """Weight name -> what TD reads in its place."""
         if self.options.weights == "sign":
             return {name: m * torch.sign(self._fetch(name)) for name, m in self.magnitudes.items()}
+        if self.options.direct == "unit":
+            return {}
         return {name: self._fetch(graphs.twins.get(name, name)) for name in graphs.weights}
 
     @torch.no_grad()
@@ -105,6 +134,5 @@ class FeedbackMethods(Wrapper):
 def _alignment(v: torch.Tensor, w: torch.Tensor) -> Alignment:
     v, w = v.double().flatten(), w.double().flatten()
     ratio = (v.norm() / w.norm()).item()
-    if v.shape != w.shape:
-        return Alignment(None, ratio)
-    return Alignment(torch.rad2deg(((v @ w) / (v.norm() * w.norm())).clamp(-1, 1).acos()).item(), ratio)
+    cosine = (v @ w) / (v.norm() * w.norm()) if v.shape == w.shape else v.new_tensor(math.nan)
+    return Alignment(torch.rad2deg(cosine.clamp(-1, 1).acos()).item(), ratio)

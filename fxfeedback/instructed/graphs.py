@@ -98,6 +98,12 @@ class Graphs(Weighted):
     def can_instruct(self) -> bool:
         return self.no_head is None and bool(self.sites)
 
+    def require_sites(self, option: str) -> list[fx.Node]:
+        """The sites, for an option that needs some."""
+        if not self.can_instruct:
+            raise OptionError(f"{option}: there is no gating site: choose some by sites=") from self.no_head
+        return self.sites
+
     def require_head(self) -> None:
         if self.no_head:
             raise self.no_head
@@ -129,7 +135,7 @@ class Graphs(Weighted):
         """The names of all parameters and buffers that BU and TD use."""
         return [
             *dict.fromkeys(str(node.target) for node in self.bottom_up.parameters),
-            *self.twins.values(),
+            *(f"td_weights.{name}" for name in self.owner.td_part("td_weights") or ()),
             *self.td_names("td_magnitudes", list(self.weights)).values(),
             *self.td_biases.values(),
         ]
@@ -141,8 +147,8 @@ class Graphs(Weighted):
 
     def _by_errors(self, names: Iterable[str]) -> frozenset[str]:
         """Of what asks for an update, what gets one from an error: a weight mirror needs none."""
-        own = set() if self.options.mirrors else set(self.twins.values())
-        return frozenset(names) - own
+        mirrors = self.options.mirrors
+        return frozenset(name for name in names if mirrors or not name.startswith("td_weights."))
 
     # -- the graphs ---------------------------------------------------------------------------------------------------
 
@@ -190,6 +196,7 @@ class Graphs(Weighted):
             wanted=self._by_errors(wanted),
             twins=self.feedback(drawn),
             td_biases=self.td_biases,
+            direct=self.direct,
             decay=self.options.td_decay,
             clip=self.options.td_clip,
             noise=self.options.update_noise,

@@ -47,10 +47,11 @@ def make_td_parts(graphs: Graphs, like: torch.Tensor) -> dict[str, td_state.ByNa
     options = graphs.options
     learns = options.learning == "counter_hebb"
     asked = {
-        f'weights="{options.weights}"': options.weights != "shared",
+        f'weights="{options.weights}"': options.weights != "shared" and options.direct != "unit",
         "td_bias=True": options.td_bias,
         'norm="separate"': options.norm == "separate",
     }
+    random = graphs.random_weights() if options.weights == "direct" else {}
     for option in (option for option, given in asked.items() if given):
         graphs.require_weights_of_layers(option)
     weights, fetch = graphs.weights, graphs.owner.fetch
@@ -58,6 +59,8 @@ def make_td_parts(graphs: Graphs, like: torch.Tensor) -> dict[str, td_state.ByNa
     if options.weights == "separate":
         learning = (learns and options.mirrors) or options.td_learning == "weight_mirror"
         parts["td_weights"] = td_state.twins(weights, fetch, options.td_init, options.td_noise, learning)
+    if options.weights == "direct":
+        parts["td_weights"] = td_state.random_weights(random, like)
     if options.td_magnitude == "fixed":
         parts["td_magnitudes"] = td_state.magnitudes(weights, fetch, options.td_scale)
     if options.td_bias:

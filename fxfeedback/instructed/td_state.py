@@ -15,6 +15,8 @@ from fxfeedback.graph.bottom_up import BottomUp
 from fxfeedback.graph.channels import channels_of
 from fxfeedback.graph.nodes import spec_of
 from fxfeedback.graph.operands import batch_norm_of, operand
+from fxfeedback.graph.specs import Spec
+from fxfeedback.tracing.saved import check_saved
 
 BATCH_NORM = {3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
@@ -87,6 +89,16 @@ def twins(
         return drawn_on_cpu(weight, functools.partial(nn.init.kaiming_uniform_, a=math.sqrt(5)))
 
     return ByName({name: nn.Parameter(draw(fetch(name).detach()), learn) for name in weights})
+
+
+def random_weights(like: Mapping[str, Spec], on: torch.Tensor) -> ByName:
+    """Fixed random weights of these shapes and dtypes, Xavier-uniform, on the device of `on`."""
+
+    def draw(name: str, spec: Spec) -> torch.Tensor:
+        check_saved(f"td_weights.{name}", spec.shape)
+        return drawn_on_cpu(on.new_empty(spec.shape, dtype=spec.dtype), nn.init.xavier_uniform_)
+
+    return ByName({name: nn.Parameter(draw(name, spec), requires_grad=False) for name, spec in like.items()})
 
 
 def magnitudes(weights: Mapping[str, fx.Node], fetch: Callable[[str], torch.Tensor], how: str | float | None) -> ByName:
