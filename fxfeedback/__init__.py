@@ -10,7 +10,7 @@ from fxfeedback.errors import Error
 from fxfeedback.version import __version__
 
 if TYPE_CHECKING:
-    from fxfeedback import composites, models, rules, runtime
+    from fxfeedback import composites, models, rules, runtime, text
     from fxfeedback.butd import BUTD, to_butd
     from fxfeedback.deploy.learner import export_learner
     from fxfeedback.drawing.draw import draw
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fxfeedback.prototypes.prototypes import Prototypes
     from fxfeedback.storage.published import load_lrm_steering
     from fxfeedback.storage.save_load import load, save
+    from fxfeedback.text.prior import TextPrior
     from fxfeedback.tracing.names import node_names
 
 # Where each name comes from. They are imported when they are first used, so that fxfeedback.runtime needs no torch.
@@ -35,9 +36,10 @@ _HOMES = {
     "prediction": ["Predicted", "Prediction", "PredictiveModel", "add_prediction"],
     "storage.published": ["load_lrm_steering"],
     "storage.save_load": ["load", "save"],
+    "text.prior": ["TextPrior"],
     "tracing.names": ["node_names"],
 }
-_MODULES = ["composites", "models", "rules", "runtime"]
+_MODULES = ["composites", "models", "rules", "runtime", "text"]
 
 __all__ = [
     "BUTD",
@@ -50,6 +52,7 @@ __all__ = [
     "Prototypes",
     "Readout",
     "Steering",
+    "TextPrior",
     "__version__",
     "add_feedback",
     "add_prediction",
@@ -66,6 +69,7 @@ __all__ = [
     "rules",
     "runtime",
     "save",
+    "text",
     "to_butd",
 ]
 
