@@ -14,27 +14,23 @@ import torch
 from torch import fx, nn
 
 from fxfeedback.butd import BUTD, graphs_of, instruction_of
-from fxfeedback.checks import check_passes
 from fxfeedback.deploy.check_file import check_file, require_runtime
-from fxfeedback.deploy.parts import about, about_butd, own_inputs, take_gate, td_name
-from fxfeedback.deploy.program import SPATIAL, Input, Program
+from fxfeedback.deploy.parts import about_butd, own_inputs, take_gate, td_name
+from fxfeedback.deploy.passes import unrolled_program
+from fxfeedback.deploy.program import Input, Program
+from fxfeedback.deploy.steps import stepped_program
 from fxfeedback.deploy.trials import Network, Trial
 from fxfeedback.deploy.writing import check_target, write
 from fxfeedback.errors import InputError, OptionError
-from fxfeedback.graph.effects import has_effect
 from fxfeedback.graph.nodes import (
-    find_node,
     gate_of,
     is_instruction,
     is_own_input,
     name_of,
-    pass_of,
-    spec_of,
-    tell,
 )
 from fxfeedback.instructed.graphs import Graphs
-from fxfeedback.lrm.feedback_model import FeedbackModel, bottom_up_of, links_of, looks_at_sizes
-from fxfeedback.rewrite import Link, Unroller, Unrolling
+from fxfeedback.lrm.feedback_model import FeedbackModel
+from fxfeedback.predictive.predictive_model import PredictiveModel
 from fxfeedback.tracing.modes import eval_mode
 from fxfeedback.tracing.wrapper import Wrapper, call_as_example, fetch_of, like_of, root_of
 
@@ -48,8 +44,10 @@ def export(
     dynamic_batch: bool = True,
     dynamic_size: bool = False,
     check: bool = True,
+    *,
+    steps: int | None = None,
 ) -> None:
-    """Write a model with connections, or an instructed BU-TD network, as an ONNX file.
+    """Write a model with connections or predictions, or an instructed BU-TD network, as an ONNX file.
 
     The model is exported in its own eval mode and its dtype, at its example's size and called as the example calls it,
     with flags at their defaults. The file's inputs and outputs:
@@ -57,16 +55,18 @@ def export(
     - `add_feedback`: the model's own inputs in; `output_1`, `output_2`, ...: each pass's output. With steerable=True
       also for each source, named as in the connection, `<source>.activation` (B or 1, ...), `<source>.alpha` () and
       `<source>.strength` (2,), negative and positive. These may be left out; the source is then not steered.
+    - `add_prediction`: the model's own inputs in; `output_1`, `output_2`, ...: the output of step 0, of step 1, ...
     - `to_butd`: the model's own inputs and `instruction` (B or 1, instruction size), floats, in; `output` out.
     - `to_butd` with task=k: the model's own inputs in, `output` out: the network that `model.select(k)` returns.
 
     An output that is a dict or a tuple becomes several: `output.out`, `output_1`, ... Nodes are named after the pass
-    and the model's node: `pass2/features.8`, `bu/layer1.0.relu`, `td/layer1.0.conv1`. `metadata_props` has connections,
-    passes, tasks, the version and a checksum of the weights. Above 2 GB the weights are in a second file beside the
-    first. ONNX Runtime's CPU provider has no float64 convolutions: convert a float64 model with `.float()` first.
+    and the model's node: `pass2/features.8`, `step2/features.4` (of t = 2), `bu/layer1.0.relu`, `td/layer1.0.conv1`.
+    `metadata_props` has connections, passes, predictions, steps, tasks, the version and a checksum of the weights.
+    Above 2 GB the weights are in a second file beside the first. ONNX Runtime's CPU provider has no float64
+    convolutions: convert a float64 model with `.float()` first.
 
     Args:
-        model: what `add_feedback` or `to_butd` returned; it is not changed.
+        model: what `add_feedback`, `add_prediction` or `to_butd` returned; it is not changed.
         path: the file, replaced atomically.
         steerable: whether the sources of the connections can be steered, after every pass.
         task: an id, or an instruction vector (1, size), whose sub-network is exported.
@@ -74,6 +74,7 @@ def export(
         dynamic_batch: whether the batch size is free; otherwise it is 1.
         dynamic_size: whether height and width are also free, for a model with connections whose code allows it;
             otherwise they are the example's.
+        steps: how many steps, of a model with predictions; default: the model's own number.
         check: compare the file with torch, in ONNX Runtime, before it takes its place: for random inputs, at batch 3
             and 1 if the batch is free, at two sizes other than the example's if sizes are free, without and with
             steering, with ids and with vectors as instructions. Differences that float32's rounding explains are
@@ -91,8 +92,8 @@ def export(
     if check:
         require_runtime()
     with torch.no_grad(), eval_mode(model):
-        program = _program(model, steerable, task, passes, dynamic_size)
-        network = Network(model, _call(model, task, passes), program.inputs, _ids(program), dynamic_batch)
+        program = _program(model, steerable, task, passes, dynamic_size, steps)
+        network = Network(model, _call(model, task, passes, steps), program.inputs, _ids(program), dynamic_batch)
         write(program, path, dynamic_batch, functools.partial(_check, network) if check else lambda _: None)
 
 
@@ -101,10 +102,12 @@ def _check(network: Network, file: Path) -> None:
         check_file(network, file)
 
 
-def _call(model: Any, task: Any, passes: int | None) -> Callable[[Any, Trial], Any]:
+def _call(model: Any, task: Any, passes: int | None, steps: int | None) -> Callable[[Any, Trial], Any]:
     """How the model is run for what the file's session is given."""
     if isinstance(model, FeedbackModel):
         return lambda run, trial: call_as_example(run, trial.inputs, passes=passes, return_all=True, **trial.options)
+    if isinstance(model, PredictiveModel):
+        return lambda run, trial: call_as_example(run, trial.inputs, steps=steps)
     return lambda run, trial: call_as_example(run, trial.inputs, task=trial.options.get("task", task))
 
 
@@ -116,13 +119,20 @@ def _ids(program: Program) -> int:
 # -- what is exported -------------------------------------------------------------------------------------------------
 
 
-def _program(model: Any, steerable: bool, task: Any, passes: int | None, any_size: bool) -> Program:
+def _program(model: Any, steerable: bool, task: Any, passes: int | None, any_size: bool, steps: int | None) -> Program:
+    if steps is not None and not isinstance(model, PredictiveModel):
+        raise OptionError("steps= belongs to a model that add_prediction returned")
+    if isinstance(model, PredictiveModel):
+        given = {"steerable": steerable, "task": task is not None, "passes": passes is not None}
+        for name in (name for name, is_given in {**given, "dynamic_size": any_size}.items() if is_given):
+            raise OptionError(f"{name}= does not apply to a model with predictions: give steps=, or nothing")
+        return stepped_program(model, model.steps if steps is None else steps)
     if isinstance(model, FeedbackModel):
         if task is not None:
             raise OptionError(
                 "task= belongs to a network that to_butd returned; this one has connections, but no tasks"
             )
-        return _unrolled(model, model.passes if passes is None else passes, steerable, any_size)
+        return unrolled_program(model, model.passes if passes is None else passes, steerable, any_size)
     if isinstance(model, BUTD):
         if steerable or passes is not None:
             raise OptionError(
@@ -133,74 +143,11 @@ def _program(model: Any, steerable: bool, task: Any, passes: int | None, any_siz
         return _instructed(model) if task is None else _one_task(model, task)
     inside = [name for name, part in model.named_modules() if isinstance(part, Wrapper)] if _is_module(model) else []
     hint = f": export its part {inside[0]!r}" if inside else ": use torch.onnx.export"
-    raise OptionError(f"a {type(model).__name__} was not made by add_feedback or to_butd{hint}")
+    raise OptionError(f"a {type(model).__name__} was not made by add_feedback, add_prediction or to_butd{hint}")
 
 
 def _is_module(model: Any) -> bool:
     return isinstance(model, nn.Module)
-
-
-class _Numbered(Unroller):
-    """Says of every node of the flat graph in which pass it is computed."""
-
-    def one_pass(self, number: int, inputs: dict[fx.Node, fx.Node]) -> tuple[Any, dict[str, Any]]:
-        before = set(self.graph.nodes)
-        result = super().one_pass(number, inputs)
-        for node in self.graph.nodes:
-            if node not in before:
-                tell(node, **{"pass": number})
-        return result
-
-    def modulated(self, y: fx.Node, modulation: fx.Node, link: Link) -> fx.Node:
-        before = set(self.graph.nodes)
-        value = super().modulated(y, modulation, link)
-        for node in self.graph.nodes:
-            if node not in before:
-                tell(node, name=f"{name_of(y)}.modulated")
-        return value
-
-
-def _unrolled(model: FeedbackModel, passes: int, steerable: bool, any_size: bool) -> Program:
-    check_passes(passes)
-    bu = bottom_up_of(model)
-    if any_size and looks_at_sizes(model):
-        raise OptionError("dynamic_size: the model's code looks at the size of its input, so its graph is for one size")
-    sources = {c.source: find_node(bu.graph, c.source) for c in model.connections}
-    steered = {name_of(node): name for name, node in reversed(sources.items())} if steerable else {}
-    graph = _Numbered(bu.graph, links_of(model), Unrolling(passes, model.return_all, steered=tuple(steered))).run()
-    _return_only(graph, graph.output_node().args[0][0])  # type: ignore[index]
-    inputs = own_inputs(model, graph)
-    for given in inputs:
-        given.any_size = any_size and given.example.ndim in SPATIAL
-    like = like_of(model)
-    for node_name, name in steered.items():
-        spec = spec_of(find_node(bu.graph, node_name))
-        if spec.per_sample[0] != 1 or any(spec.per_sample[1:]):
-            raise OptionError(
-                f"steerable: the value of {name!r} is not one per sample of the batch: it cannot be steered"
-            )
-        if any_size and len(spec.shape) > 2:
-            raise OptionError(f"dynamic_size: {name!r} is steered with a map of the example's size: export one of both")
-        one = torch.empty(1, *spec.shape[1:], dtype=like.dtype, device="meta")
-        inputs += [
-            Input(f"{name}.activation", one, f"{name}.batch", torch.zeros(one.shape, dtype=one.dtype)),
-            Input(
-                f"{name}.alpha", torch.empty((), dtype=one.dtype, device="meta"), None, torch.zeros((), dtype=one.dtype)
-            ),
-            Input(
-                f"{name}.strength", torch.empty(2, dtype=one.dtype, device="meta"), None, torch.ones(2, dtype=one.dtype)
-            ),
-        ]
-    labels = {}
-    for node in graph.nodes:
-        name = str(node.target) if node.op == "call_module" else name_of(node)
-        labels[node] = f"pass{pass_of(node)}/{name}" if pass_of(node) else f"steering/{name}"
-    metadata = about(model, "lrm") | {
-        "connections": [vars(connection) for connection in model.connections],
-        "passes": passes,
-        "steerable": {given: steered[name_of(node)] for given, node in sources.items()} | steered if steerable else {},
-    }
-    return Program(graph, labels, inputs, root_of(model), fetch_of(model), metadata)
 
 
 def _instructed(butd: BUTD) -> Program:
@@ -278,12 +225,3 @@ def _predict(
         elif node not in copies:
             copies[node] = graph.node_copy(node, copies.__getitem__)
             labels[copies[node]] = f"bu/{name_of(node)}"
-
-
-def _return_only(graph: fx.Graph, value: Any) -> None:
-    graph.output_node().args = (value,)
-    graph.eliminate_dead_code(is_impure_node=_is_kept)
-
-
-def _is_kept(node: fx.Node) -> bool:
-    return node.op in ("placeholder", "output") or has_effect(node)

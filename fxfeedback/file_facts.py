@@ -7,7 +7,7 @@ from typing import Any
 
 from fxfeedback.errors import CheckpointError
 
-PRODUCTS = ("lrm", "instructed", "task", "learner")
+PRODUCTS = ("lrm", "predictive", "instructed", "task", "learner")
 
 
 def existing(path: Path, made_by: str) -> Path:
@@ -136,6 +136,10 @@ def _are_connections(value: Any) -> bool:
     )
 
 
+def _are_predictions(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, dict) and _is_text(one.get("node")) for one in value)
+
+
 def _is_task(value: Any) -> bool:
     return type(value) is int or (isinstance(value, list) and all(map(_is_number, value)))
 
@@ -144,6 +148,8 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("fxfeedback", "product", "weights_sha256", "gating", "loss", "optimizer"), _is_text),
     "connections": _are_connections,
     "passes": _is_count,
+    "predictions": _are_predictions,
+    "steps": _is_count,
     "steerable": _is_mapping,
     "tasks": lambda value: value is None or _is_count(value),
     "instruction_size": _is_count,
@@ -158,6 +164,7 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
 NEEDED = {
     "all": ("weights_sha256",),
     "lrm": ("connections", "passes", "steerable"),
+    "predictive": ("predictions", "steps"),
     "instructed": ("tasks", "instruction_size", "takes_ids", "gating", "sites"),
     "task": ("task",),
     "learner": ("loss", "optimizer", "learns", "tied"),

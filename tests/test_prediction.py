@@ -3,7 +3,9 @@
 import copy
 import math
 import operator
+import pickle
 
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from torch import nn
 import fxfeedback
 from fxfeedback import Prediction
 from fxfeedback.errors import InputError, NodeNameError, OptionError, RuleError, TraceError
+from marks import long_but
 
 TIGHT = 1e-12
 
@@ -503,3 +506,165 @@ def test_an_op_without_a_rule_is_named():
 
     with pytest.raises(RuleError, match=r"no rule for torch\.igamma"):
         with_predictions([Prediction("relu1", Sorted())])
+
+
+# -- with the rest of the library -------------------------------------------------------------------------------------
+
+
+def gradients_of(outputs, weights, model):
+    """Name -> gradient, or None, of a weighted sum of outputs."""
+    loss = sum((output * weight).sum() for output, weight in zip(outputs, weights, strict=True))
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True))
+
+
+@pytest.mark.parametrize("learn_multipliers", [True, False])
+@pytest.mark.parametrize("detach_error", [True, False])
+def test_counter_hebb_updates_are_its_gradients(detach_error, learn_multipliers):
+    predictions = [Prediction("relu1", error=3.0), Prediction("relu2", scaling="window", error=0.1)]
+    model = with_predictions(predictions, steps=3, detach_error=detach_error, learn_multipliers=learn_multipliers)
+    butd, x = fxfeedback.to_butd(model.eval(), input_size=(3, 10, 12)), image()  # a bias before a norm learns then, too
+    weights = [torch.randn(2, 7, dtype=torch.float64) for _ in range(3)]
+    ours, theirs = gradients_of(butd(x), weights, butd), gradients_of(model(x), weights, model)
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        assert (ours[name] is None) == (gradient is None), name
+        if gradient is not None:
+            assert (ours[name] - gradient).abs().max() <= 1e-9 * gradient.abs().max().clamp(min=1e-9), name
+
+
+def test_an_instruction_goes_down_through_the_steps():
+    butd = fxfeedback.to_butd(with_predictions(steps=2).eval(), n_tasks=3, embedding=6, input_size=(3, 10, 12))
+    x = image()
+    outputs = butd(x, torch.tensor([0, 2]))
+    assert [tuple(output.shape) for output in outputs] == [(2, 7)] * 2
+    assert not torch.allclose(outputs[-1], butd(x)[-1])
+
+
+def test_predictions_and_connections_go_together():
+    x, connection = image(), ("conv2", "norm")
+    with_feedback = fxfeedback.add_feedback(convnet().eval(), [connection], passes=2, input_size=(3, 10, 12))
+    both = fxfeedback.add_prediction(with_feedback, ["relu1", "relu2"], steps=3, input_size=(3, 10, 12))
+    outputs = both(x)
+    assert len(outputs) == 3 and all(torch.allclose(*pair) for pair in zip(outputs[0], with_feedback(x), strict=True))
+    assert not torch.allclose(outputs[2][0], outputs[0][0])
+
+    predicting = with_predictions(steps=3).eval()
+    both = fxfeedback.add_feedback(predicting, [connection], passes=2, input_size=(3, 10, 12))
+    outputs = both(x)
+    assert len(outputs) == 2 and all(torch.equal(*pair) for pair in zip(outputs[0], predicting(x), strict=True))
+    assert not torch.allclose(outputs[1][0], outputs[0][0])
+
+
+@pytest.mark.parametrize("learn_multipliers", [True, False])
+def test_it_comes_back_from_a_file(tmp_path, learn_multipliers):
+    predictor = nn.Sequential(nn.ConvTranspose2d(6, 3, 4, 2, 1), nn.ReLU()).double()
+    predictions = [Prediction("relu1", predictor, error=2.0, scaling="window"), Prediction("relu2", scaling="sample")]
+    model = with_predictions(predictions, steps=3, learn_multipliers=learn_multipliers, detach_error=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    model.multipliers.requires_grad_(False)
+    fxfeedback.save(model, tmp_path)
+    loaded, x = fxfeedback.load(tmp_path), image()
+    assert isinstance(loaded, fxfeedback.PredictiveModel) and loaded.steps == 3 and not loaded.detach_error
+    assert all(torch.equal(*pair) for pair in zip(loaded(x), model(x), strict=True))
+    assert not any(parameter.requires_grad for parameter in loaded.multipliers.parameters())
+    learner = fxfeedback.to_butd(loaded, input_size=(3, 10, 12))
+    fxfeedback.save(learner, tmp_path / "learner")
+    again = fxfeedback.load(tmp_path / "learner")
+    assert all(torch.equal(*pair) for pair in zip(again(x), learner(x), strict=True))
+
+
+def test_it_can_be_copied_and_pickled():
+    model, x = with_predictions(["relu1", Prediction("relu2", nn.Conv2d(5, 6, 1).double())]), image()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert all(torch.equal(*pair) for pair in zip(other(x), model(x), strict=True))
+        assert other.predictor("relu1")[1].weight is not model.predictor("relu1")[1].weight
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_it_compiles_whole(mode):
+    model, x = with_predictions(steps=3, detach_error=False), image()
+    getattr(model, mode)()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    weights = [torch.randn(2, 7, dtype=torch.float64) for _ in range(3)]
+    expected = gradients_of(model(x), weights, model)
+    for name, gradient in gradients_of(compiled(x), weights, model).items():
+        assert (gradient is None) == (expected[name] is None)
+        assert gradient is None or torch.allclose(gradient, expected[name], rtol=1e-9, atol=1e-12), name
+
+
+def test_under_autocast_it_runs_in_low_precision():
+    model, x = with_predictions([Prediction("relu1", error=1.0), "relu2"], steps=3).float(), image().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = model(x)
+    for output, exact in zip(outputs, model(x), strict=True):
+        assert output.dtype == torch.bfloat16 and torch.allclose(output.float(), exact, atol=0.1)
+    torch.stack(outputs).float().square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+ZOO = {
+    "vgg11": ["features.1", "features.4", "features.9"],
+    "resnet18": ["relu", "layer1", "layer3.1.relu_1"],
+    "mobilenet_v3_small": ["features.0.2", "features.3", "features.6"],
+    "efficientnet_b0": ["features.1", "features.3"],
+    "convnext_tiny": ["features.1", "features.3"],
+    "densenet121": ["features.pool0", "features.denseblock1"],
+    "shufflenet_v2_x0_5": ["conv1.2", "stage2"],
+    "googlenet": ["maxpool1", "inception3a"],
+}
+
+
+@pytest.mark.parametrize("name", long_but(["vgg11", "resnet18", "mobilenet_v3_small"], ZOO))
+def test_classifiers_of_torchvision(name):
+    options = {"init_weights": False} if name == "googlenet" else {}
+    net = torchvision.models.get_model(name, weights=None, num_classes=5, **options).eval()
+    predictions = [Prediction(node, scaling="sample", error=1.0) for node in ZOO[name]]
+    model, x = fxfeedback.add_prediction(net, predictions, steps=3, input_size=(3, 64, 64)), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        outputs = model(x)
+        assert torch.equal(outputs[0], net(x)) and all(output.isfinite().all() for output in outputs)
+        assert not torch.equal(outputs[2], outputs[0])
+
+
+@pytest.mark.parametrize("name", long_but([], ["vgg11", "resnet18"]))
+def test_its_file_computes_what_it_does(name, tmp_path):
+    torch.manual_seed(0)
+    net = torchvision.models.get_model(name, weights=None, num_classes=5).eval()
+    predictions = [Prediction(node, error=1.0) for node in ZOO[name]]
+    assert_file_agrees(fxfeedback.add_prediction(net, predictions, 4, input_size=(3, 64, 64)), (3, 64, 64), tmp_path)
+
+
+def test_a_file_of_a_small_network(tmp_path):
+    predictions = [
+        Prediction("relu1", nn.Sequential(nn.ConvTranspose2d(6, 3, 4, 2, 1), nn.ReLU()), error=3.0),
+        Prediction("relu2", scaling="window"),
+    ]
+    net = convnet().float().eval()
+    model = fxfeedback.add_prediction(net, predictions, 4, learn_multipliers=True, input_size=(3, 10, 12))
+    assert_file_agrees(model, (3, 10, 12), tmp_path)
+
+
+def assert_file_agrees(model, size, folder):
+    path = folder / "model.onnx"
+    fxfeedback.export(model, path, check=False)
+    x = torch.randn(3, *size)
+    outputs = fxfeedback.runtime.Session(path, "cpu")(x.numpy())
+    for expected, output in zip(model.eval()(x), outputs, strict=True):
+        assert abs(output - expected.detach().numpy()).max() <= 1e-4 * expected.abs().max().item()
+    nodes = [node.name for node in onnx.load(path).graph.node]
+    last = model.predictions[-1].node
+    assert any(name.split("/")[0] == "step2" and last in name for name in nodes)
+    assert not any(name.startswith(f"step1/{model.predictions[0].node}/") for name in nodes)
+    assert path.stat().st_size < 1.2 * sum(t.numel() * t.element_size() for t in model.state_dict().values()) + 2e5
+
+
+def test_an_export_takes_options_of_its_own(tmp_path):
+    model = with_predictions().float()
+    for options in ({"passes": 2}, {"task": 1}, {"steerable": True}, {"dynamic_size": True}):
+        with pytest.raises(OptionError, match=f"{next(iter(options))}="):
+            fxfeedback.export(model, tmp_path / "model.onnx", **options)
+    with pytest.raises(OptionError, match="steps= belongs"):
+        fxfeedback.export(fxfeedback.to_butd(convnet(), input_size=(3, 10, 12)), tmp_path / "model.onnx", steps=2)

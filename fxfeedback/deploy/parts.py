@@ -9,6 +9,7 @@ from fxfeedback.butd import BUTD
 from fxfeedback.checksums import checksum
 from fxfeedback.deploy.program import Input
 from fxfeedback.graph.channels import channel_mean
+from fxfeedback.graph.effects import has_effect
 from fxfeedback.graph.nodes import counterpart_of, name_of
 from fxfeedback.instructed.graphs import Graphs
 from fxfeedback.tracing.wrapper import Wrapper, stand_ins_of
@@ -50,3 +51,13 @@ def about_butd(butd: BUTD, graphs: Graphs, product: str) -> dict[str, Any]:
         "gating": graphs.options.gating,
         "sites": [name_of(site) for site in graphs.sites],
     }
+
+
+def return_only(graph: fx.Graph, value: Any) -> None:
+    """Let a graph return `value`, and nothing be computed that it does not need."""
+    graph.output_node().args = (value,)
+    graph.eliminate_dead_code(is_impure_node=_is_kept)
+
+
+def _is_kept(node: fx.Node) -> bool:
+    return node.op in ("placeholder", "output") or has_effect(node)

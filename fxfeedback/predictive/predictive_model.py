@@ -21,6 +21,7 @@ from fxfeedback.predictive.predictors import default_predictor, factor_of, graph
 from fxfeedback.predictive.steps import Held, Part, Stepping, Steps, step
 from fxfeedback.rewrite import name_by_pass
 from fxfeedback.tracing.arguments import Form, example_form
+from fxfeedback.tracing.autocast import is_autocast
 from fxfeedback.tracing.modes import eval_mode
 from fxfeedback.tracing.names import without_names
 from fxfeedback.tracing.opened import GraphKey, Sizes, opened
@@ -218,7 +219,7 @@ class PredictiveModel(Wrapper):
         form, inputs = self._called(inputs, named)
         if form is None:
             check_inputs(inputs, self._examples)
-        what = what._replace(fused=not (is_rewritten() or torch.jit.is_tracing()))
+        what = what._replace(fused=not (is_rewritten() or torch.jit.is_tracing() or is_autocast(inputs[0])))
         plan = self._kept(("plan", PlanKey(GraphKey(self._fingerprint(), self._sizes(inputs), form), what)))
         self._check_autocast(inputs, form)
         batch = next(len(x) for x in inputs if x.ndim)

@@ -24,6 +24,7 @@ from fxfeedback.errors import CheckpointError, Error, OptionError
 from fxfeedback.feedback import FeedbackModel
 from fxfeedback.files import as_path, replace_whole
 from fxfeedback.instructed.options import Options
+from fxfeedback.predictive.predictive_model import PredictiveModel, given_predictions
 from fxfeedback.storage.building import build
 from fxfeedback.storage.describing import NotDescribed, check_levels, describe, encode
 from fxfeedback.storage.saved import Saved, check_passes, read_saved, read_wrapper
@@ -34,25 +35,29 @@ from fxfeedback.version import __version__
 
 FILE = "model.safetensors"
 FORMAT = 1
+WRAPPERS: dict[str, type[Wrapper]] = {kind.__name__: kind for kind in (FeedbackModel, PredictiveModel, BUTD)}
+"""What makes a wrapper of each kind."""
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
-    """Save a model that `add_feedback` or `to_butd` returned, for `load`.
+    """Save a model that `add_feedback`, `add_prediction` or `to_butd` returned, for `load`.
 
     Args:
-        model: on any device; with connections or options, weights, buffers, modes and what is frozen.
+        model: on any device; with connections, predictions or options, weights, buffers, modes and what is frozen.
         directory: made where it does not exist; a model saved there before is replaced atomically.
 
     Raises:
-        OptionError: neither `add_feedback` nor `to_butd` made the model, an option cannot be stored, or `directory` is
-            not a path.
+        OptionError: none of the three made the model, an option or a predictor cannot be stored, or `directory` is not
+            a path.
     """
     path = as_path(directory, "directory") / FILE
     if not isinstance(model, nn.Module):
-        raise OptionError(f"model={model!r}: give what add_feedback or to_butd returned")
+        raise OptionError(f"model={model!r}: give what add_feedback, add_prediction or to_butd returned")
     plain, wrappers = unwrap(model)
     if not wrappers:
-        raise OptionError(f"a {type(model).__name__} has neither connections nor instructions: save its state_dict()")
+        raise OptionError(
+            f"a {type(model).__name__} has no connections, predictions or instructions: save its state_dict()"
+        )
     tensors, names = _tensors(model)
     try:
         net, reason = describe(plain, names), ""
@@ -160,6 +165,9 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, list[tuple[str, str, dict[str, 
             connections = [asdict(connection) for connection in wrapper.connections]
             how |= {"connections": connections, "passes": wrapper.passes, "return_all": wrapper.return_all}
             how |= {"checkpoint": wrapper.checkpoint}
+        elif isinstance(wrapper, PredictiveModel):
+            how |= {"predictions": [vars(one) for one in given_predictions(wrapper)], "steps": wrapper.steps}
+            how |= {"learn_multipliers": wrapper.learn_multipliers, "detach_error": wrapper.detach_error}
         elif isinstance(wrapper, BUTD):
             how |= {field.name: getattr(wrapper.options, field.name) for field in fields(Options)}
         wrappers.append((path, type(wrapper).__name__, how))
@@ -194,7 +202,7 @@ def _wrap(model: nn.Module, about: Saved, tensors: Mapping[str, torch.Tensor], w
         below = {name.removeprefix(inside): shape for name, shape in shapes.items() if name.startswith(inside)}
         token = SAVED.set(below)
         try:
-            made: Wrapper = FeedbackModel(part, **how) if kind == "FeedbackModel" else BUTD(part, **how)
+            made: Wrapper = WRAPPERS[kind](part, **how)
         except Error as error:
             raise CheckpointError(f"{where}: {at}: {error}") from error
         finally:

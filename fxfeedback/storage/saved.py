@@ -11,6 +11,7 @@ from torch import nn
 from fxfeedback.errors import CheckpointError, OptionError
 from fxfeedback.feedback import Connection
 from fxfeedback.instructed.options import Options
+from fxfeedback.predictive.predictions import Prediction
 from fxfeedback.storage.building import SIZE, decode
 from fxfeedback.tracing.doors import DOORS
 
@@ -18,7 +19,7 @@ MOST_PASSES = 256
 """Of a file, all wrappers' together: every pass is part of a flat graph, so that a number can ask for any memory."""
 MOST_VALUES = 2**28
 """Of an example input: a graph is made for its size, and the masks and resizing matrices of that size with it."""
-KINDS = ("FeedbackModel", "BUTD")
+KINDS = ("FeedbackModel", "PredictiveModel", "BUTD")
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def read_saved(about: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], wh
 
 
 def read_wrapper(kind: str, described: Any, tensors: Mapping[str, torch.Tensor], where: Any, at: str) -> dict[str, Any]:
-    """What `FeedbackModel` or `BUTD` takes besides the model.
+    """What a wrapper of this kind takes besides the model.
 
     Raises:
         CheckpointError: a field that is missing, unknown or of another type; the message says which.
@@ -98,12 +99,14 @@ def read_wrapper(kind: str, described: Any, tensors: Mapping[str, torch.Tensor],
             return {"options": Options(**how), "example_inputs": examples, "door": door}
         except OptionError as error:
             raise CheckpointError(f"{where}: {at}: {error}") from error
+    if kind == "PredictiveModel":
+        return {**how, "predictions": [Prediction(**one) for one in how["predictions"]], "examples": examples}
     return {**how, "connections": [Connection(**one) for one in how["connections"]], "examples": examples}
 
 
 def check_passes(wrappers: Sequence[Mapping[str, Any]], where: Any) -> None:
     """Refuse more passes than a graph can hold; one inside the other they multiply."""
-    passes = math.prod(how.get("passes", 1) for how in wrappers)
+    passes = math.prod(how.get("passes", 1) * how.get("steps", 1) for how in wrappers)
     if passes > MOST_PASSES:
         raise CheckpointError(f"{where} has {passes} passes, more than the {MOST_PASSES} that a file may ask for")
 
@@ -133,6 +136,10 @@ def _is_count(value: Any) -> bool:
     return value is None or (_is_size(value) and value <= SIZE)
 
 
+def _is_flag(value: Any) -> bool:
+    return type(value) is bool
+
+
 def _are_examples(value: Any) -> bool:
     pairs = isinstance(value, (list, tuple)) and all(isinstance(x, (list, tuple)) and len(x) == 2 for x in value)
     return (
@@ -160,12 +167,33 @@ def _are_connections(value: Any) -> bool:
     )
 
 
+def _are_predictions(value: Any) -> bool:
+    kinds: dict[str, tuple[type, ...]] = {
+        "node": (str,),
+        "predictor": (nn.Module, type(None)),
+        **dict.fromkeys(("feedforward", "feedback", "error"), (int, float)),
+        "scaling": (str, int, float),
+        "target": (str, type(None)),
+    }
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(one, dict)
+            and set(one) == set(kinds)
+            and all(isinstance(one[name], kinds[name]) and not isinstance(one[name], bool) for name in kinds)
+            for one in value
+        )
+    )
+
+
 def _is_lateral(value: Any) -> bool:
     return isinstance(value, str) or (callable(value) and not isinstance(value, (type, nn.Module)))
 
 
 FIELDS = {
     "FeedbackModel": ("examples", "names", "door", "connections", "passes", "return_all", "checkpoint"),
+    "PredictiveModel": ("examples", "names", "door", "predictions", "steps", "learn_multipliers", "detach_error"),
     "BUTD": ("examples", "names", "door", *(field.name for field in fields(Options))),
 }
 """Kind of wrapper -> what the file says of it."""
@@ -177,8 +205,11 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
     "door": lambda value: value in DOORS,
     "connections": _are_connections,
     "passes": lambda value: _is_size(value) and value <= MOST_PASSES,
-    "return_all": lambda value: type(value) is bool,
-    "checkpoint": lambda value: type(value) is bool,
+    **dict.fromkeys(
+        ("return_all", "checkpoint", "learn_multipliers", "detach_error"), lambda value: type(value) is bool
+    ),
+    "predictions": _are_predictions,
+    "steps": lambda value: _is_size(value) and value <= MOST_PASSES,
     "n_tasks": _is_count,
     "instruction_size": _is_count,
     "lateral": _is_lateral,
