@@ -62,8 +62,8 @@ def draw(
     _check_packages()
     if not isinstance(model, nn.Module):
         raise OptionError(
-            f"a {type(model).__name__} is not a model: give what add_feedback, add_prediction or to_butd returned, or a "
-            "module"
+            f"a {type(model).__name__} is not a model: give what add_feedback, add_prediction or to_butd returned, or "
+            "a module"
         )
     if depth is not None and (not isinstance(depth, int) or depth < 0):
         raise OptionError(f"depth={depth!r}: give the number of levels of modules that are open")
