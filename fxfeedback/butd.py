@@ -51,7 +51,7 @@ def to_butd(
     norm: str = "shared",
     lateral: str | Lateral = "galu",
     gating: str = "unit",
-    heads: str = "shared",
+    heads: str | Sequence[int] = "shared",
     learning: str = "counter_hebb",
     door: str | None = None,
     verify: bool = True,
@@ -93,7 +93,9 @@ def to_butd(
         norm: "separate" gives TD batch norms of its own in the instruction pass, after each transposed convolution.
         lateral: "galu" v [c > 0], "multiply" v c, "add" v + c, or a function of (value, counter value).
         gating: "unit", or "channel": a channel is on when its counter neurons' mean over positions is positive.
-        heads: "shared", or "per_task": one prediction head per task, each starting as the model's own.
+        heads: "shared"; or "per_task": one prediction head per task, each starting as the model's own; or a list, one
+            per task with so many outputs: the call's outputs are then as many as the largest head's, and those that
+            the sample's task does not have are -inf, which is as nothing to a softmax or cross-entropy.
         learning: "counter_hebb", or "backprop": autograd differentiates the gated network.
         door: "fx": trace the model by torch.fx; "export": by torch.export; None: by that where torch.fx cannot.
         verify: compare the graph with the model once, by a forward pass of each on one random sample.
@@ -135,7 +137,7 @@ class BUTD(FeedbackMethods):
         """Make the parameters and modules that the options ask for."""
         if self.options.n_tasks is not None:
             self.instruction_head = self._frozen(make_instruction_head(graphs_of(self), self._like()))
-        if self.options.heads == "per_task":
+        if self.options.heads != "shared":
             self.task_heads = make_task_heads(graphs_of(self))
             self._cache.clear()  # its graphs have one head
         for name, part in make_td_parts(graphs_of(self), self._like()).items():
@@ -159,7 +161,7 @@ class BUTD(FeedbackMethods):
         """
         inputs, task = self._without_task(inputs, task)
         form, tensors = self._called(inputs, named)
-        per_task = self.options.heads == "per_task"
+        per_task = self.options.heads != "shared"
         if task is None and per_task:
             raise InputError("there is one prediction head per task: give the call a task")
         graphs = self._graphs(tensors, form)

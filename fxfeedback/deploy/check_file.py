@@ -133,7 +133,7 @@ def _differs(network: Network, session: Any, trial: Trial) -> str:
     found = dict(zip(session.outputs, map(numpy_of, found), strict=True))
     dtype = next((t.dtype for t in wanted.values() if t.is_floating_point()), torch.float32)
     theirs = {name: numpy_of(tensor) for name, tensor in wanted.items()}
-    if not all(np.isfinite(value).all() for value in theirs.values()):
+    if not all(_is_finite(value) for value in theirs.values()):
         return "torch's own output is not finite, for any random numbers"
     tolerance = TOLERANCES.get(dtype, 1e-4)
     off = {name: relative(found[name], theirs[name]) for name in theirs}
@@ -156,6 +156,12 @@ def _differs(network: Network, session: Any, trial: Trial) -> str:
             return ""
     shapes = f"has the shape {found[name].shape}, in torch {theirs[name].shape}"
     return f"{name!r} " + (f"is off by {off[name]:.1e} of its largest value" if off[name] < np.inf else shapes)
+
+
+def _is_finite(values: np.ndarray) -> bool:
+    """Whether all are finite, but for some that are -inf: outputs that a task does not have."""
+    there = ~np.isneginf(values)
+    return bool(np.isfinite(values[there]).all() and (there.any() or not values.size))
 
 
 def _without_chance(
@@ -192,9 +198,14 @@ def numpy_of(tensor: torch.Tensor) -> np.ndarray:
 
 
 def relative(found: np.ndarray, wanted: np.ndarray) -> float:
-    """How far an array is off, as a part of the largest value; infinitely, where it has another shape."""
+    """How far an array is off, as a part of the largest value; infinitely, where it has another shape.
+
+    Outputs that a task does not have are -inf in both.
+    """
     if found.shape != wanted.shape:
         return np.inf
+    there = ~(np.isneginf(found) & np.isneginf(wanted))
+    found, wanted = found[there], wanted[there]
     if not wanted.size:
         return 0.0
     difference, largest = np.abs(found.astype(np.float64) - wanted).max(), np.abs(wanted).max()

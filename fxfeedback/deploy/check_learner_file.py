@@ -133,7 +133,8 @@ def _drawn(lesson: Lesson, learner: Any, number: int) -> tuple[Trial, torch.Tens
     target = examples["target"]
     if target.dtype.is_floating_point:
         return Trial(xs, options), draw(target).sigmoid()
-    return Trial(xs, options), draw(target, int(learner.outputs["logits"][1]))
+    classes = lesson.network.options.head_sizes(int(learner.outputs["logits"][1]))  # those that every task has
+    return Trial(xs, options), draw(target, min(classes, default=int(learner.outputs["logits"][1])))
 
 
 def _loss(lesson: Lesson, network: BUTD, trial: Trial, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -84,6 +84,11 @@ def export_learner(
         )
     if not callable(loss) and loss not in list(LOSSES):
         raise OptionError(f"loss={loss!r}: choose one of {', '.join(map(repr, LOSSES))}, or give a function")
+    if loss in ("mse", "bce_with_logits") and not isinstance(butd.options.heads, str):
+        raise OptionError(
+            f"loss={loss!r}: outputs that a task does not have are -inf, which only cross_entropy takes for none: give "
+            "a function that leaves them out"
+        )
     settings, kept = settings_of(optimizer, momentum, weight_decay, betas, eps)
     if butd.options.update_noise:
         raise OptionError("update_noise: a plain graph draws no noise; make the network with update_noise=0")

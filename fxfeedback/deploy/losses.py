@@ -26,13 +26,13 @@ def cross_entropy(z: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, 
     """-log softmax(z)[target], mean over samples and positions; its error (softmax(z) - one-hot) / number.
 
     z: (B, C, ...). target: (B, ...) class ids; where it is -100 nothing is learned. Where all are -100, the mean over
-    none is NaN and its error 0, as in torch.
+    none is NaN and its error 0, as in torch. Where z is -inf there is no class, and the error is 0.
     """
     classes = torch.arange(z.shape[1], device=z.device).reshape(-1, *(1,) * (z.ndim - 2))
     one_hot = (target.unsqueeze(1) == classes).to(z.dtype)
     log_p, number = z.log_softmax(1), one_hot.sum()
     error = (log_p.exp() * one_hot.sum(1, keepdim=True) - one_hot) / number.clamp(min=1)
-    return -(one_hot * log_p).sum() / number, error
+    return -torch.where(one_hot > 0, log_p, 0.0).sum() / number, error
 
 
 def mse(z: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

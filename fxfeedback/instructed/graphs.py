@@ -68,7 +68,7 @@ class Graphs(Weighted):
             annotate_shapes(self.bu, examples)
             unpack_tuples(self.bu)
             put_task_heads(self.bu, owner.task_heads, self.options.head)
-            examples = [*examples, examples[0].new_empty(1, owner.task_heads.n_tasks)]
+            examples = [*examples, examples[0].new_empty(1, len(owner.task_heads.sizes))]
         annotate_shapes(self.bu, examples)
         unpack_tuples(self.bu)
         open_operators(self.bu, examples, owner.net)
@@ -126,8 +126,9 @@ class Graphs(Weighted):
             if isinstance(source, fx.Node) and (others or source.op != "get_attr"):
                 where = others[0] if others else source
                 raise OptionError(
-                    f'heads="per_task": the weights of the head {name_of(self.head)!r} are read or computed at '
-                    f"{name_of(where)!r}{user_line(where)} as well, which would not follow the task: pass another head="
+                    f"heads={self.options.heads!r}: the weights of the head {name_of(self.head)!r} are read or "
+                    f"computed at {name_of(where)!r}{user_line(where)} as well, which would not follow the task: pass "
+                    "another head="
                 )
 
     @functools.cached_property

@@ -26,7 +26,6 @@ CHOICES = {
     "direct": ("op", "unit"),
     "norm": ("shared", "separate"),
     "gating": ("unit", "channel"),
-    "heads": ("shared", "per_task"),
     "learning": ("counter_hebb", "backprop"),
 }
 UNSAID = ("td_learning", "td_init", "td_magnitude", "td_scale", "direct")
@@ -66,6 +65,10 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "head": (lambda h: h is None or _is_name(h), "give the name of a node, or None"),
     "sites": (lambda s: s is None or _is_list(s, _is_name), "give a list of names of nodes, or None"),
     "instruction_size": (lambda n: n is None or is_count(n), "give the length of an instruction vector, or None"),
+    "heads": (
+        lambda h: h in ("shared", "per_task") if isinstance(h, str) else bool(h) and _is_list(h, is_count),
+        "choose one of 'shared', 'per_task', or give a list with each task's number of outputs",
+    ),
     "td_noise": (_is_deviation, "give a standard deviation, a number from 0 on"),
     "update_noise": (_is_deviation, "give a standard deviation, a number from 0 on"),
     "td_scale": (_is_scale, "choose 'xavier' or 'kaiming', or give a number above 0"),
@@ -101,7 +104,7 @@ class Options:
     norm: str
     lateral: str | Lateral
     gating: str
-    heads: str
+    heads: str | Sequence[int]
     learning: str
     td_magnitude: str | None = None
     td_scale: str | float | None = None
@@ -119,12 +122,23 @@ class Options:
         self._check_feedback()
         if self.n_tasks is None and (self.embedding is not None or self.instruction_size is not None):
             raise OptionError("embedding= and instruction_size= belong to an instruction head: pass n_tasks= as well")
-        if self.n_tasks is None and self.heads == "per_task":
-            raise OptionError('heads="per_task" needs n_tasks=')
-        if self.instruction_size is not None and self.heads == "per_task":
-            raise OptionError(
-                'heads="per_task" needs instructions that are one-hot over tasks: leave out instruction_size='
-            )
+        self._check_heads()
+
+    def _check_heads(self) -> None:
+        """Whether heads and tasks go together."""
+        if self.heads == "shared":
+            return
+        given = f"heads={self.heads!r}".replace("'", '"')
+        if self.n_tasks is None:
+            raise OptionError(f"{given} needs n_tasks=")
+        if len(self.head_sizes(1)) != self.n_tasks:
+            raise OptionError(f"{given} is for {len(self.heads)} tasks, and n_tasks={self.n_tasks}: give one for each")
+        if self.instruction_size is not None:
+            raise OptionError(f"{given} needs instructions that are one-hot over tasks: leave out instruction_size=")
+
+    def head_sizes(self, outputs: int) -> list[int]:
+        """Of heads per task, how many outputs each has; `outputs`: the model's own."""
+        return [outputs] * (self.n_tasks or 0) if isinstance(self.heads, str) else list(map(int, self.heads))
 
     def _check_feedback(self) -> None:
         """Whether what is said of TD's weights goes together."""

@@ -27,13 +27,13 @@ def make_task_heads(graphs: Graphs) -> TaskHeads:
         OptionError: the head's weights are also read elsewhere.
     """
     graphs.require_head_of_its_own()
-    n_tasks = graphs.options.n_tasks or 0
     nodes = (operand(graphs.head, name) for name in ("weight", "bias"))
     weight, bias = (None if node is None else graphs.owner.fetch(str(node.target)) for node in nodes)
     assert isinstance(weight, torch.Tensor)  # a head has one
     outputs, *rest = weight.shape
-    check_saved("task_heads.weight", (outputs * n_tasks, *rest))
-    return TaskHeads(weight, bias, n_tasks)
+    sizes = graphs.options.head_sizes(outputs)
+    check_saved("task_heads.weight", (sum(sizes), *rest))
+    return TaskHeads(weight, bias, sizes)
 
 
 def make_td_parts(graphs: Graphs, like: torch.Tensor) -> dict[str, td_state.ByName]:

@@ -107,7 +107,7 @@ class _Folding:
         elif gated_site_of(node) is not None:
             self.copies[node] = self.gated(node)
         elif task_heads_of(node) == "chosen":  # by steps, of which the last has the name and shape of the sum
-            self.copies[node] = self.copies[node.args[0]]  # type: ignore[index]
+            self.copies[node] = self.copies[node.all_input_nodes[0]]
             inherit(self.copies[node], node)
         else:
             self.copies[node] = self.graph.node_copy(node, self.use)
@@ -156,5 +156,4 @@ class _Folding:
         for name in ("weight", "bias"):
             source = operand(copy, name)
             if source is not None:
-                stacked = getattr(heads, name).unflatten(0, (heads.n_tasks, -1))
-                self.tensors[str(source.target)] = torch.tensordot(weights, stacked, 1)
+                self.tensors[str(source.target)] = torch.tensordot(weights, heads.by_task(name), 1)
