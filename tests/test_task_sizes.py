@@ -144,15 +144,17 @@ def test_three_tasks_of_different_sizes_are_learned():
         nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(),
         nn.MaxPool2d(2), nn.Flatten(), nn.Linear(1568, 64), nn.ReLU(), nn.Linear(64, 10),
     )  # fmt: skip
-    butd = fxfeedback.to_butd(net, n_tasks=3, heads=[2, 2, 10], input_size=(1, 28, 28))
+    butd = fxfeedback.to_butd(net, n_tasks=3, heads=[2, 2, 10], embedding=50, input_size=(1, 28, 28))
     (images, labels), (unseen, wanted) = digit_tasks()
-    optimizer = torch.optim.Adam(butd.parameters(), 0.001)
-    for _ in range(8):
+    optimizer = torch.optim.Adam(butd.parameters(), 0.002)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.002, total_steps=12 * 80)
+    for _ in range(12):
         for rows in torch.randperm(len(images)).split(50):
             task = torch.randint(3, (len(rows),))
             optimizer.zero_grad()
             F.cross_entropy(butd(images[rows], task), labels[task, rows]).backward()
             optimizer.step()
+            rate.step()
     with torch.no_grad():
         right = [(butd(unseen, task).argmax(1) == wanted[task]).float().mean().item() for task in range(3)]
     assert right[0] >= 0.94 and right[1] >= 0.92 and right[2] >= 0.91, right
