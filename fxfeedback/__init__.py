@@ -10,7 +10,7 @@ from fxfeedback.errors import Error
 from fxfeedback.version import __version__
 
 if TYPE_CHECKING:
-    from fxfeedback import composites, models, rules, runtime, text
+    from fxfeedback import composites, lrm_steering, models, rules, runtime, text
     from fxfeedback.butd import BUTD, to_butd
     from fxfeedback.deploy.learner import export_learner
     from fxfeedback.drawing.draw import draw
@@ -39,7 +39,7 @@ _HOMES = {
     "text.prior": ["TextPrior"],
     "tracing.names": ["node_names"],
 }
-_MODULES = ["composites", "models", "rules", "runtime", "text"]
+_MODULES = ["composites", "lrm_steering", "models", "rules", "runtime", "text"]
 
 __all__ = [
     "BUTD",
@@ -64,6 +64,7 @@ __all__ = [
     "export_learner",
     "load",
     "load_lrm_steering",
+    "lrm_steering",
     "models",
     "node_names",
     "rules",

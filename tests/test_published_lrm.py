@@ -404,7 +404,7 @@ def hub(name, **options):
 
 def test_hub_entry_points(network):
     public = {name: entry for name, entry in runpy.run_path(str(ROOT / "hubconf.py")).items() if name[0] != "_"}
-    assert set(public) == {"alexnet_lrm1", "alexnet_lrm2", "alexnet_lrm3", "dependencies"}
+    assert set(public) == {"alexnet_lrm1", "alexnet_lrm2", "alexnet_lrm3", "LRMNet", "SteerableLRM", "dependencies"}
     assert all(public[name].__doc__ for name in models.WEIGHTS)
     for name, n in (("alexnet_lrm1", 2), ("alexnet_lrm2", 4)):
         model, transforms = hub(name, pretrained=False, steering=False)

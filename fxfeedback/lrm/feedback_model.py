@@ -35,7 +35,7 @@ class FeedbackModel(TwoParts):
     """
 
     OWN = ("modulations",)
-    OPTIONS = ("passes", "state", "steering", "steer_first_pass", "return_all", "keep_graph")
+    OPTIONS: tuple[str, ...] = ("passes", "state", "steering", "steer_first_pass", "return_all", "keep_graph")
     connections: tuple[Connection, ...]
     passes: int
     return_all: bool

@@ -170,7 +170,8 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, list[tuple[str, str, dict[str, 
             how |= {"learn_multipliers": wrapper.learn_multipliers, "detach_error": wrapper.detach_error}
         elif isinstance(wrapper, BUTD):
             how |= {field.name: getattr(wrapper.options, field.name) for field in fields(Options)}
-        wrappers.append((path, type(wrapper).__name__, how))
+        kind = FeedbackModel if isinstance(wrapper, FeedbackModel) else BUTD  # of published classes as well
+        wrappers.append((path, kind.__name__, how))
         model = put(model, path, net_of(wrapper))
 
 
