@@ -278,7 +278,7 @@ class BUTD(FeedbackMethods):
 
     def _build(self, key: tuple[Any, ...]) -> Graphs:
         _, sizes, form = key
-        owner = Owner(self._net, self._root, self._fetch, self.options, self._door)
+        owner = Owner(self._net, self._root, self._fetch, self.options, self._door, self._drawn.always)
         return Graphs(owner, [of_size(size, dtype) for size, dtype in sizes], form or self._form)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from fxfeedback.graph.channels import channels_of
@@ -63,7 +64,7 @@ def twins_in(emitter: Emitter, twins: Twins, see: Callable[[fx.Node], Any]) -> C
     see: weight node -> its value in the graph.
     """
     inputs = {name: _magnitude(emitter, name) for name, how in twins.items() if how == Signed(None)}
-    made: dict[str, Value] = {}
+    made: dict[str, Any] = {}
 
     def twin(weight: fx.Node) -> Any:
         name = str(weight.target)
@@ -73,7 +74,8 @@ def twins_in(emitter: Emitter, twins: Twins, see: Callable[[fx.Node], Any]) -> C
         if name not in made:
             factor = how.magnitude if how.magnitude is not None else inputs[name]
             with emitter.named(f"{identifier(name)}_sign", feedback_weight=name):
-                made[name] = see(weight).sign() * (emitter.attribute(factor) if isinstance(factor, str) else factor)
+                factor = emitter.attribute(factor) if isinstance(factor, str) else factor
+                made[name] = torch.mul(torch.sign(see(weight)), factor)
             made[name].node._rename(f"{identifier(name)}_feedback")
         return made[name]
 

@@ -1,6 +1,7 @@
 """What an ONNX file says of itself and where its data lies, checked: the file may be damaged, or come from anybody."""
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,10 @@ def _are_predictions(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(one, dict) and _is_text(one.get("node")) for one in value)
 
 
+def _are_bounds(value: Any) -> bool:
+    return isinstance(value, dict) and all(_is_number(b) and 0 <= b < math.inf for b in value.values())
+
+
 def _is_task(value: Any) -> bool:
     return type(value) is int or (isinstance(value, list) and all(map(_is_number, value)))
 
@@ -159,6 +164,7 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
     "learns": _are_texts,
     "keeps": _are_texts,
     "tied": _is_mapping,
+    "magnitudes": _are_bounds,
 }
 """Key of what a file says of itself -> whether a value may be one. Texts are stored as they are, all else as JSON."""
 NEEDED = {

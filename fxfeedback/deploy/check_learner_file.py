@@ -20,6 +20,7 @@ from fxfeedback.deploy.check_file import DRAWS, ROUNDING, numpy_of, open_file, r
 from fxfeedback.deploy.program import Input
 from fxfeedback.deploy.trials import Trial
 from fxfeedback.errors import ExportError, first_line
+from fxfeedback.instructed.magnitudes import Drawn
 from fxfeedback.tracing.modes import eval_mode
 from fxfeedback.tracing.wrapper import call_as_example
 
@@ -58,6 +59,15 @@ def copy_to_learn(butd: BUTD) -> BUTD:
     return network
 
 
+def copy_for_step(network: BUTD, magnitudes: Mapping[str, torch.Tensor]) -> BUTD:
+    """The network, or a copy that takes these magnitudes in every mode, as a step of the file does."""
+    if not magnitudes:
+        return network
+    other = copy.deepcopy(network)
+    vars(other)["_drawn"] = Drawn(always=True, given=dict(magnitudes))
+    return other
+
+
 def check_learner_file(lesson: Lesson, file: Path) -> None:
     """Compare one step with torch's: loss, logits, prediction, new weights, statistics and the optimizer's state.
 
@@ -80,18 +90,18 @@ def check_learner_file(lesson: Lesson, file: Path) -> None:
 
 def _differs(lesson: Lesson, learner: Any, start: State, number: int) -> str:
     """What differs from torch's after a step, and how far; or nothing."""
-    trial, target = _drawn(lesson, learner, number)
+    trial, target, magnitudes = _drawn(lesson, learner, number)
     try:
         network = copy_to_learn(lesson.network)
         lr = _rate(lesson, network, trial, target)
-        wanted = _after(lesson, network, trial, target, lr)
+        wanted = _after(lesson, network, trial, target, lr, magnitudes)
     except Exception as error:  # whatever the user's model raises
         return f"torch cannot be asked, as the model does not take random numbers: {first_line(error)}"
     task = trial.options.get("task")
     learner.load_state_dict({name: start[name] for name in learner.state_dict()})
     try:
         found = {"prediction": numpy_of(learner.predict(*trial.inputs, task=task))}
-        found["loss"] = np.asarray(learner.step(*trial.inputs, target, lr=lr, task=task))
+        found["loss"] = np.asarray(learner.step(*trial.inputs, target, lr=lr, task=task, magnitudes=magnitudes))
     except Exception as error:  # of ONNX Runtime's dozen classes
         return f"ONNX Runtime cannot run it: {first_line(error)}"
     found |= {"logits": numpy_of(learner.logits), **learner.state_dict(), **learner.optimizer_state()}
@@ -103,7 +113,7 @@ def _differs(lesson: Lesson, learner: Any, start: State, number: int) -> str:
         return ""
     try:
         exact_network = copy_to_learn(lesson.network).double()
-        exact = _after(lesson, exact_network, _wide(trial), _wide_tensor(target), lr)
+        exact = _after(lesson, exact_network, _wide(trial), _wide_tensor(target), lr, magnitudes)
     except Exception:  # a model of the user's that has its dtype in its code
         return f"{far[0]!r} is off by {off[far[0]]:.1e}"
     exact = {name: exact.get(name, wanted[name]) for name in wanted}
@@ -112,8 +122,8 @@ def _differs(lesson: Lesson, learner: Any, start: State, number: int) -> str:
     return f"{far[0]!r} is off by {off[far[0]]:.1e} of its step" if far else ""
 
 
-def _drawn(lesson: Lesson, learner: Any, number: int) -> tuple[Trial, torch.Tensor]:
-    """Inputs, an instruction and a target that depend on the draw's `number` only."""
+def _drawn(lesson: Lesson, learner: Any, number: int) -> tuple[Trial, torch.Tensor, dict[str, torch.Tensor]]:
+    """Inputs with an instruction, a target, and magnitudes by weight name, that depend on the draw's `number` only."""
     generator = torch.Generator().manual_seed(number)
     device = next((t.device for t in lesson.network.parameters()), torch.device("cpu"))
     examples = {given.name: given.example for given in lesson.inputs}
@@ -130,11 +140,16 @@ def _drawn(lesson: Lesson, learner: Any, number: int) -> tuple[Trial, torch.Tens
         vectors = examples["instruction"]
         ids = torch.randint(vectors.shape[1], (lesson.batch,), generator=generator).to(device)
         options = {"task": ids if learner.metadata["takes_ids"] else draw(vectors)}
+    magnitudes = {}
+    for name, b in learner.metadata.get("magnitudes", {}).items():
+        like = examples[f"{name}.magnitude"]
+        magnitudes[name] = (b * torch.rand(like.shape, generator=generator)).to(device, like.dtype)
     target = examples["target"]
     if target.dtype.is_floating_point:
-        return Trial(xs, options), draw(target).sigmoid()
+        return Trial(xs, options), draw(target).sigmoid(), magnitudes
     classes = lesson.network.options.head_sizes(int(learner.outputs["logits"][1]))  # those that every task has
-    return Trial(xs, options), draw(target, min(classes, default=int(learner.outputs["logits"][1])))
+    target = draw(target, min(classes, default=int(learner.outputs["logits"][1])))
+    return Trial(xs, options), target, magnitudes
 
 
 def _loss(lesson: Lesson, network: BUTD, trial: Trial, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,10 +173,18 @@ def _rate(lesson: Lesson, network: BUTD, trial: Trial, target: torch.Tensor) -> 
     return float(np.sqrt(weights / updates)) if weights and updates else 1.0
 
 
-def _after(lesson: Lesson, network: BUTD, trial: Trial, target: torch.Tensor, lr: float) -> State:
+def _after(
+    lesson: Lesson,
+    network: BUTD,
+    trial: Trial,
+    target: torch.Tensor,
+    lr: float,
+    magnitudes: Mapping[str, torch.Tensor],
+) -> State:
     """What torch has after a step; without the weights that Adam makes of its moments."""
     with eval_mode(network), torch.no_grad():
         found = {"prediction": _loss(lesson, network, trial, target)[1]}
+    network = copy_for_step(network, magnitudes)
     made = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[lesson.optimizer]
     names = {parameter: name for name, parameter in network.named_parameters()}
     optimizer = made([p for p in names if p.requires_grad], lr, **lesson.settings)

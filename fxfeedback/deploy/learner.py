@@ -49,6 +49,8 @@ def export_learner(
     int64 class ids for cross_entropy (-100: leave out), else floats shaped like the logits; `lr` (); every entry of
     the network's state_dict, under its name, with its present value as default; and what the optimizer keeps, zero at
     first: `<parameter>.momentum_buffer`, or `<parameter>.exp_avg`, `<parameter>.exp_avg_sq` and `optimizer.step`.
+    With weights="sign", td_magnitude="batch" also `<weight>.magnitude`, what its signs are multiplied by in this step:
+    the file itself draws nothing.
     Outputs: `loss` (), `logits`, `<input>.new` for everything that changes, and `prediction`, the logits in evaluation
     mode, where these are others.
 

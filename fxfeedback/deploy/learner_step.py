@@ -14,12 +14,22 @@ from fxfeedback.butd import BUTD, graphs_of
 from fxfeedback.deploy.batch_norm import advanced, batch_norm_in_training
 from fxfeedback.deploy.judged import judged_outputs, target_like
 from fxfeedback.deploy.losses import LOSSES, Loss, by_rules
-from fxfeedback.deploy.parts import about, about_butd, own_inputs, take_gate, td_name
+from fxfeedback.deploy.parts import about, about_butd, own_inputs, state_of, take_gate, td_name
 from fxfeedback.deploy.program import Input, Program
 from fxfeedback.errors import ExportError, OptionError
 from fxfeedback.graph.bottom_up import BottomUp
 from fxfeedback.graph.effects import has_effect
-from fxfeedback.graph.nodes import gate_of, identifier, is_error, is_named, is_own_input, name_of, tell
+from fxfeedback.graph.nodes import (
+    feedback_weight_of,
+    gate_of,
+    identifier,
+    is_error,
+    is_named,
+    is_own_input,
+    magnitude_of,
+    name_of,
+    tell,
+)
 from fxfeedback.graph.operands import is_floating, operand
 from fxfeedback.graph.structures import leaves_of
 from fxfeedback.instructed.graphs import Graphs
@@ -49,6 +59,7 @@ class LearnerStep:
         self.butd, self.loss, self.rule, self.kept = butd, loss, rule, kept
         self.graph = fx.Graph()
         self.labels: dict[fx.Node, str] = {}
+        self.feedback_weights: dict[Any, fx.Node] = {}
         self.given: dict[str, fx.Node] = {}
         self.tensors: dict[str, fx.Node] = {}
         with eval_mode(butd, but=BATCH_NORMS):
@@ -60,7 +71,7 @@ class LearnerStep:
             self.bu = BottomUp(self.graphs.predicting(self.instructed).graph)
             self.learns = self.graphs.learning_parameters()
         self.judged = _judged(self.bu, self.graphs)
-        self.state, self.tied = _state(butd, self.learns)
+        self.state, self.tied = state_of(butd, self.learns)
 
     def program(self) -> Program:
         """The whole step."""
@@ -75,12 +86,13 @@ class LearnerStep:
         outputs = {"loss": loss, "logits": logits}
         outputs |= {f"{name}.new": node for name, node in self.tensors.items() if node is not start.get(name, node)}
         with eval_mode(self.butd):
-            if modes_of(self.butd) != self.modes:
+            if modes_of(self.butd) != self.modes or (self.magnitudes and self.instructed):
                 self.tensors = start
                 outputs["prediction"] = self._predict(graphs_of(self.butd))
         self.graph.output(outputs)
         metadata = about_butd(self.butd, self.graphs, "learner") if self.instructed else about(self.butd, "learner")
         metadata |= {"learns": list(updates), "keeps": list(self.kept), "tied": self.tied}
+        metadata |= {"magnitudes": self.graphs.bounds()} if self.magnitudes else {}
         root, fetch = root_of(self.butd), fetch_of(self.butd)
         return Program(self.graph, self.labels, inputs, root, fetch, metadata, output="")
 
@@ -104,6 +116,8 @@ class LearnerStep:
             self.given["instruction"] = put("instruction", one, "instructions")
         self.target = put("target", target_like(self.bu.output_leaves()[self.judged[0]], self.loss), "batch")
         self.lr = put("lr", like.new_empty(()))
+        fetch = fetch_of(self.butd)
+        self.magnitudes = {name: put(f"{name}.magnitude", fetch(name)) for name in self.graphs.bounds()}
         for name, tensor in self.state.items():
             self.tensors[name] = put(name, tensor, default=tensor.detach())
         for name in sorted(self.learns):
@@ -115,8 +129,8 @@ class LearnerStep:
 
     def _learn(self) -> tuple[fx.Node, fx.Node, dict[str, fx.Node]]:
         """The loss, the logits, and the update of every parameter that learns."""
-        learner = self.graphs.learner(self.instructed, self.learns, fused=False, errors=tuple(self.judged)).graph
-        gates = self._gates(self.graphs, "td")
+        learner = self.graphs.drawn_learner(self.instructed, self.learns, tuple(self.judged)).graph
+        gates = self._gates(self.graphs, "td", drawn=True)
         outputs = [node for node in leaves_of(learner.output_node().args[0][0]) if is_floating(node)]  # type: ignore
         judged = [outputs[i] for i in self.judged]
         pairs: list[list[fx.Node]] = []
@@ -124,7 +138,7 @@ class LearnerStep:
 
         def given(node: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> fx.Node:
             if not is_error(node):
-                return gates.get(gate_of(node) or "") or self.given[str(node.target)]
+                return gates.get(gate_of(node) or "") or self._given(node)
             logits = copies[judged[len(pairs)]]
             pairs.append(self._several("loss", with_error, logits, self.target, number=2))
             return self._mean(pairs[-1][1])
@@ -162,24 +176,30 @@ class LearnerStep:
         bu = BottomUp(graphs.predicting(self.instructed).graph)
         _, copies = self._copy(
             bu.graph,
-            lambda node, _: gates.get(gate_of(node) or "") or self.given[str(node.target)],
+            lambda node, _: gates.get(gate_of(node) or "") or self._given(node),
             lambda node: f"predict/{name_of(node)}",
         )
         return copies[bu.output_leaves()[_judged(bu, graphs)[-1]]]
 
-    def _gates(self, graphs: Graphs, label: str) -> dict[str, fx.Node]:
+    def _given(self, node: fx.Node) -> fx.Node:
+        """The input of the file that an input of a graph is."""
+        weight = magnitude_of(node)
+        return self.magnitudes[weight] if weight else self.given[str(node.target)]
+
+    def _gates(self, graphs: Graphs, label: str, drawn: bool = False) -> dict[str, fx.Node]:
         """Name of a site -> the node that has its gate: the instruction pass."""
         if not self.instructed:
             return {}
+        down = graphs.instructing(drawn and graphs.options.draws)
         td = fx.Graph()
-        td.output(td.graph_copy(graphs.td.graph, {}))
+        td.output(td.graph_copy(down.graph, {}))
         for node in td.nodes:
             tell(node, name=td_name(node))
         # The instruction head and TD norms are modules there: opened, they work on tensors of the state.
-        opened = open_modules(fx.GraphModule(graphs.td, td), owner=net_of(self.butd))
+        opened = open_modules(fx.GraphModule(down, td), owner=net_of(self.butd))
         counters, _ = self._copy(
             opened.graph,
-            lambda node, _: self.given["instruction"],
+            lambda node, _: self._given(node),
             lambda node: f"{label}/{name_of(node)}",
         )
         gates = {}
@@ -225,9 +245,20 @@ class LearnerStep:
             elif node.op == "output":
                 return fx.map_arg(node.args[0], see), copies
             elif node.op != "get_attr":
-                copies[node] = self._out_of_place(node, see, label(node)) or self.graph.node_copy(node, see)
+                copies[node] = (
+                    self._feedback_weight(node, see)
+                    or self._out_of_place(node, see, label(node))
+                    or self.graph.node_copy(node, see)
+                )
                 self.labels[copies[node]] = label(node)
         raise AssertionError("a graph ends with its output")
+
+    def _feedback_weight(self, node: fx.Node, see: Callable[[fx.Node], fx.Node]) -> fx.Node | None:
+        """Of what makes a weight that TD reads: its copy, one for all passes."""
+        if feedback_weight_of(node) is None:
+            return None
+        key = node.target, *fx.map_arg(node.args, see)
+        return self.feedback_weights.get(key) or self.feedback_weights.setdefault(key, self.graph.node_copy(node, see))
 
     def _tensor(self, name: str) -> fx.Node:
         if name not in self.tensors:
@@ -267,22 +298,3 @@ class LearnerStep:
 
 def _judged(bu: BottomUp, graphs: Graphs) -> list[int]:
     return judged_outputs(bu, None if graphs.no_head else graphs.head)
-
-
-def _state(butd: BUTD, learns: Iterable[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The entries of the state_dict by name, each tensor once; and for the other names of tied ones the first name."""
-    first: dict[int, str] = {}
-    state: dict[str, torch.Tensor] = {}
-    tied: dict[str, str] = {}
-    for name, tensor in butd.state_dict(keep_vars=True).items():
-        if id(tensor) in first:
-            tied[name] = first[id(tensor)]
-        elif isinstance(tensor, torch.Tensor):
-            first[id(tensor)], state[name] = name, tensor
-    for name in learns:
-        if name not in state:
-            raise OptionError(
-                f"{name!r} learns, but is not an entry of the state_dict: remove its parametrization "
-                "(torch.nn.utils.parametrize.remove_parametrizations) or freeze it"
-            )
-    return state, tied

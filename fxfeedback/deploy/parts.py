@@ -1,5 +1,6 @@
 """What the exported products have in common: their own inputs, gates, names of TD nodes, what a file says of itself."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -8,9 +9,10 @@ from torch import fx, nn
 from fxfeedback.butd import BUTD
 from fxfeedback.checksums import checksum
 from fxfeedback.deploy.program import Input
+from fxfeedback.errors import OptionError
 from fxfeedback.graph.channels import channel_mean
 from fxfeedback.graph.effects import has_effect
-from fxfeedback.graph.nodes import counterpart_of, name_of
+from fxfeedback.graph.nodes import counterpart_of, feedback_weight_of, name_of
 from fxfeedback.instructed.graphs import Graphs
 from fxfeedback.tracing.wrapper import Wrapper, stand_ins_of
 from fxfeedback.version import __version__
@@ -28,6 +30,9 @@ def own_inputs(wrapper: Wrapper, graph: fx.Graph) -> list[Input]:
 
 def td_name(node: fx.Node) -> str:
     """The name of the BU node that a node of the TD graph is the counterpart of; else its own."""
+    weight = feedback_weight_of(node)
+    if weight is not None:
+        return f"td_weights/{weight}"
     return str(node.target) if node.op == "call_module" else counterpart_of(node) or node.name
 
 
@@ -61,3 +66,22 @@ def return_only(graph: fx.Graph, value: Any) -> None:
 
 def _is_kept(node: fx.Node) -> bool:
     return node.op in ("placeholder", "output") or has_effect(node)
+
+
+def state_of(butd: BUTD, learns: Iterable[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The entries of the state_dict by name, each tensor once; and for the other names of tied ones the first name."""
+    first: dict[int, str] = {}
+    state: dict[str, torch.Tensor] = {}
+    tied: dict[str, str] = {}
+    for name, tensor in butd.state_dict(keep_vars=True).items():
+        if id(tensor) in first:
+            tied[name] = first[id(tensor)]
+        elif isinstance(tensor, torch.Tensor):
+            first[id(tensor)], state[name] = name, tensor
+    for name in learns:
+        if name not in state:
+            raise OptionError(
+                f"{name!r} learns, but is not an entry of the state_dict: remove its parametrization "
+                "(torch.nn.utils.parametrize.remove_parametrizations) or freeze it"
+            )
+    return state, tied

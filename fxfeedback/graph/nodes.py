@@ -54,6 +54,15 @@ def inherit(node: fx.Node, like: fx.Node, **changes: Any) -> None:
     tell(node, **changes)
 
 
+CARRIED = ("module", "asked_dtype", "magnitude", "feedback_weight")
+"""What is still said of a node that stands for another in an opened graph."""
+
+
+def carry(source: fx.Node, node: fx.Node) -> None:
+    """Say of a node what is said of another under the keys of `CARRIED`."""
+    tell(node, **{key: source.meta[key] for key in CARRIED if key in source.meta})
+
+
 def tell_only(node: fx.Node, **entries: Any) -> None:
     """As `tell`, and forget whatever else was said of the node."""
     node.meta = {}

@@ -111,7 +111,7 @@ class FeedbackMethods(Wrapper):
             return [], graphs.gates(instruction, drawn)
         instructions, rows = distinct(instruction, ids, batch)
         which = [] if rows is None else [rows]
-        if not (self._may_keep_gates() and at_hand(instructions)):  # whether they are the last's, values say
+        if drawn or not (self._may_keep_gates() and at_hand(instructions)):  # whether they are the last's, values say
             return which, graphs.gates(instructions, drawn)
         weights = [*self.parameters(), *self.buffers(), *(self._fetch(name) for name in graphs.gating().attributes)]
         return which, last_gates(self._cache, graphs, instructions, weights)

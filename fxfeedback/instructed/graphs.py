@@ -73,7 +73,7 @@ class Graphs(Weighted):
         unpack_tuples(self.bu)
         open_operators(self.bu, examples, owner.net)
         self.bottom_up = BottomUp(self.bu.graph)
-        self.draws = self.options.draws and owner.net.training
+        self.draws = self.options.draws and (owner.net.training or owner.always_draws)
         self.made = Shelf()
         try:
             self.head, self.no_head = self.bottom_up.find_head(self.options.head), None
@@ -185,9 +185,10 @@ class Graphs(Weighted):
         """BU pass, error pass and updates of `wanted` (see `counter_hebb_pass.learner`)."""
         return self._learner(instructed, False, frozenset(wanted), self.draws, tuple(how.items()))
 
-    def drawn_learner(self, instructed: bool, wanted: Iterable[str], **how: Any) -> fx.GraphModule:
-        """The same with the magnitudes of signs as inputs, if calls in training mode draw them."""
-        return self._learner(instructed, False, frozenset(wanted), self.options.draws, tuple(how.items()))
+    def drawn_learner(self, instructed: bool, wanted: Iterable[str], errors: tuple[int, ...]) -> fx.GraphModule:
+        """A learner without fused kernels, for the errors of these outputs; magnitudes that calls draw are inputs."""
+        how = (("fused", False), ("errors", errors))
+        return self._learner(instructed, False, frozenset(wanted), self.options.draws, how)
 
     @kept
     def _learner(

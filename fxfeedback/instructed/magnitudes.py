@@ -12,10 +12,15 @@ from fxfeedback.instructed.graphs import Graphs
 
 @dataclass
 class Drawn:
-    """What calls draw. given: magnitudes by weight name that the user has set. last: those of the last call."""
+    """What calls draw.
+
+    given: magnitudes by weight name that the user has set. last: those of the last call. always: also in evaluation
+    mode.
+    """
 
     given: dict[str, torch.Tensor] = field(default_factory=dict)
     last: dict[str, torch.Tensor] = field(default_factory=dict)
+    always: bool = False
 
     def draw(self, name: str, b: float, weight: torch.Tensor) -> torch.Tensor:
         """|U(-b, b)| in the weight's shape, or what is given."""

@@ -17,6 +17,7 @@ class Owner:
 
     net: the user's model. root: a module with the network's tensors and modules, TD's own among them.
     fetch: qualified name -> parameter or buffer. options: of the network. door: by which the model is traced.
+    always_draws: whether calls draw magnitudes in evaluation mode, too.
     """
 
     net: nn.Module
@@ -24,6 +25,7 @@ class Owner:
     fetch: Callable[[str], torch.Tensor]
     options: Options
     door: str | None = None
+    always_draws: bool = False
 
     @property
     def task_heads(self) -> TaskHeads | None:

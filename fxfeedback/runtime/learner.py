@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fxfeedback.errors import CheckpointError, InputError
+from fxfeedback.file_facts import read_metadata
 from fxfeedback.files import as_path, replace_whole
 from fxfeedback.runtime.arrays import array, cast, finite
 from fxfeedback.runtime.devices import Device, Kind
@@ -65,6 +66,7 @@ class Learner(StepInputs):
         providers: str | Sequence[Any] | None = None,
         options: "ort.SessionOptions | None" = None,
         finite: bool = True,
+        seed: int | None = None,
     ) -> None:
         """Load a file.
 
@@ -73,6 +75,7 @@ class Learner(StepInputs):
             providers: names of ONNX Runtime's execution providers, or (name, options) pairs, the preferred first;
                 "cuda" and "cpu" will do. None: CUDA where it works, else the CPU.
             options: ONNX Runtime's, for its threads, say.
+            seed: of the random magnitudes that a file takes whose TD reads signs; None: others every time.
             finite: whether a step that would bring NaN or infinite values into the weights is an error, and leaves all
                 as it was. It costs one look at every value that is fed or new, on the device.
 
@@ -82,7 +85,7 @@ class Learner(StepInputs):
         """
         path = as_path(path)
         self._lock = threading.RLock()
-        self._opened = Opened(str(path), providers, options, {"finite": finite})
+        self._opened = Opened(str(path), providers, options, {"finite": finite, "seed": seed})
         self._model, state = read_learner(path)
         self._path, self._providers, self._options, self._finite = str(path), providers, options, finite
         outputs = [output.name for output in self._model.graph.output]
@@ -93,10 +96,11 @@ class Learner(StepInputs):
         self._names = list(state)
         self._sessions = self._open()
         self.note, self.providers = self._sessions.note, self._sessions.providers
-        self.NOT_OWN = {"instruction", "target", "lr", *self._names, *self._kept}
-        super().__init__(
-            self._sessions.stepping.session, {entry.key: entry.value for entry in self._model.metadata_props}, path
-        )
+        said = {entry.key: entry.value for entry in self._model.metadata_props}
+        drawn = [f"{name}.magnitude" for name in read_metadata(said, path).get("magnitudes", ())]
+        self.NOT_OWN = {"instruction", "target", "lr", *drawn, *self._names, *self._kept}
+        self._random = np.random.default_rng(seed)
+        super().__init__(self._sessions.stepping.session, said, path)
         zeros = {name: np.zeros(self.inputs[name], self.dtypes[name]) for name in self._kept}  # type: ignore[arg-type]
         state |= zeros
         start = {name: state[name] for name in self._changing}
@@ -112,7 +116,9 @@ class Learner(StepInputs):
         return self._logits
 
     @_whole
-    def step(self, *inputs_and_target: Any, lr: float, task: Any = None) -> float:
+    def step(
+        self, *inputs_and_target: Any, lr: float, task: Any = None, magnitudes: Mapping[str, Any] | None = None
+    ) -> float:
         """Learn from one batch.
 
         Args:
@@ -121,6 +127,7 @@ class Learner(StepInputs):
                 floats shaped like the logits. Numpy arrays, lists or tensors of any library.
             lr: the learning rate, a number, finite and not negative.
             task: for an instructed network: one id, (B,) integer ids, or (B or 1, instruction size) floats.
+            magnitudes: by weight name, where TD reads signs times random magnitudes; the rest is drawn.
 
         Returns:
             The loss before the step; the logits are in `logits`.
@@ -133,6 +140,7 @@ class Learner(StepInputs):
         sizes: dict[str, int] = {}
         feeds, _ = self.feeds(inputs, task, sizes)
         feeds |= {"target": self.target(target, sizes), "lr": self.rate(lr)}
+        feeds |= self.magnitudes(magnitudes, self._random)
         stepping, host, kind = self._sessions.stepping, Device(), Kind.of(inputs)
         wanted = {"logits": stepping.device, "loss": host} | ({FINITE: host} if self._finite else {})
         onto = {name + NEW: value for name, value in self._next.items()}
@@ -231,10 +239,10 @@ class Learner(StepInputs):
             CheckpointError: the file is gone, or another one has taken its place; also where it is opened again.
         """
         with self._lock:
-            return self._opened.reduced(type(self), (self._tensors(), self.logits))
+            return self._opened.reduced(type(self), (self._tensors(), self.logits, self._random))
 
-    def __setstate__(self, state: tuple[dict[str, np.ndarray], Any]) -> None:
-        tensors, self._logits = state
+    def __setstate__(self, state: tuple[dict[str, np.ndarray], Any, np.random.Generator]) -> None:
+        tensors, self._logits, self._random = state
         self._take(tensors)
 
     # -- inside -------------------------------------------------------------------------------------------------------

@@ -33,6 +33,26 @@ class StepInputs(Signature):
             raise InputError(f"target: class ids lie between 0 and {classes - 1}; {LEFT_OUT} leaves one out")
         return self.checked("target", cast(target, dtype), sizes)
 
+    def magnitudes(self, given: Mapping[str, Any] | None, random: np.random.Generator) -> dict[str, Any]:
+        """What the signs are multiplied by that TD reads: what is given by weight name, and drawn for the others.
+
+        Raises:
+            InputError: one that the file does not take, or of the wrong shape or dtype.
+        """
+        bounds, given = self.metadata.get("magnitudes", {}), dict(given or {})
+        unknown = next((name for name in given if name not in bounds), None)
+        if unknown is not None:
+            takes = f"magnitudes of {', '.join(map(repr, bounds))}" if bounds else "no magnitudes"
+            raise InputError(f"magnitudes of {unknown!r}: the file takes {takes}")
+        feeds = {}
+        for weight, b in bounds.items():
+            name = f"{weight}.magnitude"
+            drawn = given.get(weight)
+            if drawn is None:
+                drawn = cast(random.uniform(0, b, tuple(map(int, self.inputs[name]))), self.dtypes[name])
+            feeds[name] = self.checked(name, array(drawn, repr(name), self._place), {})
+        return feeds
+
     def rate(self, lr: Any) -> np.ndarray:
         """The learning rate.
 

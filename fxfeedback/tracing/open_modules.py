@@ -18,12 +18,11 @@ from torch.nn.utils import parametrize
 from fxfeedback.errors import RuleError
 from fxfeedback.graph.effects import has_effect, has_twin, out_of_place, writes_into_first
 from fxfeedback.graph.nodes import (
-    asked_dtype,
     built_in,
+    carry,
     identifier,
     is_as_called,
     is_users,
-    module_path_of,
     name_of,
     tell,
     user_line,
@@ -117,10 +116,7 @@ class _Opener(fx.Tracer):
         named = value[0] if isinstance(value, tuple) and value else value
         if isinstance(named, fx.Proxy) and self.origin.get(named.node) is node:
             tell(named.node, name=name_of(node))
-            if module_path_of(node) is not None:
-                tell(named.node, module=module_path_of(node))
-            if asked_dtype(node):
-                tell(named.node, asked_dtype=True)
+            carry(node, named.node)
         self.values[node] = value
         first = args[0] if args and writes_into_first(node, self.root) else None
         if isinstance(first, fx.Proxy) and first.node.op != "get_attr":
