@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two OpenMP threads that spin at a barrier stall each other on a busy machine.
 export OMP_WAIT_POLICY = passive
 
-.PHONY: demo page docs test test-all lint types tests test-gpu durations browser bench bench-check zoo zoo-lrm zoo-onnx zoo-ops fuzz fuzz-files operators pictures clean
+.PHONY: demo page docs test test-all lint types tests test-gpu durations browser bench bench-check zoo zoo-lrm zoo-onnx zoo-libraries zoo-ops fuzz fuzz-files operators pictures clean
 
 demo: $(VENV)/.installed  ## set up, train the instructed network on real digits, say where the results are
 	$(BIN)/python examples/train_multi_mnist.py
@@ -57,6 +57,10 @@ zoo-lrm: $(VENV)/.installed  ## a feedback connection in every model of torchvis
 
 zoo-onnx: $(VENV)/.installed  ## ONNX files of every model of torchvision and of some of timm's, in ONNX Runtime, as a table: docs/zoo (hours)
 	$(BIN)/python zoo/export.py
+
+zoo-libraries: $(VENV)/.installed  ## models of other libraries as they come, updates and files of passes, as a table: docs/zoo (hours)
+	$(BIN)/pip install -q -e .[zoo]
+	$(BIN)/python zoo/libraries.py
 
 zoo-ops: $(VENV)/.installed  ## every differentiable operator of PyTorch's own tests against autograd, and its ONNX file: docs/zoo (half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python zoo/operators.py

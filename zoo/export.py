@@ -148,10 +148,14 @@ def butd_of(part: nn.Module, head: str | None, size: tuple[int, ...]) -> tuple[f
 def passes(part: nn.Module, x: torch.Tensor) -> File:
     """Two passes with one connection."""
     size = tuple(x.shape[1:])
-    try:
-        model = fxfeedback.add_feedback(part, [connection_in(part, x)], input_size=size).eval()
-    except NodeNameError:  # there a model may have windows or patches in its batch
-        model = fxfeedback.add_feedback(part, [connection_in(part, x, way=0)], input_size=size).eval()
+    for ends in ((1 / 4, 0), (0, 0), (1 / 4, 1 / 4), (0, 1 / 2)):
+        try:
+            model = fxfeedback.add_feedback(part, [connection_in(part, x, *ends)], input_size=size).eval()
+            break
+        except NodeNameError as error:  # there a model may have windows or patches in its batch, or one query
+            unfit = error
+    else:
+        raise unfit
     with tempfile.TemporaryDirectory() as folder:
         fxfeedback.export(model, path := Path(folder, "passes.onnx"), check=False)
         session = Session(path, "cpu")

@@ -63,13 +63,14 @@ class Row(NamedTuple):
 # -- the checks --------------------------------------------------------------------------------------------------------
 
 
-def connection_in(model: nn.Module, x: torch.Tensor, way: float = 1 / 4) -> tuple[str, str]:
-    """From the last linear layer or convolution of the input back to the one at a quarter of the way, or another."""
+def connection_in(model: nn.Module, x: torch.Tensor, way: float = 1 / 4, back: float = 0) -> tuple[str, str]:
+    """From the last linear layer or convolution of the input back to the one at a quarter of the way, or others."""
     nodes = fxfeedback.node_names(model, example_inputs=(x,))
-    ops = ("Linear", "Conv2d", "Conv3d", "conv3d")
     # Without a batch it is no layer of the input: Swin v2 computes its tables of position biases by layers, too.
-    weighted = [name for name, info in nodes.items() if info.op in ops and info.shape and info.shape[0] is None]
-    return weighted[-1], weighted[int(len(weighted) * way)]
+    batched = {name: info.op for name, info in nodes.items() if info.shape and info.shape[0] is None}
+    layers = [name for name, op in batched.items() if op in ("Linear", "Conv2d", "Conv3d", "conv3d")]
+    weighted = layers or [name for name, op in batched.items() if op in ("linear", "conv2d")]  # of torch.export's door
+    return weighted[-1 - int(len(weighted) * back)], weighted[int(len(weighted) * way)]
 
 
 def check(name: str, kind: str) -> Row:

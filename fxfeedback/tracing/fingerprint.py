@@ -7,6 +7,7 @@ branches on. Users change them; a graph is right as long as the modules have the
 import argparse
 import itertools
 import sys
+import sysconfig
 from collections.abc import Callable, Mapping
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
@@ -241,9 +242,10 @@ def refuse_hooks(prefix: str, module: nn.Module) -> None:
     """Hooks of inner modules would be silently ignored: the graph has their ops, and does not call them."""
     for path, inner in module.named_modules(prefix=prefix):
         for kind in HOOKS:
-            if getattr(inner, kind):
+            for hook in getattr(inner, kind).values():
+                if "forward" in kind and _is_librarys_own(hook, inner):
+                    continue
                 what = kind.strip("_").removesuffix("s").replace("_", " ")
-                hook = next(iter(getattr(inner, kind).values()))
                 called = getattr(hook, "__name__", type(hook).__name__)
                 raise OptionError(
                     f"the module {path or type(inner).__name__!r} has a {what} ({called}), which would not run, as its "
@@ -251,3 +253,11 @@ def refuse_hooks(prefix: str, module: nn.Module) -> None:
                     "values with readout() or counter_neurons(); for weight_norm and spectral_norm use "
                     "torch.nn.utils.parametrizations, for pruning prune.remove()"
                 )
+
+
+def _is_librarys_own(hook: Any, module: nn.Module) -> bool:
+    """Whether an installed library has put the hook on a module of its own: part of forward, and traced with it."""
+    library = str(getattr(hook, "__module__", "")).partition(".")[0]
+    path = str(getattr(sys.modules.get(library), "__file__", None))
+    own = library == type(module).__module__.partition(".")[0] != "torch"
+    return own and path.startswith(sysconfig.get_paths()["purelib"])
