@@ -15,6 +15,7 @@ from torch import nn
 import fxfeedback
 from fxfeedback import Prediction
 from fxfeedback.errors import InputError, NodeNameError, OptionError, RuleError, TraceError
+from fxfeedback.rules.resizing import interpolate_by_matrices
 from marks import long_but
 
 TIGHT = 1e-12
@@ -668,3 +669,43 @@ def test_an_export_takes_options_of_its_own(tmp_path):
             fxfeedback.export(model, tmp_path / "model.onnx", **options)
     with pytest.raises(OptionError, match="steps= belongs"):
         fxfeedback.export(fxfeedback.to_butd(convnet(), input_size=(3, 10, 12)), tmp_path / "model.onnx", steps=2)
+
+
+RESIZINGS = [
+    {"scale_factor": 2.0, "mode": "bilinear"},
+    {"scale_factor": (1.7, 0.6), "mode": "bilinear", "align_corners": False},
+    {"scale_factor": 1.7, "mode": "bilinear", "recompute_scale_factor": True},
+    {"size": (8, 3), "mode": "bilinear", "align_corners": True},
+    {"size": (3, 2), "mode": "bilinear", "antialias": True},
+    {"size": 9, "mode": "nearest"},
+]
+
+
+@pytest.mark.parametrize("how", RESIZINGS)
+def test_matrices_resize_as_the_kernels_do(how):
+    x = torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    assert_close(interpolate_by_matrices(x, **how), F.interpolate(x, **how))
+
+
+CONVOLUTIONS = [
+    nn.ConvTranspose2d(6, 4, 3, padding=1),
+    nn.ConvTranspose2d(6, 4, (3, 5), padding=(0, 2), groups=2, bias=False),
+    nn.ConvTranspose2d(6, 4, 3, padding=3, dilation=2),
+    nn.ConvTranspose2d(6, 4, 1, padding=1),
+    nn.ConvTranspose2d(6, 4, 4, 2, 1, output_padding=1),
+]
+
+
+@pytest.mark.parametrize("convolution", CONVOLUTIONS, ids=str)
+def test_transposed_convolutions_in_steps_are_what_they_are(convolution):
+    class Sized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convolution = convolution
+
+        def forward(self, x):
+            return F.interpolate(self.convolution(x)[:, :3], (10, 12), mode="bilinear")
+
+    model, x = with_predictions([Prediction("relu1", Sized().double(), scaling="sample", error=5.0)], steps=3), image()
+    for one, exact in zip(model(x), model.unrolled()(x)[0], strict=True):
+        assert_close(one, exact)

@@ -19,6 +19,7 @@ from fxfeedback.graph.bottom_up import BottomUp
 from fxfeedback.graph.effects import drop_unused
 from fxfeedback.graph.nodes import counterpart_of, is_named, name_of, pass_of, spec_of, tell
 from fxfeedback.graph.values import Emitter, Value
+from fxfeedback.predictive.faster import hasten
 from fxfeedback.predictive.predictions import Place, block_name
 from fxfeedback.rewrite import Passes
 from fxfeedback.td_graph import Walk
@@ -30,7 +31,7 @@ class Stepping(NamedTuple):  # no dataclass: torch.compile has to take it as a c
     steps: how many; all_outputs: whether every step returns its output, or only the last.
     continued: whether an earlier call's state is given; keeps: whether the state is returned.
     readout: names of nodes that are returned for every step.
-    fused: whether PyTorch's fused kernels bring the errors down, where there are any.
+    fused: whether what computes the same faster stands in for predictors' ops (see `hasten`) and for rules.
     """
 
     steps: int
@@ -179,6 +180,8 @@ class Steps(Passes):
         inside: dict[fx.Node, fx.Node] = {}
         for node in part.predictor.nodes[:-1]:
             inside[node] = r if node.op == "placeholder" else self.emit(node, inside, number)
+            if self.what.fused and node.op == "call_function":
+                hasten(inside[node], self)
         return {node: self.emitter.proxy(copy) for node, copy in inside.items()}
 
     def gradient(self, part: Part, inside: Mapping[fx.Node, Value], target: fx.Node) -> fx.Node:

@@ -115,6 +115,12 @@ def correlate_thin(x, e, kernel, stride, padding, dilation, groups):
     return or_zeros(crop(w, kernel).transpose(0, 1), e.shape[1])
 
 
+def turned(weight, groups):
+    """The kernel of the convolution that a transposed one of stride 1 is."""
+    weight = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    return weight.flip(tuple(spatial(weight)))
+
+
 def crop(t, sizes):
     """The first `sizes` positions of t (N, C, ...) in each spatial dimension."""
     for i, size in enumerate(sizes):

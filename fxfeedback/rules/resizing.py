@@ -11,14 +11,10 @@ IN_TWO_DIMENSIONS = {"linear": "bilinear", "trilinear": "bilinear"}
 """What a mode of maps in one or three dimensions is called in two."""
 
 KERNELS = {
-    ("nearest", False): aten.upsample_nearest2d_backward,
-    ("nearest-exact", False): aten._upsample_nearest_exact2d_backward,
-    ("bilinear", False): aten.upsample_bilinear2d_backward,
-    ("bicubic", False): aten.upsample_bicubic2d_backward,
-    ("bilinear", True): aten._upsample_bilinear2d_aa_backward,
-    ("bicubic", True): aten._upsample_bicubic2d_aa_backward,
+    "nearest": aten.upsample_nearest2d_backward,
+    "nearest-exact": aten._upsample_nearest_exact2d_backward,
 }
-"""(mode, antialias) -> the kernel of maps in two dimensions."""
+"""Mode -> the kernel of maps in two dimensions. On a CPU those of other modes take many times as long as matrices."""
 
 
 @rule(
@@ -54,35 +50,58 @@ def interpolate(
 ):
     """A map in another size"""
     by_size = scale_factor is None or recompute_scale_factor
-    factors = as_tuple(scale_factor, input.ndim - 2)
+    ends = y.shape[2:] if by_size else as_tuple(scale_factor, input.ndim - 2)
 
-    def resized(i, eye):
-        sizes = {"size": (input.shape[2 + i], y.shape[2 + i])} if by_size else {"scale_factor": (1.0, factors[i])}
-        one_map = IN_TWO_DIMENSIONS.get(mode, mode)
-        return F.interpolate(eye[None, None], mode=one_map, align_corners=align_corners, antialias=antialias, **sizes)[
-            0, 0
-        ]
+    def matrix(i, eye):
+        return resized(eye, ends[i], by_size, mode, align_corners, antialias)
 
     def back(t):
-        return along(t, {d: resized(i, eye_like(t, input.shape[d])) for i, d in enumerate(spatial(input))})
+        return along(t, {d: matrix(i, eye_like(t, input.shape[d])) for i, d in enumerate(spatial(input))})
 
     return {"input": transpose(back)}
+
+
+def resized(eye, end, by_size, mode, align_corners, antialias):
+    """The matrix (size before, size after) of resizing along one axis, to the size `end` or by the factor `end`."""
+    how = {"size": (eye.shape[0], end)} if by_size else {"scale_factor": (1.0, end)}
+    mode = IN_TWO_DIMENSIONS.get(mode, mode)
+    return F.interpolate(eye[None, None], mode=mode, align_corners=align_corners, antialias=antialias, **how)[0, 0]
+
+
+def interpolate_by_matrices(
+    input,
+    size=None,
+    scale_factor=None,
+    mode="nearest",
+    align_corners=None,
+    recompute_scale_factor=None,
+    antialias=False,
+):
+    """F.interpolate. On a CPU matrices along the axes take a small part of the kernels' time."""
+    by_factor = scale_factor is not None and not recompute_scale_factor
+    if input.device.type != "cpu" or input.dtype not in (torch.float32, torch.float64) or "linear" not in mode:
+        return F.interpolate(input, size, scale_factor, mode, align_corners, recompute_scale_factor, antialias)
+    if not by_factor and scale_factor is not None:
+        size = [int(n * f) for n, f in zip(input.shape[2:], as_tuple(scale_factor, input.ndim - 2), strict=True)]
+    ends = as_tuple(scale_factor if by_factor else size, input.ndim - 2)
+    ones = [eye_like(input, input.shape[d]) for d in spatial(input)]
+    how = (not by_factor, mode, align_corners, antialias)
+    matrices = [resized(*each, *how).t() for each in zip(ones, ends, strict=True)]
+    return along(input, dict(zip(spatial(input), matrices, strict=True)))
 
 
 @fused(
     interpolate,
     applies=lambda y, input, size=None, scale_factor=None, mode="nearest", *options, **more: (
-        input.ndim == 4 and mode != "area"
+        input.ndim == 4 and mode in KERNELS
     ),
 )
 def interpolate_backward(e, y, saved, wanted, *args, **kwargs):
     given = interpolate.operands(args, kwargs)
-    mode, factors = given.get("mode", "nearest"), given.get("scale_factor")
-    corners = [] if mode.startswith("nearest") else [bool(given.get("align_corners"))]
+    factors = given.get("scale_factor")
     by_size = factors is None or given.get("recompute_scale_factor")
-    kernel = KERNELS[mode, given.get("antialias", False)]
     scales = (None, None) if by_size else as_tuple(factors, 2)
-    return {"input": kernel(e, y.shape[2:], given["input"].shape, *corners, *scales)}
+    return {"input": KERNELS[given.get("mode", "nearest")](e, y.shape[2:], given["input"].shape, *scales)}
 
 
 @rule(
