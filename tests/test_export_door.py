@@ -18,7 +18,7 @@ from fxfeedback.errors import OptionError, TraceError
 from fxfeedback.graph.nodes import module_path_of, name_of
 from fxfeedback.tracing.share import share
 from fxfeedback.tracing.trace_at_size import trace_for
-from marks import long_but
+from marks import long
 
 M = torchvision.models
 
@@ -87,8 +87,11 @@ OF_FUNCTIONS = ("stochastic_depth", "getitem", "floordiv", "size", "getattr", "s
 """Ops that one of the doors has and the other does not."""
 
 
-@pytest.mark.parametrize("name", long_but({"alexnet", "resnet18"}, NAMED))
-@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize(
+    "name, train",
+    [*((name, train) for train in (False, True) for name in ("alexnet", "resnet18"))]
+    + [long(name, number % 2 == 0) for number, name in enumerate(NAMED) if name not in ("alexnet", "resnet18")],
+)
 def test_both_doors_give_the_same_names(name, train):
     model = getattr(M, name)().train(train)
     by_fx, by_export = (names_by(door, model, (3, NAMED[name], NAMED[name])) for door in ("fx", "export"))
@@ -103,11 +106,26 @@ BOTH = {
     "resnet18": (lambda: M.resnet18(num_classes=10), (3, 64, 64)),
     "vit": (lambda: M.VisionTransformer(32, 16, 2, 2, 24, 48, dropout=0.1, num_classes=10), (3, 32, 32)),
     "swin": (lambda: M.SwinTransformer([4, 4], 12, [2, 2], [2, 4], [4, 4], num_classes=10), (3, 64, 64)),
+    "densenet": (lambda: M.DenseNet(8, (2, 2), 16, num_classes=10), (3, 64, 64)),
+    "mnasnet": (lambda: M.mnasnet0_5(num_classes=10), (3, 64, 64)),
+    "mobilenet": (lambda: M.mobilenet_v3_small(num_classes=10), (3, 64, 64)),
+    "regnet": (lambda: M.regnet_y_400mf(num_classes=10), (3, 64, 64)),
+    "shufflenet": (lambda: M.shufflenet_v2_x0_5(num_classes=10), (3, 64, 64)),
+    "squeezenet": (lambda: M.squeezenet1_1(num_classes=10), (3, 64, 64)),
+    "transformer": (
+        lambda: nn.Sequential(
+            nn.Flatten(2), nn.TransformerEncoderLayer(64, 2, 32, 0.0), nn.Flatten(), nn.Linear(192, 10)
+        ),
+        (3, 8, 8),
+    ),
 }
 
 
-@pytest.mark.parametrize("name", long_but({"resnet18"}, BOTH))
-@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize(
+    "name, train",
+    [("resnet18", False), ("resnet18", True)]
+    + [long(name, number % 2 == 0) for number, name in enumerate(BOTH) if name != "resnet18"],
+)
 def test_both_doors_give_the_same_network(name, train):
     torch.manual_seed(0)
     make, size = BOTH[name]
