@@ -18,7 +18,7 @@ from fxfeedback.instructed.options import Lateral, Options
 from fxfeedback.instructed.owner import Owner
 from fxfeedback.instructed.parts import make_instruction_head, make_task_heads, make_td_parts
 from fxfeedback.one_task.select_task import select_task
-from fxfeedback.tracing.arguments import Form, describe, example_form
+from fxfeedback.tracing.arguments import Form, example_form
 from fxfeedback.tracing.autocast import is_autocast
 from fxfeedback.tracing.examples import examples_of
 from fxfeedback.tracing.modes import eval_mode
@@ -46,6 +46,7 @@ def to_butd(
     direct: str | None = None,
     td_decay: float = 0.0,
     td_clip: float | None = None,
+    instruction_learning: str = "fixed",
     update_noise: float = 0.0,
     td_bias: bool = False,
     norm: str = "shared",
@@ -87,6 +88,8 @@ def to_butd(
             difference shrinks whatever the data (Kolen and Pollack).
         direct: of direct feedback. "op", the default: each linear layer or convolution hands its input the error,
             broadcast as by its own transpose; "unit": each site has a dense random weight to all of its units.
+        instruction_learning: "straight-through": the instruction head learns, through the gates ([|t| <= 1] stands for
+            their derivative) and up the instruction pass; "fixed": as published, no gradient reaches it.
         td_clip: clamps what a linear layer or convolution hands to input, weight and bias to [-td_clip, td_clip].
         update_noise: each weight's update is multiplied by one draw of 1 + update_noise * randn.
         td_bias: biases in the instruction pass, after every transposed linear op and in the instruction head.
@@ -136,16 +139,18 @@ class BUTD(FeedbackMethods):
     def _add_td_state(self) -> None:
         """Make the parameters and modules that the options ask for."""
         if self.options.n_tasks is not None:
-            self.instruction_head = self._frozen(make_instruction_head(graphs_of(self), self._like()))
+            self.instruction_head = self._own("instruction_head", make_instruction_head(graphs_of(self), self._like()))
         if self.options.heads != "shared":
             self.task_heads = make_task_heads(graphs_of(self))
             self._cache.clear()  # its graphs have one head
         for name, part in make_td_parts(graphs_of(self), self._like()).items():
-            setattr(self, name, self._frozen(part) if name == "td_norms" else part)
+            setattr(self, name, self._own(name, part) if name == "td_norms" else part)
 
-    def _frozen(self, module: nn.Module) -> nn.Module:
-        """`module` in our dtype, on our device, in our mode; no gradient flows in the instruction pass."""
-        return module.to(self._like()).requires_grad_(False).train(self.training)
+    def _own(self, name: str, module: nn.Module) -> nn.Module:
+        """`module` in our dtype, on our device, in our mode; no gradient flows in the instruction pass, but for a head
+        that learns."""
+        learns = name == "instruction_head" and self.options.instruction_learning != "fixed"
+        return module.to(self._like()).requires_grad_(learns).train(self.training)
 
     def forward(self, *inputs: Any, task: Any = None, **named: Any) -> Any:
         """What the model returns, from the sub-network that the instruction selects.
@@ -171,7 +176,8 @@ class BUTD(FeedbackMethods):
             return self._run(graphs, False, False, tensors, drawn)
         batch = next(len(x) for x in tensors if x.ndim)
         instruction, ids = self._instruction(task, graphs, batch)
-        rows, gates = self._gates(graphs, instruction, ids, batch, drawn)
+        learning = self._learning_gates(graphs, instruction, batch)
+        rows, gates = ([], learning) if learning else self._gates(graphs, instruction, ids, batch, drawn)
         values = [*tensors, *([instruction] if per_task else []), *rows, *gates]
         return self._run(graphs, True, len(rows) > 0, values, drawn)
 
@@ -234,18 +240,6 @@ class BUTD(FeedbackMethods):
         return graphs.learner(graphs.can_instruct, graphs.learning_parameters())
 
     # -- inside -------------------------------------------------------------------------------------------------------
-
-    def _without_task(self, inputs: tuple[Any, ...], task: Any) -> tuple[tuple[Any, ...], Any]:
-        """The model's own positional arguments, and the instruction, which may follow them."""
-        own = self._form.n_positional
-        if task is not None or len(inputs) <= own or all(isinstance(value, (bool, str)) for value in inputs[own:]):
-            return inputs, task  # no bool or string is an instruction
-        if len(inputs) > own + 1:
-            raise InputError(
-                f"the model takes {own} inputs and an instruction, not {len(inputs)} inputs: give what else it takes "
-                f"by name; {describe(self._net)}"
-            )
-        return inputs[:-1], inputs[-1]
 
     def _run(
         self, graphs: Graphs, instructed: bool, by_row: bool, values: list[torch.Tensor], drawn: list[torch.Tensor]

@@ -15,7 +15,7 @@ from fxfeedback.feedback_weights import Broadcast, Direct, Twins, twins_in
 from fxfeedback.graph.bottom_up import BottomUp
 from fxfeedback.graph.channels import channels_of
 from fxfeedback.graph.effects import has_effect
-from fxfeedback.graph.nodes import gated_site_of, name_of, spec_of, specs_of, tell
+from fxfeedback.graph.nodes import gate_of, gated_site_of, name_of, spec_of, specs_of, tell
 from fxfeedback.graph.operands import operand, weight_of
 from fxfeedback.graph.values import Emitter, Value, batch_size
 from fxfeedback.rules import RULES
@@ -78,7 +78,7 @@ def learner(module: fx.GraphModule, root: nn.Module, learning: Learning) -> fx.G
     """
     bu = BottomUp(module.graph)
     emitter = Emitter()
-    wanted = bu.below(node for node in [*bu.inputs, *bu.parameters] if _learns(key_of(node), learning))
+    wanted = bu.below(node for node in _learning(bu) if _learns(key_of(node), learning))
     values, saved = _emit_bottom_up(bu, emitter, wanted, learning.fused)
     leaves = [leaf for i, leaf in enumerate(bu.output_leaves()) if learning.errors is None or i in learning.errors]
     names = ["error"] if len(leaves) == 1 else [f"error_{i}" for i in range(len(leaves))]
@@ -93,11 +93,11 @@ def learner(module: fx.GraphModule, root: nn.Module, learning: Learning) -> fx.G
 
     def arrive(node: fx.Node, e: Any) -> tuple[Any, bool]:
         e = broadcast.at_site(node, e) if broadcast else e
-        if _is_gated_step(node):
+        if _is_gated_step(node) and node.args[1] not in wanted:
             # One look is both: v = relu(z) [t > 0] is positive where the gate is open and relu lets z pass.
             activation = node.all_input_nodes[0]
             return walk.apply(RULES[activation.target], activation, e, values[node], ["input"])["input"], True
-        return e, any(_is_gated_step(user) for user in node.users)
+        return e, any(_is_gated_step(user) and user.args[1] not in wanted for user in node.users)
 
     def arrive_laterally(node: fx.Node, e: Any) -> tuple[Any, bool]:
         e = broadcast.at_site(node, e) if broadcast else e
@@ -176,7 +176,7 @@ def _updates(
 
     weighted = [node for node in bu.nodes if bu.is_weighted(node)]
     weights = set(map(weight_of, weighted))
-    for node in [*bu.inputs, *bu.parameters]:
+    for node in _learning(bu):
         name = key_of(node)
         if not _learns(name, learning) or node not in counters:
             continue
@@ -196,6 +196,11 @@ def _updates(
     for name, update in biases.items():
         emit(name, update)
     return updates
+
+
+def _learning(bu: BottomUp) -> list[fx.Node]:
+    """What may get an update: the model's inputs, its parameters, and gates, for whoever makes them."""
+    return [*bu.inputs, *bu.parameters, *(node for node in bu.nodes if gate_of(node) is not None)]
 
 
 def bias_update(x: Any, channels: int) -> Any:

@@ -92,8 +92,7 @@ def export_learner(
             "a function that leaves them out"
         )
     settings, kept = settings_of(optimizer, momentum, weight_decay, betas, eps)
-    if butd.options.update_noise:
-        raise OptionError("update_noise: a plain graph draws no noise; make the network with update_noise=0")
+    _check_plain(butd)
     check_target(path)
     if check:
         require_runtime()
@@ -111,3 +110,14 @@ def export_learner(
             compare = functools.partial(check_learner_file, lesson)
         with eval_mode(butd):  # torch's exporter wants it, and puts the modules into it
             write(program, path, dynamic_batch, compare)
+
+
+def _check_plain(butd: BUTD) -> None:
+    """Refuse what a step of the file does not do."""
+    if butd.options.update_noise:
+        raise OptionError("update_noise: a plain graph draws no noise; make the network with update_noise=0")
+    if butd.options.instruction_learning != "fixed":
+        raise OptionError(
+            "instruction_learning: the head of a learner's file is fixed; make the network without it, and load the "
+            "weights of the one whose head has learned"
+        )

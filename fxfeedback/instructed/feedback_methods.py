@@ -1,20 +1,24 @@
-"""What a BU-TD network says and does of its feedback weights, and how its calls come by their gates."""
+"""What a BU-TD network says and does of its feedback weights, and how its calls come by instructions and gates."""
 
 import math
 from collections.abc import Mapping, MutableMapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from fxfeedback.errors import OptionError
+from fxfeedback.counter_hebb_pass import INPUT
+from fxfeedback.errors import InputError, OptionError
 from fxfeedback.graph.specs import size_of
+from fxfeedback.instructed.autograd_bridge import learned
+from fxfeedback.instructed.gates import StraightThrough
 from fxfeedback.instructed.graphs import Graphs
 from fxfeedback.instructed.instruction import distinct
 from fxfeedback.instructed.last_gates import last_gates
 from fxfeedback.instructed.magnitudes import Drawn, Magnitudes
 from fxfeedback.instructed.options import Options
 from fxfeedback.instructed.weight_mirror import mirrored
+from fxfeedback.tracing.arguments import describe
 from fxfeedback.tracing.waiting import at_hand
 from fxfeedback.tracing.while_tracing import is_rewritten
 from fxfeedback.tracing.wrapper import Wrapper
@@ -96,6 +100,34 @@ class FeedbackMethods(Wrapper):
         if self.options.direct == "unit":
             return {}
         return {name: self._fetch(graphs.twins.get(name, name)) for name in graphs.weights}
+
+    def _without_task(self, inputs: tuple[Any, ...], task: Any) -> tuple[tuple[Any, ...], Any]:
+        """The model's own positional arguments, and the instruction, which may follow them."""
+        own = self._form.n_positional
+        if task is not None or len(inputs) <= own or all(isinstance(value, (bool, str)) for value in inputs[own:]):
+            return inputs, task  # no bool or string is an instruction
+        if len(inputs) > own + 1:
+            raise InputError(
+                f"the model takes {own} inputs and an instruction, not {len(inputs)} inputs: give what else it takes "
+                f"by name; {describe(self._net)}"
+            )
+        return inputs[:-1], inputs[-1]
+
+    def _learning_gates(self, graphs: Graphs, instruction: torch.Tensor, batch: int) -> list[torch.Tensor]:
+        """The gates of every sample, through which the instruction head learns; none where it does not."""
+        own = self._modules.get("instruction_head")
+        wanted = [name for name, p in own.named_parameters(prefix="instruction_head") if p.requires_grad] if own else []
+        fixed = self.options.instruction_learning == "fixed" or not torch.is_grad_enabled()
+        if fixed or not wanted or 0 in instruction.shape:
+            return []
+        halves = graphs.teaching(frozenset(wanted))
+        values = [instruction.expand(batch, -1), *(self._fetch(name) for name in halves.attributes)]
+        counters = halves.structure(None, *learned(halves, (INPUT + "instruction", *halves.attributes), values))
+        positions = graphs.gating().positions
+        means = [
+            t.mean(dims, keepdim=True) if dims else t for t, dims in zip(counters.values(), positions, strict=True)
+        ]
+        return [StraightThrough.apply(t) for t in means]
 
     @torch.no_grad()
     def _gates(

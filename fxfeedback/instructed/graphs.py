@@ -22,8 +22,8 @@ from fxfeedback.instructed.owner import Owner
 from fxfeedback.instructed.runs import Call, Gating
 from fxfeedback.instructed.task_heads import put_task_heads
 from fxfeedback.instructed.weighted import Weighted
+from fxfeedback.instruction_pass import Instructing, instruct
 from fxfeedback.rules.gating import gate
-from fxfeedback.td_graph import Instructing, instruct
 from fxfeedback.tracing.arguments import Form
 from fxfeedback.tracing.by_id import Shelf, by_id, known_by_id
 from fxfeedback.tracing.open_modules import open_modules
@@ -157,7 +157,7 @@ class Graphs(Weighted):
     def td(self) -> fx.GraphModule:
         return self.instructing(self.draws)
 
-    def instructing(self, drawn: bool) -> fx.GraphModule:
+    def instructing(self, drawn: bool, rectified: bool = True) -> fx.GraphModule:
         """The instruction pass (see `instruct`); `drawn`: with the magnitudes of signs as inputs."""
         self.require_head()
         how = Instructing(
@@ -168,6 +168,7 @@ class Graphs(Weighted):
             td_biases=self.td_biases,
             td_norms=self.td_names("td_norms", list(self.weights)),
             by_channel=self.options.gating == "channel",
+            rectified=rectified,
         )
         return instruct(self.bu, self.owner.root, how)
 
@@ -179,7 +180,8 @@ class Graphs(Weighted):
     def _predicting(self, instructed: bool, by_row: bool) -> fx.GraphModule:
         if not instructed:
             return self.bu
-        return gate_sites(self.bu, self.sites, gate if self.options.exact else self.options.lateral_function, by_row)
+        lateral = gate if self.options.exact else self.options.lateral_function
+        return gate_sites(self.bu, self.sites, lateral, by_row, self.options.gating == "channel")
 
     def learner(self, instructed: bool, wanted: Iterable[str], **how: Any) -> fx.GraphModule:
         """BU pass, error pass and updates of `wanted` (see `counter_hebb_pass.learner`)."""
@@ -213,6 +215,22 @@ class Graphs(Weighted):
         """What a call with learning runs."""
         how = (("autocast", True),) if autocast else ()
         return cut(self._learner(instructed, by_row, wanted, self.draws, how), self.options.inexact)
+
+    @kept
+    def teaching(self, wanted: frozenset[str]) -> Halves:
+        """The instruction pass with learning: to the sites' counter neurons before the TD ReLU, and from their errors
+        up to what is `wanted` of the instruction head, by the transposes of its own ops.
+        """
+        down = self.instructing(False, rectified=False)
+        copy = fx.Graph()
+        copy.output(copy.graph_copy(down.graph, {}))
+        like = next((self.owner.fetch(name) for name in wanted), torch.empty(0))
+        example = [torch.empty(1, self.instruction_size, dtype=like.dtype, device="meta")]
+        opened = open_modules(fx.GraphModule(down, copy), example_inputs=example, owner=self.owner.net)
+        annotate_shapes(opened, example)
+        unpack_tuples(opened)
+        open_operators(opened, example, self.owner.net)
+        return cut(learner(opened, self.owner.root, Learning(wanted, {}, {})), self.options.inexact)
 
     @kept
     def call(self, instructed: bool, by_row: bool) -> Call:

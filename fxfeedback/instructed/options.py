@@ -27,7 +27,10 @@ CHOICES = {
     "norm": ("shared", "separate"),
     "gating": ("unit", "channel"),
     "learning": ("counter_hebb", "backprop"),
+    "instruction_learning": ("fixed", "straight-through"),
 }
+EXACT = {"weights": "shared", "lateral": "galu", "update_noise": 0, "td_clip": None, "instruction_learning": "fixed"}
+"""Options with which updates are gradients."""
 UNSAID = ("td_learning", "td_init", "td_magnitude", "td_scale", "direct")
 """Options that are None where the user does not give them: not every kind of weights has them."""
 BELONGS = {
@@ -111,6 +114,7 @@ class Options:
     td_decay: float = 0.0
     td_clip: float | None = None
     direct: str | None = None
+    instruction_learning: str = "fixed"
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
@@ -150,6 +154,8 @@ class Options:
             raise OptionError('td_learning="weight_mirror" needs weights="separate": shared weights mirror themselves')
         if self.td_decay and not self.mirrors:
             raise OptionError('td_decay belongs to weights="separate" with td_learning="mirror": TD learns by no other')
+        if self.instruction_learning != "fixed":
+            self._check_instruction_learning()
         acting = {
             "td_clip": self.td_clip is not None,
             "td_decay": self.td_decay != 0,
@@ -157,6 +163,18 @@ class Options:
         }
         for option in (option for option, given in acting.items() if given and self.learning == "backprop"):
             raise OptionError(f'{option} acts in the error pass, which learning="backprop" does not run: leave it out')
+
+    def _check_instruction_learning(self) -> None:
+        """Whether there is a head that can learn, from gates that are hard."""
+        needed = {
+            "n_tasks=, an instruction head": self.n_tasks is not None,
+            'learning="counter_hebb"': self.learning == "counter_hebb",
+            'lateral="galu", whose gates are hard': self.lateral == "galu",
+            'td_magnitude="uniform" or "fixed"': not self.draws,
+        }
+        missing = next((what for what, given in needed.items() if not given), None)
+        if missing:
+            raise OptionError(f"instruction_learning={self.instruction_learning!r} needs {missing}")
 
     @property
     def mirrors(self) -> bool:
@@ -176,7 +194,13 @@ class Options:
     @property
     def inexact(self) -> str:
         """The option with which updates are not gradients; empty where they are."""
-        for name, exact in (("weights", "shared"), ("lateral", "galu"), ("update_noise", 0), ("td_clip", None)):
+        for name, exact in (
+            ("weights", "shared"),
+            ("lateral", "galu"),
+            ("update_noise", 0),
+            ("td_clip", None),
+            ("instruction_learning", "fixed"),
+        ):
             value = getattr(self, name)
             if value != exact:
                 return f"{name}={getattr(value, '__name__', repr(value))}"

@@ -2,7 +2,7 @@
 
 import torch
 
-from fxfeedback.rules.core import constant, rule, transpose
+from fxfeedback.rules.core import constant, rule, sum_to, transpose, update
 from fxfeedback.rules.examples import C, T, call
 from fxfeedback.rules.ops import one_node
 
@@ -31,7 +31,7 @@ def gates_of_samples(gates, rows, value):
 constant(gates_of_samples)
 
 
-@rule(gate, examples=[call(gate, T(4, 5), C(5))])
+@rule(gate, examples=[call(gate, T(4, 5), C(5)), call(gate, T(4, 5), T(5))])
 def galu(y, value, open):
-    """v [t > 0]; the gate is a constant for the error"""
-    return {"value": transpose(lambda t: t * open)}
+    """v [t > 0]; what makes the gate may learn from e v"""
+    return {"value": transpose(lambda t: t * open), "open": update(lambda e: sum_to(e * value, open, y))}
