@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from fxfeedback.export import export
     from fxfeedback.feedback import Connection, FeedbackModel, Readout, Steering, add_feedback
     from fxfeedback.instructed.check_rule import check_rule
+    from fxfeedback.lrm.choosing import suggest_connections
+    from fxfeedback.lrm.naming import node_names
     from fxfeedback.prediction import Predicted, Prediction, PredictiveModel, add_prediction
     from fxfeedback.prototypes.prototypes import Prototypes
     from fxfeedback.storage.published import load_lrm_steering
     from fxfeedback.storage.save_load import load, save
     from fxfeedback.text.prior import TextPrior
-    from fxfeedback.tracing.names import node_names
 
 # Where each name comes from. They are imported when they are first used, so that fxfeedback.runtime needs no torch.
 _HOMES = {
@@ -34,10 +35,11 @@ _HOMES = {
     "instructed.check_rule": ["check_rule"],
     "prototypes.prototypes": ["Prototypes"],
     "prediction": ["Predicted", "Prediction", "PredictiveModel", "add_prediction"],
+    "lrm.choosing": ["suggest_connections"],
+    "lrm.naming": ["node_names"],
     "storage.published": ["load_lrm_steering"],
     "storage.save_load": ["load", "save"],
     "text.prior": ["TextPrior"],
-    "tracing.names": ["node_names"],
 }
 _MODULES = ["composites", "lrm_steering", "models", "rules", "runtime", "text"]
 
@@ -70,6 +72,7 @@ __all__ = [
     "rules",
     "runtime",
     "save",
+    "suggest_connections",
     "text",
     "to_butd",
 ]

@@ -41,6 +41,14 @@ class ActivationWarning(UserWarning):
     """A connection's default activation rectifies a value in some passes that is not rectified in the others."""
 
 
+class HeavyWarning(UserWarning):
+    """A connection's block has more than a tenth of the model's parameters."""
+
+
+class SizeWarning(UserWarning):
+    """A connection's block has parameters of a size that follows from an input size that nobody gave."""
+
+
 def first_line(error: BaseException) -> str:
     """What an exception says, in one line."""
     return str(error).strip().split("\n")[0] or type(error).__name__

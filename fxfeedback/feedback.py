@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from fxfeedback.errors import ActivationWarning, TraceError
+from fxfeedback.errors import ActivationWarning, HeavyWarning, SizeWarning, TraceError
+from fxfeedback.lrm.choosing import heavy, sized
 from fxfeedback.lrm.connections import Connection, new_rectifications, read_connections
 from fxfeedback.lrm.feedback_model import FeedbackModel, bottom_up_of
 from fxfeedback.lrm.readout import Readout
@@ -67,6 +68,8 @@ def add_feedback(
     Warns:
         ActivationWarning: a destination is rectified in the passes that have a signal, and in no others (see
             `Connection`).
+        HeavyWarning: a connection has more than a tenth of the model's parameters.
+        SizeWarning: neither input_size nor example_inputs is given, and a layer norm's parameters depend on it.
     """
     made = read_connections(connections)
     try:
@@ -85,6 +88,10 @@ def add_feedback(
             whole = rewritten = _exported(model, made, passes, examples, checkpoint, verify, neither)
     for message in new_rectifications(bottom_up_of(rewritten).graph, rewritten.connections):
         warnings.warn(message, ActivationWarning, stacklevel=2)
+    for message in heavy(rewritten):
+        warnings.warn(message, HeavyWarning, stacklevel=2)
+    for message in sized(rewritten) if input_size is None and example_inputs is None else ():
+        warnings.warn(message, SizeWarning, stacklevel=2)
     return whole
 
 

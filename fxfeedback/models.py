@@ -75,7 +75,7 @@ def _alexnet(
     n_connections: int, weights: str | os.PathLike[str] | None, passes: int, unsafe_without_hash: bool
 ) -> FeedbackModel:
     connections = [Connection(*ends, activation="relu") for ends in CONNECTIONS[:n_connections]]
-    model = add_feedback(torchvision.models.alexnet(weights=None), connections, passes)
+    model = add_feedback(torchvision.models.alexnet(weights=None), connections, passes, input_size=(3, 224, 224))
     if weights is not None:
         load_lrm_steering(model, weights, unsafe_without_hash=unsafe_without_hash)
     return model

@@ -1,17 +1,22 @@
 """Where to connect, how to start, and what to train: what a new user asks first."""
 
 import copy
+import json
+import re
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 
 import fxfeedback
 from fxfeedback import Connection
+from fxfeedback.commands.main import main
 from fxfeedback.errors import OptionError
-from networks import build
+from marks import long
+from networks import build, convnet
 from training.images import embedded
 
 DIGITS = [("9", "4"), ("7", "1"), ("4", "4")]
@@ -61,7 +66,7 @@ def test_a_start_at_identity_keeps_every_image_and_learns_from_there(trained, mo
     assert before.float().mean() > 0.85
     connections = [Connection(*ends, mode=mode, init="identity") for ends in DIGITS]
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", fxfeedback.errors.ActivationWarning)
         model = fxfeedback.add_feedback(net, connections, 3, input_size=(1, 28, 28)).eval()
     for after in right(model, test):
         assert torch.equal(before, after)
@@ -87,7 +92,7 @@ def test_at_identity_all_passes_are_the_model_to_the_bit(name):
     net, x = build(name, train=False)
     connections = [Connection(EVERYWHERE[name][-1], end, init="identity") for end in EVERYWHERE[name]]
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", fxfeedback.errors.ActivationWarning)
         model = fxfeedback.add_feedback(net, connections, 3, example_inputs=(x[:1],)).double()
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
@@ -164,3 +169,129 @@ def test_a_network_made_of_a_frozen_one_trains_its_feedback_by_counter_hebb_lear
     model(x)[-1].square().sum().backward()
     for update, parameter in zip(updates, model.feedback_parameters(), strict=True):
         torch.testing.assert_close(update, parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+# -- where channels are -----------------------------------------------------------------------------------------------
+
+
+class Tokens(nn.Module):
+    """Patches, a class token before them, and a residual stream that no layer has normalised yet."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.norm, self.mix = nn.Conv2d(3, 8, 4, 4), nn.LayerNorm(8), nn.Linear(8, 8)
+        self.first, self.scale, self.head = (
+            nn.Parameter(torch.randn(1, 1, 8)),
+            nn.Parameter(torch.ones(8)),
+            nn.Linear(8, 5),
+        )
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.first.expand(x.shape[0], -1, -1), x], 1)
+        x = x + self.scale * self.mix(self.norm(x))
+        back = x[:, 1:].permute(0, 2, 1).unflatten(2, (4, 4))
+        return self.head(x[:, 0] + back.mean((2, 3)))
+
+
+LAYOUTS = {
+    "transpose": "tokens",
+    "cat": "tokens",
+    "mul": "tokens",
+    "add": "tokens",
+    "permute": "map",
+    "unflatten": "map",
+}
+
+
+@pytest.mark.parametrize("node", LAYOUTS)
+def test_channels_are_found_through_permutations_and_behind_parameters(node):
+    model = fxfeedback.add_feedback(Tokens(), [Connection("head", node, activation="none")], input_size=(3, 16, 16))
+    layout = model.modulation("head", node).destination
+    assert (layout.kind, layout.channels) == (LAYOUTS[node], 8)
+    if layout.kind == "tokens":
+        assert layout.size == (4, 4)
+
+
+# -- where to connect -------------------------------------------------------------------------------------------------
+
+PUBLISHED = {
+    "alexnet": ["classifier.6 -> features.7", "features.11 -> features.4", "features.7 -> features.1"],
+    "resnet18": ["fc -> layer3.1.relu_1", "layer4.1.relu_1 -> layer2.1.relu_1", "layer3.1.relu_1 -> layer1.1.relu_1"],
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_suggestions_lead_back_stage_by_stage_and_say_what_they_cost(name):
+    net = torchvision.models.get_model(name, num_classes=1000)
+    suggested = fxfeedback.suggest_connections(net)
+    assert [f"{one.source} -> {one.destination}" for one in suggested] == PUBLISHED[name]
+    whole = sum(p.numel() for p in net.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", fxfeedback.errors.ActivationWarning)
+        warnings.simplefilter("error", fxfeedback.errors.HeavyWarning)
+        model = fxfeedback.add_feedback(net, suggested, input_size=(3, 224, 224))
+    assert all(type(one) is Connection for one in model.connections)
+    for one in suggested:
+        size = sum(p.numel() for p in model.modulation(one.source, one.destination).parameters())
+        assert (one.parameters, one.share) == (size, size / whole) and one.share <= 0.1
+        assert 0 < one.operations < 1.1 * one.whole and f"{size:,} parameters" in str(one)
+
+
+@pytest.mark.parametrize(
+    "name", ["convnet", "mlp", "attention", long("vit_b_16"), long("mobilenet_v3_small"), long("densenet121")]
+)
+def test_every_suggestion_can_be_made_and_runs(name):
+    net, x = build(name, train=False)
+    for n in (1, 3):
+        suggested = fxfeedback.suggest_connections(net, n, example_inputs=(x[:1],))
+        assert len(suggested) <= n
+    assert suggested or name == "attention"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", fxfeedback.errors.ActivationWarning)
+        model = fxfeedback.add_feedback(net, suggested, example_inputs=(x[:1],)).double()
+    assert torch.equal(model(x)[0], net(x)) and (not suggested or not torch.equal(model(x)[1], net(x)))
+    with pytest.raises(OptionError, match="n=0: give a whole number"):
+        fxfeedback.suggest_connections(net, 0)
+
+
+def test_node_names_mark_legal_and_good_ends():
+    names = fxfeedback.node_names(torchvision.models.resnet18(), (3, 64, 64))
+    good = [name for name, info in names.items() if info.destination == "good"]
+    assert good == ["relu", "layer1.1.relu_1", "layer2.1.relu_1", "layer3.1.relu_1", "layer4.1.relu_1"]
+    assert [name for name, info in names.items() if info.source == "good"] == [*good, "fc"]
+    assert names["layer1.0.bn1"].destination == "legal" and names["x"].op == "placeholder"
+    assert names["layer1.0.bn1"][:2] == ("BatchNorm2d", (None, 64, 16, 16))
+
+
+def test_a_heavy_block_and_a_size_that_nobody_gave_are_warned_of():
+    errors = fxfeedback.errors
+    net = torchvision.models.resnet18()
+    with pytest.warns(
+        errors.HeavyWarning, match=r"layer4 -> layer1 adds 3,\d+,\d+ parameters, 28% .*channel\" has 1,024"
+    ):
+        fxfeedback.add_feedback(net, [("layer4", "layer1")], input_size=(3, 224, 224))
+    with pytest.warns(errors.SizeWarning, match=r"of 256 x 56 x 56, as the model is made for inputs of 3 x 224 x 224"):
+        fxfeedback.add_feedback(net, [("fc", "layer3"), ("layer3", "layer1")])
+    wide = nn.Sequential(nn.Linear(4, 9), nn.ReLU(), nn.Linear(9, 9))
+    with pytest.warns(errors.HeavyWarning, match=r"2 -> 1 adds .*its 1x1 convolution leads from 9 channels to 9"):
+        fxfeedback.add_feedback(wide, [("2", "1")])
+    with warnings.catch_warnings():
+        for kind in (errors.HeavyWarning, errors.SizeWarning):
+            warnings.simplefilter("error", kind)
+        fxfeedback.add_feedback(net, [Connection("layer4", "layer1", norm="channel"), ("fc", "layer3")])
+
+
+def test_the_command_line_marks_good_ends_and_suggests(capsys):
+    given = ["networks:convnet", "--input-size", "2x6x6"]
+    assert main(["nodes", *given, "--json"]) == 0
+    nodes = {node["name"]: node for node in json.loads(capsys.readouterr().out)["nodes"]}
+    assert [name for name in nodes if nodes[name]["good_destination"]] == ["2", "5"]
+    assert [name for name in nodes if nodes[name]["good_source"]] == ["2", "5", "10"]
+    assert main(["nodes", *given]) == 0
+    assert re.search(r"^5 .* good +good$", capsys.readouterr().out, re.MULTILINE)
+    assert main(["feedback", *given, "--suggest", "2", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)["connections"]
+    wanted = fxfeedback.suggest_connections(convnet(), 2, input_size=(2, 6, 6))
+    assert [(one["source"], one["parameters"]) for one in made] == [(one.source, one.parameters) for one in wanted]
+    assert main(["feedback", *given, "--suggest", "2", "--connect", "8:5"]) == 2

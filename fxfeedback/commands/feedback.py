@@ -49,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Add the connections, and look at the unrolled graph."""
     import fxfeedback
-    from fxfeedback.commands.networks import input_shapes, operations_of_passes, parameters, part_with
+    from fxfeedback.commands.networks import input_shapes, parameters, part_with
+    from fxfeedback.lrm.choosing import operations_of_passes
 
     model = read_network(arguments, fxfeedback.FeedbackModel)
     part, network = part_with(model, fxfeedback.FeedbackModel)

@@ -1,6 +1,7 @@
 """The model that a command line names, and what it says of the network to make of it."""
 
 import argparse
+import dataclasses
 import difflib
 import importlib
 import importlib.util
@@ -57,6 +58,9 @@ def add_connections(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         help="connections between nodes; `fxfeedback nodes MODEL` lists their names",
+    )
+    parser.add_argument(
+        "--suggest", type=positive, metavar="N", help="instead of --connect: N of fxfeedback.suggest_connections"
     )
     parser.add_argument("--passes", type=positive, metavar="N", help="how many passes (default 2)")
     parser.add_argument(
@@ -129,11 +133,14 @@ def read_network(arguments: argparse.Namespace, *kinds: type[Any]) -> Any:
 
     asked = {name: value for name, value in vars(arguments).items() if value is not None}
     model: Any = read_model(arguments.model, arguments.weights)
-    if "connect" in asked:
-        passes = arguments.passes or 2
-        mode = arguments.mode or "multiply"
-        connections = [fxfeedback.Connection(source, onto, mode=mode) for source, onto in arguments.connect]
-        model = fxfeedback.add_feedback(model, connections, passes, input_size=arguments.input_size)
+    if "connect" in asked or "suggest" in asked:
+        if {"connect", "suggest"} <= asked.keys():
+            raise OptionError("give --connect or --suggest, not both")
+        size, mode = arguments.input_size, arguments.mode or "multiply"
+        pairs = [fxfeedback.Connection(*ends) for ends in asked.get("connect", ())]
+        chosen = pairs or fxfeedback.suggest_connections(model, arguments.suggest, input_size=size)
+        connections = [dataclasses.replace(one, mode=mode) for one in chosen]
+        model = fxfeedback.add_feedback(model, connections, arguments.passes or 2, input_size=size)
     elif "mode" in asked:
         raise OptionError("--mode belongs to --connect")
     elif "passes" in asked:

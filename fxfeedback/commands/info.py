@@ -49,6 +49,7 @@ KEYS = {
     "connections[].norm": "as of fxfeedback.Connection",
     "connections[].resize": "as of fxfeedback.Connection",
     "connections[].activation": "as of fxfeedback.Connection",
+    "connections[].init": "as of fxfeedback.Connection; it says nothing of weights that have learned",
     "connections[].mode": "as of fxfeedback.Connection",
     "tasks": "how many there are; also null where instructions are vectors over the model's outputs",
     "task": "the one task that the file is for, an id or a vector",

@@ -2,7 +2,8 @@
 
 A connection leads from a source to a destination; between two maps only if both have as many dimensions. Where a shape
 begins with 4B, each image has 4 parts in its batch, as windows are: such a node is only connected with one of as many.
-A module's own name stands for its last node.
+A module's own name stands for its last node. Good ends do least harm: one per stage, after an activation, rectified
+where a connection ends.
 """
 
 import argparse
@@ -30,6 +31,8 @@ KEYS = {
     "nodes[].per_image": "how many parts of one image lie in its batch: 1, as a rule; 0: the batch has no say",
     "nodes[].source": "whether it may be a connection's source",
     "nodes[].destination": "whether it may be a connection's destination",
+    "nodes[].good_source": "whether it is a good one: of its stage, after an activation; see suggest_connections",
+    "nodes[].good_destination": "whether it is a good one: the last rectified node of its stage",
     "nodes[].rule": "with --opened, in their place: the rule of its op; null where no error or instruction passes it",
 }
 
@@ -86,14 +89,18 @@ def _nodes(part: str, module: Any, examples: Sequence[Any]) -> Iterator[dict[str
     """What is said of each node of a model's or a part's graph."""
     from fxfeedback.graph.shapes import annotate_shapes
     from fxfeedback.graph.structures import unpack_tuples
+    from fxfeedback.lrm.choosing import good_ends
     from fxfeedback.lrm.connections import legal_ends
 
+    good = good_ends(module, examples, module)
     annotate_shapes(module, examples)
     unpack_tuples(module)
     sources, destinations = legal_ends(module.graph)
     for node in module.graph.nodes:
         if node.op != "output":
-            yield _row(part, node, module) | {"source": node in sources, "destination": node in destinations}
+            row = _row(part, node, module) | {"source": node in sources, "destination": node in destinations}
+            own = row["name"].removeprefix(f"{part}.") if part else row["name"]
+            yield row | {"good_source": own in good[0], "good_destination": own in good[1]}
 
 
 def _opened(part: str, module: Any, examples: Sequence[Any]) -> Iterator[dict[str, Any]]:
@@ -137,12 +144,15 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
         yield f"torch.fx cannot trace the whole, but {parts}: all connections must lie inside one such part"
     yield ""
     ends = ("rule",) if "rule" in result["nodes"][0] else ("source", "destination")
-    rows = [(node["name"], node["op"], _shape(node), *(_said(node[end]) for end in ends)) for node in result["nodes"]]
+    rows = [
+        (node["name"], node["op"], _shape(node), *(_said(node[end], node.get(f"good_{end}")) for end in ends))
+        for node in result["nodes"]
+    ]
     yield from table(("node", "op", "shape", *ends), rows)
 
 
-def _said(answer: bool | str | None) -> str:
-    return "yes" if answer is True else answer or ""
+def _said(answer: bool | str | None, good: bool | None) -> str:
+    return "good" if good else "yes" if answer is True else answer or ""
 
 
 def _shape(node: dict[str, Any]) -> str:

@@ -74,7 +74,7 @@ def read_connections(given: Any) -> list[Connection]:
 
 def _read(given: Any) -> Connection:
     if isinstance(given, Connection):
-        return given
+        return plainly(given)
     try:
         made = Connection(**given) if isinstance(given, Mapping) else Connection(*given)
     except TypeError as error:
@@ -82,6 +82,11 @@ def _read(given: Any) -> Connection:
     if not isinstance(made.source, str) or not isinstance(made.destination, str):
         raise OptionError(f"{given!r} is not a connection: {FORM}")
     return made
+
+
+def plainly(connection: Connection) -> Connection:
+    """A connection without what a subclass says of it."""
+    return Connection(**{name: getattr(connection, name) for name in Connection.__dataclass_fields__})
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
