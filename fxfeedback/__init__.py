@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fxfeedback.feedback import Connection, FeedbackModel, Readout, Steering, add_feedback
     from fxfeedback.instructed.check_rule import check_rule
     from fxfeedback.lrm.choosing import suggest_connections
+    from fxfeedback.lrm.comparing import compare_passes
     from fxfeedback.lrm.naming import node_names
     from fxfeedback.prediction import Predicted, Prediction, PredictiveModel, add_prediction
     from fxfeedback.prototypes.prototypes import Prototypes
@@ -35,6 +36,7 @@ _HOMES = {
     "instructed.check_rule": ["check_rule"],
     "prototypes.prototypes": ["Prototypes"],
     "prediction": ["Predicted", "Prediction", "PredictiveModel", "add_prediction"],
+    "lrm.comparing": ["compare_passes"],
     "lrm.choosing": ["suggest_connections"],
     "lrm.naming": ["node_names"],
     "storage.published": ["load_lrm_steering"],
@@ -59,6 +61,7 @@ __all__ = [
     "add_feedback",
     "add_prediction",
     "check_rule",
+    "compare_passes",
     "composites",
     "draw",
     "errors",

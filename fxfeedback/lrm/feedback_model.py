@@ -117,7 +117,7 @@ class FeedbackModel(TwoParts):
         return outputs, state if keep_graph else {name: value.detach() for name, value in state.items()}
 
     def readout(self, *inputs: Any, passes: int | None = None, **named: Any) -> list[dict[str, Readout]]:
-        """Node name -> `Readout`, for every pass.
+        """A list over passes, of each a dict from node name to `Readout`.
 
         Args:
             inputs: the model's own, and then the names of nodes, each or in a list; a module's is its last node's.
