@@ -23,6 +23,7 @@ BENCHMARKS = (
     "lrm_inference",
     "lrm_inference compiled",
     "lrm_training",
+    "prediction",
     "growth",
     "counter_hebb_step",
     "counter_hebb_step compiled",
