@@ -61,6 +61,15 @@ def test_the_instruction_tutorial():
     assert names["figure"].axes
 
 
+@pytest.mark.long  # and tests/test_prediction.py
+def test_the_prediction_tutorial():
+    names = run("tutorial_prediction", "{code-cell}", 8)
+    before, after, errors = (names[name] for name in ("before", "after", "errors"))
+    assert all(after[node] < before[node] for node in before)
+    assert sum(errors[-1].values()) < sum(errors[0].values())
+    assert names["figure"].axes
+
+
 @pytest.mark.long  # README's blocks do much the same: tests/test_readme.py
 @pytest.mark.parametrize("page", sorted(page for page in PAGES if blocks(page, "python") and page not in PUBLISHED))
 def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
