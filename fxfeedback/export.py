@@ -6,7 +6,7 @@ a torch.fx graph with labels for its nodes and descriptions of its inputs. `depl
 
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ from torch import fx, nn
 from fxfeedback.butd import BUTD, graphs_of, instruction_of
 from fxfeedback.deploy.check_file import check_file, require_runtime
 from fxfeedback.deploy.parts import about_butd, own_inputs, take_gate, td_name
-from fxfeedback.deploy.passes import unrolled_program
+from fxfeedback.deploy.passes import Asked, called_in_passes, unrolled_program
 from fxfeedback.deploy.program import Input, Program
 from fxfeedback.deploy.steps import stepped_program
 from fxfeedback.deploy.trials import Network, Trial
-from fxfeedback.deploy.writing import check_target, write
+from fxfeedback.deploy.writing import check_opset, check_target, write
 from fxfeedback.errors import InputError, OptionError
 from fxfeedback.graph.nodes import (
     gate_of,
@@ -46,6 +46,9 @@ def export(
     check: bool = True,
     *,
     steps: int | None = None,
+    stateful: bool = False,
+    outputs: Sequence[str] = (),
+    opset: int | None = None,
 ) -> None:
     """Write a model with connections or predictions, or an instructed BU-TD network, as an ONNX file.
 
@@ -55,6 +58,9 @@ def export(
     - `add_feedback`: the model's own inputs in; `output_1`, `output_2`, ...: each pass's output. With steerable=True
       also for each source, named as in the connection, `<source>.activation` (B or 1, ...), `<source>.alpha` () and
       `<source>.strength` (2,), negative and positive. These may be left out; the source is then not steered.
+      With stateful=True also the sources' signals: `<source>.state` (B or 1, ...) and `state.given` () in, which may be
+      left out, and `<source>.next_state` out, for `runtime.Session.stream` and `unroll`. With outputs= also each named
+      node's value in every pass, as it is read: `<node>_1`, `<node>_2`, ...
     - `add_prediction`: the model's own inputs in; `output_1`, `output_2`, ...: the output of step 0, of step 1, ...
     - `to_butd`: the model's own inputs and `instruction` (B or 1, instruction size), floats, in; `output` out.
     - `to_butd` with task=k: the model's own inputs in, `output` out: the network that `model.select(k)` returns.
@@ -75,6 +81,10 @@ def export(
         dynamic_size: whether height and width are also free, for a model with connections whose code allows it;
             otherwise they are the example's.
         steps: how many steps, of a model with predictions; default: the model's own number.
+        stateful: whether a call can go on from an earlier one's signals, of a model with connections.
+        outputs: names of nodes of a model with connections whose values are outputs as well.
+        opset: of ONNX's standard operators, 18 or later; None: what torch's exporter takes, for which ONNX Runtime has
+            the most kernels. From 22 on its CUDA has none for max pooling.
         check: compare the file with torch, in ONNX Runtime, before it takes its place: for random inputs, at batch 3
             and 1 if the batch is free, at two sizes other than the example's if sizes are free, without and with
             steering, with ids and with vectors as instructions. Differences that float32's rounding explains are
@@ -91,10 +101,19 @@ def export(
     check_target(path)
     if check:
         require_runtime()
+    check_opset(opset)
+    asked = Asked(steerable, dynamic_size, stateful, _names(outputs))
     with torch.no_grad(), eval_mode(model):
-        program = _program(model, steerable, task, passes, dynamic_size, steps)
-        network = Network(model, _call(model, task, passes, steps), program.inputs, _ids(program), dynamic_batch)
-        write(program, path, dynamic_batch, functools.partial(_check, network) if check else lambda _: None)
+        program = _program(model, asked, task, passes, steps)
+        call = _call(model, asked, task, passes, steps)
+        network = Network(model, call, program.inputs, _ids(program), dynamic_batch, program.output)
+        write(program, path, dynamic_batch, functools.partial(_check, network) if check else lambda _: None, opset)
+
+
+def _names(outputs: Any) -> tuple[str, ...]:
+    if isinstance(outputs, str) or not all(isinstance(name, str) and name != "output" for name in outputs):
+        raise OptionError(f"outputs={outputs!r}: give a list of names of nodes, as node_names lists them")
+    return tuple(outputs)
 
 
 def _check(network: Network, file: Path) -> None:
@@ -102,10 +121,12 @@ def _check(network: Network, file: Path) -> None:
         check_file(network, file)
 
 
-def _call(model: Any, task: Any, passes: int | None, steps: int | None) -> Callable[[Any, Trial], Any]:
-    """How the model is run for what the file's session is given."""
+def _call(
+    model: Any, asked: Asked, task: Any, passes: int | None, steps: int | None
+) -> Callable[[Any, Trial], dict[str, Any] | Any]:
+    """How the model is run for what the file's session is given: its outputs, as the file names them."""
     if isinstance(model, FeedbackModel):
-        return lambda run, trial: call_as_example(run, trial.inputs, passes=passes, return_all=True, **trial.options)
+        return lambda run, trial: called_in_passes(run, trial, asked, passes)
     if isinstance(model, PredictiveModel):
         return lambda run, trial: call_as_example(run, trial.inputs, steps=steps)
     return lambda run, trial: call_as_example(run, trial.inputs, task=trial.options.get("task", task))
@@ -119,12 +140,14 @@ def _ids(program: Program) -> int:
 # -- what is exported -------------------------------------------------------------------------------------------------
 
 
-def _program(model: Any, steerable: bool, task: Any, passes: int | None, any_size: bool, steps: int | None) -> Program:
+def _program(model: Any, asked: Asked, task: Any, passes: int | None, steps: int | None) -> Program:
+    if (asked.stateful or asked.outputs) and not isinstance(model, FeedbackModel):
+        raise OptionError("stateful= and outputs= belong to a model that add_feedback returned")
     if steps is not None and not isinstance(model, PredictiveModel):
         raise OptionError("steps= belongs to a model that add_prediction returned")
     if isinstance(model, PredictiveModel):
-        given = {"steerable": steerable, "task": task is not None, "passes": passes is not None}
-        for name in (name for name, is_given in {**given, "dynamic_size": any_size}.items() if is_given):
+        given = {"steerable": asked.steerable, "task": task is not None, "passes": passes is not None}
+        for name in (name for name, is_given in {**given, "dynamic_size": asked.any_size}.items() if is_given):
             raise OptionError(f"{name}= does not apply to a model with predictions: give steps=, or nothing")
         return stepped_program(model, model.steps if steps is None else steps)
     if isinstance(model, FeedbackModel):
@@ -132,13 +155,13 @@ def _program(model: Any, steerable: bool, task: Any, passes: int | None, any_siz
             raise OptionError(
                 "task= belongs to a network that to_butd returned; this one has connections, but no tasks"
             )
-        return unrolled_program(model, model.passes if passes is None else passes, steerable, any_size)
+        return unrolled_program(model, model.passes if passes is None else passes, asked)
     if isinstance(model, BUTD):
-        if steerable or passes is not None:
+        if asked.steerable or passes is not None:
             raise OptionError(
                 "steerable= and passes= belong to a model that add_feedback returned, not to a BU-TD network"
             )
-        if any_size:
+        if asked.any_size:
             raise OptionError("dynamic_size= belongs to a model that add_feedback returned: gates have a size")
         return _instructed(model) if task is None else _one_task(model, task)
     inside = [name for name, part in model.named_modules() if isinstance(part, Wrapper)] if _is_module(model) else []

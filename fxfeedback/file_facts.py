@@ -156,6 +156,7 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
     "predictions": _are_predictions,
     "steps": _is_count,
     "steerable": _is_mapping,
+    **dict.fromkeys(("state", "readout"), _are_texts),
     "tasks": lambda value: value is None or _is_count(value),
     "instruction_size": _is_count,
     "takes_ids": lambda value: type(value) is bool,

@@ -423,7 +423,7 @@ MISTAKES = {
     "a flag that learners do not take": (
         ["export", "here:net", "x.onnx", "--tasks", "2", "--learner", "--steerable"],
         2,
-        "do not belong to --learner",
+        "does not belong to --learner",
     ),
     "nothing to compare": (["bench", "here:net"], 2, "give --connect .* or --tasks N"),
     "a file that cannot be written": (["feedback", "here:net", "--connect", "2:0", "--save", "here.py"], 1, "here.py"),

@@ -18,6 +18,7 @@ EXAMPLES = [
     "fxfeedback export resnet18 left.onnx --tasks 2 --gating channel --task 0",
     "fxfeedback export resnet18 learner.onnx --tasks 2 --learner --optimizer adam",
     "fxfeedback export steered lrm.onnx --passes 4",
+    "fxfeedback export steered video.onnx --passes 1 --stateful --outputs features.11",
 ]
 KEYS = {"model": "MODEL, as given", **info.KEYS}
 
@@ -29,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_connections(parser)
     parser.add_argument("--steerable", action="store_true", help="sources can be steered, by optional inputs")
     parser.add_argument("--dynamic-size", action="store_true", help="height and width are also free")
+    parser.add_argument("--stateful", action="store_true", help="a call can go on from the signals of an earlier one")
+    parser.add_argument("--outputs", nargs="+", metavar="NODE", help="nodes whose values are outputs as well")
+    parser.add_argument("--opset", type=int, metavar="N", help="version of ONNX's operators, 18 or later")
     add_tasks(parser)
     parser.add_argument("--task", type=int, metavar="ID", help="only this task's network")
     parser.add_argument("--learner", action="store_true", help="a step of learning, for fxfeedback.runtime.Learner")
@@ -52,8 +56,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     network = read_network(arguments, fxfeedback.FeedbackModel, fxfeedback.BUTD)
     dynamic_batch = not arguments.fixed_batch
     if arguments.learner:
-        if arguments.steerable or arguments.dynamic_size or arguments.task is not None:
-            raise OptionError("--steerable, --dynamic-size and --task do not belong to --learner")
+        others = ("steerable", "dynamic_size", "stateful", "outputs", "opset", "task")
+        for name in (name for name in others if given[name] not in (None, False)):
+            raise OptionError(f"--{name.replace('_', '-')} does not belong to --learner")
         fxfeedback.export_learner(
             network, arguments.file, dynamic_batch=dynamic_batch, check=not arguments.no_check, **of_learner
         )
@@ -65,6 +70,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             task=arguments.task,
             dynamic_batch=dynamic_batch,
             dynamic_size=arguments.dynamic_size,
+            stateful=arguments.stateful,
+            outputs=arguments.outputs or (),
+            opset=arguments.opset,
             check=not arguments.no_check,
         )
     return {"model": arguments.model, **info.about(arguments.file)}

@@ -122,15 +122,14 @@ def _compare(network: Network, session: Any, batch: int, sizes: Sizes) -> None:
 def _differs(network: Network, session: Any, trial: Trial) -> str:
     """Which output differs from torch's, and how far; or nothing."""
     try:
-        wanted = dict(leaves("output", network.call(network.model, trial)))
+        wanted = dict(leaves(network.output, network.call(network.model, trial)))
     except Exception as error:  # whatever the user's model raises
         return f"torch cannot be asked, as the model does not take random numbers: {first_line(error)}"
     try:
-        found = session(*trial.inputs, **trial.options)
+        found = session.values(*trial.inputs, **trial.options)
     except (InputError, CheckpointError) as error:
         return str(error)
-    found = found if isinstance(found, list) else [found]
-    found = dict(zip(session.outputs, map(numpy_of, found), strict=True))
+    found = {name: numpy_of(value) for name, value in found.items()}
     dtype = next((t.dtype for t in wanted.values() if t.is_floating_point()), torch.float32)
     theirs = {name: numpy_of(tensor) for name, tensor in wanted.items()}
     if not all(_is_finite(value) for value in theirs.values()):
@@ -168,7 +167,7 @@ def _without_chance(
     network: Network, trial: Trial, theirs: Mapping[str, np.ndarray], far: list[str], tolerance: float
 ) -> list[str]:
     """The outputs among `far` that are the same in every call of torch; the user hears of the others."""
-    again = dict(leaves("output", network.call(network.model, trial)))
+    again = dict(leaves(network.output, network.call(network.model, trial)))
     drawn = [name for name in far if relative(numpy_of(again[name]), theirs[name]) > tolerance]
     if drawn:
         warnings.warn(f"the check leaves out {drawn[0]!r}, which depends on random numbers in eval mode", stacklevel=2)
@@ -189,7 +188,7 @@ def _in_float64(network: Network, trial: Trial) -> dict[str, np.ndarray]:
         exact = network.call(copy.deepcopy(network.model).double(), Trial(wide(trial.inputs), wide(trial.options)))
     except Exception:  # a model of the user's that has its dtype in its code
         return {}
-    return {name: numpy_of(tensor) for name, tensor in leaves("output", exact)}
+    return {name: numpy_of(tensor) for name, tensor in leaves(network.output, exact)}
 
 
 def numpy_of(tensor: torch.Tensor) -> np.ndarray:

@@ -128,8 +128,11 @@ def _call_method(name: str, owner: Any, *args: Any, **kwargs: Any) -> Any:
     return getattr(owner, name)(*args, **kwargs)
 
 
-def to_onnx(program: Program, dynamic_batch: bool) -> tuple[Any, list[str], list[str]]:
-    """The program as torch's exporter makes it, an `onnx_ir.Model`; labels of its steps; names of its outputs."""
+def to_onnx(program: Program, dynamic_batch: bool, opset: int | None) -> tuple[Any, list[str], list[str]]:
+    """The program as torch's exporter makes it, an `onnx_ir.Model`; labels of its steps; names of its outputs.
+
+    opset: of the standard ONNX domain; None: the exporter's own.
+    """
     runner = _Runner(program).eval()
     batch = 2 if dynamic_batch else 1  # what is exported with 1 is special to 1
     device = next((t.device for t in program.root.parameters()), torch.device("cpu"))
@@ -160,6 +163,7 @@ def to_onnx(program: Program, dynamic_batch: bool) -> tuple[Any, list[str], list
                 (),
                 input_names=names,
                 output_names=runner.fxfeedback_record.outputs,
+                opset_version=opset,
                 optimize=False,
                 verbose=False,
             )

@@ -13,7 +13,7 @@ Sizes = list[tuple[int, ...]]
 
 
 class Trial(NamedTuple):
-    """What a file and torch are called with: the model's own inputs, and task= or steering=."""
+    """What a file and torch are called with: the model's own inputs, and task=, steering= or state=."""
 
     inputs: list[torch.Tensor]
     options: dict[str, Any]
@@ -23,7 +23,7 @@ class Network(NamedTuple):
     """What was exported.
 
     model: in eval mode. call: runs it, or a copy, for a trial. inputs: those of the file. task_ids: how many ids it
-    takes, if any. dynamic_batch: whether the file's batch is free.
+    takes, if any. dynamic_batch: whether the file's batch is free. output: what the file calls what `call` returns.
     """
 
     model: nn.Module
@@ -31,6 +31,7 @@ class Network(NamedTuple):
     inputs: Sequence[Input]
     task_ids: int
     dynamic_batch: bool
+    output: str = "output"
 
 
 def sizes_of(inputs: Sequence[Input]) -> Sizes:
@@ -103,3 +104,9 @@ def trials(network: Network, batch: int, sizes: Sizes, number: int) -> Iterator[
     ]
     if steering:
         yield Trial(xs, {"steering": steering})
+    states = [given for given in network.inputs if given.name.endswith(".state") and given.default is not None]
+    if states:
+        drawn = [draw((batch, *given.example.shape[1:]), given.example.dtype) for given in states]
+        yield Trial(
+            xs, {"state": {given.name.removesuffix(".state"): x for given, x in zip(states, drawn, strict=True)}}
+        )

@@ -14,6 +14,9 @@ from fxfeedback.deploy.program import Program
 from fxfeedback.errors import ExportError, OptionError, first_line
 from fxfeedback.files import LARGEST, as_path, beside, sync
 
+OLDEST = 18
+"""The first version of ONNX's operators that torch's exporter writes."""
+
 
 def check_target(path: str | os.PathLike[str]) -> None:
     """Find out early whether a file can be written.
@@ -32,20 +35,35 @@ def check_target(path: str | os.PathLike[str]) -> None:
         raise OptionError(f"path={str(path)!r}: give the name of a file in a directory that exists")
 
 
+def check_opset(opset: int | None) -> None:
+    """Refuse a version of ONNX's operators that torch's exporter does not write, or that this onnx does not know.
+
+    Raises:
+        OptionError: there is no such one.
+    """
+    import onnx
+
+    newest = onnx.defs.onnx_opset_version()
+    if opset is not None and (type(opset) is not int or not OLDEST <= opset <= newest):
+        raise OptionError(f"opset={opset!r}: choose one from {OLDEST} to {newest}, or None")
+
+
 def write(
     program: Program,
     path: str | os.PathLike[str],
     dynamic_batch: bool,
     check: Callable[[Path], None] = lambda _: None,
+    opset: int | None = None,
 ) -> None:
     """Write the program as an ONNX file.
 
+    opset: of the standard ONNX domain; None: the exporter's own.
     check: looks at the file before it takes its place, and raises if something is wrong with it.
 
     Raises:
         ExportError: an op has no ONNX form; the message names its node.
     """
-    exported, labels, outputs = to_onnx(program, dynamic_batch)
+    exported, labels, outputs = to_onnx(program, dynamic_batch, opset)
     finish(exported, program, labels, outputs)
     _write(exported, Path(path), check)
 

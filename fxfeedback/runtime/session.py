@@ -6,7 +6,7 @@ logits = session(images, task=[0, 1, 1])
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,6 +66,10 @@ class Session(Signature):
         self.providers: list[str] = self._session.get_providers()
         super().__init__(self._session, self._session.get_modelmeta().custom_metadata_map, path)
         self._run = Running(self._session, str(path))
+        read = self.metadata.get("readout") or []
+        self._read = {name: [each for each in self.outputs if _is_of(each, name)] for name in read}
+        others = {one for each in self._read.values() for one in each}
+        self._own = [name for name in self.outputs if name not in others and not name.endswith(".next_state")]
         if self.metadata["product"] == "learner":
             raise CheckpointError(f"{path} is a learner: open it with fxfeedback.runtime.Learner")
 
@@ -90,13 +94,89 @@ class Session(Signature):
             NodeNameError: a steered node that is not a source.
             CheckpointError: ONNX Runtime fails while it runs the file, as with one that is damaged.
         """
+        return self._one_or_list(self._called(inputs, task, steering, None, self._own))
+
+    def values(self, *inputs: Any, task: Any = None, steering: Any = (), state: Any = None) -> dict[str, Any]:
+        """Every output of the file by its name; the arguments are those of the call and of `unroll`."""
+        return self._called(inputs, task, steering, state, self.outputs)
+
+    def unroll(self, *inputs: Any, state: Any = None, steering: Any = ()) -> tuple[Any, dict[str, Any]]:
+        """As the call, going on from the state of an earlier call; returns (outputs, state).
+
+        Args:
+            inputs, steering: as in the call.
+            state: source -> its signal, as an earlier call returned them; None: start without.
+
+        Raises:
+            InputError: the file was not exported with stateful=True; signals of other sources, batches or shapes.
+        """
+        states = self._states()
+        made = self._called(inputs, None, steering, state, [*self._own, *states])
+        return self._one_or_list({name: made[name] for name in self._own}), {
+            states[name]: made[name] for name in states
+        }
+
+    def readout(self, *inputs: Any, steering: Any = ()) -> list[dict[str, Any]]:
+        """Node -> value, for every pass, of the nodes that the file was exported with as outputs=.
+
+        Raises:
+            InputError: it was exported without.
+        """
+        if not self._read:
+            raise InputError("this file hands out no nodes: export it with outputs=[names]")
+        made = self._called(inputs, None, steering, None, [one for each in self._read.values() for one in each])
+        passes = zip(*([made[one] for one in each] for each in self._read.values()), strict=True)
+        return [dict(zip(self._read, values, strict=True)) for values in passes]
+
+    def stream(self) -> "Stream":
+        """For a sequence, such as a video: each call goes on from the signals of the one before.
+
+        Raises:
+            InputError: the file was not exported with stateful=True.
+        """
+        return Stream(self)
+
+    def _one_or_list(self, made: Mapping[str, Any]) -> Any:
+        return list(made.values()) if len(made) > 1 or list(made) != ["output"] else made["output"]
+
+    def _states(self) -> dict[str, str]:
+        """Output -> source whose signal it is."""
+        if not self.metadata.get("state"):
+            raise InputError("this file keeps no state: export it with stateful=True")
+        return {f"{name}.next_state": name for name in self.metadata["state"]}
+
+    def _called(
+        self, inputs: Sequence[Any], task: Any, steering: Any, state: Any, names: Iterable[str]
+    ) -> dict[str, Any]:
+        """The outputs of these names, as what the inputs are."""
+        kind = Kind.of(inputs)
+        made = self._made(inputs, task, steering, state, dict.fromkeys(names, kind.where(self._run.device)), kind)
+        return {name: kind.back(value) for name, value in made.items()}
+
+    def _made(
+        self, inputs: Sequence[Any], task: Any, steering: Any, state: Any, wanted: Mapping[str, Any], kind: Kind
+    ) -> dict[str, Any]:
+        """The outputs in `wanted`, each on its device, as values of ONNX Runtime's."""
         feeds, batch = self.feeds(inputs, task, {})
         feeds |= self._steering(steering, batch)
-        kind = Kind.of(inputs)
-        wanted = dict.fromkeys(self.outputs, kind.where(self._run.device))
-        results = [kind.back(value) for value in self._run(feeds, wanted, kind=kind)]
-        several = len(results) > 1 or list(self.outputs) != ["output"]
-        return results if several else results[0]
+        feeds |= {} if state is None else self._state(state, batch)
+        return dict(zip(wanted, self._run(feeds, wanted, kind=kind), strict=True))
+
+    def _state(self, state: Any, batch: int) -> dict[str, Any]:
+        names = list(self._states().values())
+        if not isinstance(state, Mapping) or set(state) != set(names):
+            raise InputError(f"state= has a signal of each source ({', '.join(names)}): give what unroll returned")
+        feeds: dict[str, Any] = {"state.given": np.array(True)}
+        for name in names:
+            value, what = state[name], f"{name}.state"
+            if not isinstance(value, ort.OrtValue):
+                value = finite(cast(array(value, repr(what), self._place), self.dtypes[what]), repr(what))
+                self.checked(what, value, {})
+            rows = (value.shape() if isinstance(value, ort.OrtValue) else value.shape)[0]
+            if rows not in (1, batch):
+                raise InputError(f"the state is of batch {rows}, and the call of batch {batch}: start anew")
+            feeds[what] = value
+        return feeds
 
     def __reduce__(self) -> tuple[Any, ...]:
         """How pickle and copy make another one: from the file, which must be there and the same.
@@ -140,3 +220,36 @@ class Session(Signature):
                 f"{source}.alpha": alpha.reshape(()),
             }
         return feeds
+
+
+class Stream:
+    """Calls of a file with state, one after the other; between them the signals stay where the session runs.
+
+    outputs = stream(frame). As `unroll(frame, state=...)` with the state of the call before.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session, self._states = session, session._states()
+        self._state: dict[str, Any] | None = None
+
+    def __call__(self, *inputs: Any, steering: Any = ()) -> Any:
+        """The outputs for the next inputs, as `Session.__call__` returns them.
+
+        Raises:
+            InputError: inputs that the file does not take, or of another batch than before: `reset()` starts anew.
+        """
+        session, kind = self._session, Kind.of(inputs)
+        wanted = dict.fromkeys(session._own, kind.where(session._run.device))
+        wanted |= dict.fromkeys(self._states, session._run.device)
+        made = session._made(inputs, None, steering, self._state, wanted, kind)
+        self._state = {source: made[name] for name, source in self._states.items()}
+        return session._one_or_list({name: kind.back(made[name]) for name in session._own})
+
+    def reset(self) -> None:
+        """Start anew, without signals."""
+        self._state = None
+
+
+def _is_of(output: str, node: str) -> bool:
+    """Whether an output is a node's value in one of the passes."""
+    return output == node or (output.startswith(f"{node}_") and output[len(node) + 1 :].isdigit())

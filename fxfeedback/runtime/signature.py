@@ -56,6 +56,15 @@ class Signature:
             for name in (f"{source}.activation", f"{source}.strength", f"{source}.alpha"):
                 if self.dtypes.get(name) is None or name not in self.optional:
                     missing.append(f"an optional input {name!r}")
+        for source in self.metadata.get("state") or ():
+            if (
+                not {f"{source}.state", "state.given"} <= self.optional.keys()
+                or f"{source}.next_state" not in self.outputs
+            ):
+                missing.append(f"the state of {source!r}")
+        for name in self.metadata.get("readout") or ():
+            if f"{name}_1" not in self.outputs:
+                missing.append(f"an output {f'{name}_1'!r}")
         if missing:
             raise CheckpointError(f"{path} is damaged: its graph lacks {missing[0]}, of which its metadata speaks")
 

@@ -251,10 +251,12 @@ def like_of(wrapper: Wrapper) -> torch.Tensor:
     return wrapper._like()
 
 
-def call_as_example(wrapper: Wrapper, inputs: Sequence[torch.Tensor], **options: Any) -> Any:
-    """Call a wrapper in the form of its example, with these inputs."""
+def call_as_example(
+    wrapper: Wrapper, inputs: Sequence[torch.Tensor], *more: Any, method: str = "__call__", **options: Any
+) -> Any:
+    """Call a wrapper, or a method that takes the same, in the form of its example, with these inputs and `more`."""
     args, named = wrapper._form.fill(inputs)
-    return wrapper(*args, **named, **options)
+    return getattr(wrapper, method)(*args, *more, **named, **options)
 
 
 def not_finite(tensor: torch.Tensor) -> bool:
