@@ -59,6 +59,7 @@ KEYS = {
     "providers[].works": "whether it runs a small graph",
     "providers[].problem": "why it does not; else empty",
     "fixes": "commands that bring what is missing",
+    "summary": "what all of this comes to",
 }
 
 
@@ -77,6 +78,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     fixes = [f"pip install 'fxfeedback[{extra}]'" if extra else "pip install fxfeedback" for extra in missing]
     if len(of_torch["devices"]) > 1 and CUDA in broken:
         fixes.append("pip install 'onnxruntime-gpu[cuda,cudnn]'")
+    driver = _driver()
     return {
         "ok": "" not in missing,
         "python": platform.python_version(),
@@ -84,12 +86,25 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "fxfeedback": __version__,
         "packages": packages,
         **of_torch,
-        "driver": _driver(),
+        "driver": driver,
         "takes": takes,
         "not_cuda": why,
         "providers": providers,
         "fixes": fixes,
+        "summary": _summary(list(missing), takes, bool(driver)),
     }
+
+
+def _summary(missing: list[str], takes: str | None, has_driver: bool) -> str:
+    """What works, what does not, and where exported files run."""
+    if "" in missing:
+        return "something is missing that every use needs"
+    lacking = ", ".join(USES[extra] for extra in missing)
+    said = f"everything works but {lacking}" if lacking else "everything is installed and works"
+    if takes:
+        why = "" if takes == CUDA or has_driver else ", as there is no driver of NVIDIA's here"
+        said += f"; exported files run on {'the GPU' if takes == CUDA else 'the CPU'}{why}"
+    return said
 
 
 def _package(name: str, extra: str) -> dict[str, Any]:
@@ -193,5 +208,4 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
         yield f"{provider['name']}: {provider['problem'] or 'works'}"
     for fix in result["fixes"]:
         yield f"to do: {fix}"
-    if not result["fixes"]:
-        yield "nothing is missing"
+    yield f"in short: {result['summary']}"

@@ -9,13 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fxfeedback.commands.given import add_connections, add_model, add_tasks, read_network
+from fxfeedback.commands.given import add_connections, add_model, add_tasks, read_network, tasks
 from fxfeedback.commands.text import megabytes
+from fxfeedback.errors import OptionError
 
 EXAMPLES = [
     "fxfeedback draw resnet18 resnet18.svg --connect layer4:layer1",
     "fxfeedback draw resnet18 tasks.html --tasks 2 --gating channel",
     "fxfeedback draw steered steered.png",
+    "fxfeedback draw instructed two.svg --tasks 3,7",
     "fxfeedback draw vit_b_16 vit_b_16.html",
 ]
 KEYS = {"model": "MODEL, as given", "file": "what was drawn", "bytes": "its size"}
@@ -26,7 +28,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("file", metavar="FILE", help="FILE.svg, FILE.png or FILE.html")
     add_connections(parser)
-    add_tasks(parser)
+    add_tasks(parser, tasks_or_ids)
+
+
+def tasks_or_ids(text: str) -> Any:
+    """As for other commands, or 3,7: ids of the tasks that are drawn."""
+    return [number(part) for part in text.split(",")] if "," in text else tasks(text)
+
+
+def number(text: str) -> int:
+    """An id of a task."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no task's id, a whole number from 0 on")
+    return int(text)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -34,9 +48,18 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     import fxfeedback
     from fxfeedback.tracing.wrapper import Wrapper
 
-    network = read_network(arguments)
+    shown = arguments.tasks if isinstance(arguments.tasks, list) else None
+    if shown:
+        arguments.tasks = None
+        network = read_network(arguments)
+        if not any(isinstance(part, fxfeedback.BUTD) for part in network.modules()):
+            raise OptionError(
+                "--tasks 3,7 chooses among the tasks of a saved network: give a plain model --tasks N first"
+            )
+    else:
+        network = read_network(arguments)
     size = {"input_size": arguments.input_size} if arguments.input_size and not isinstance(network, Wrapper) else {}
-    fxfeedback.draw(network, arguments.file, **size)
+    fxfeedback.draw(network, arguments.file, **size, **({"tasks": shown} if shown else {}))
     return {"model": arguments.model, "file": arguments.file, "bytes": Path(arguments.file).stat().st_size}
 
 

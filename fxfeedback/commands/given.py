@@ -11,6 +11,7 @@ import re
 import sys
 import textwrap
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,16 +69,19 @@ def add_connections(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_tasks(parser: argparse.ArgumentParser) -> None:
-    """What `to_butd` takes."""
+def add_tasks(parser: argparse.ArgumentParser, read: Callable[[str], Any] | None = None) -> None:
+    """What `to_butd` takes; `read`: what else --tasks may say."""
     parser.add_argument(
         "--tasks",
-        metavar="N|classes",
-        type=tasks,
+        metavar="N|classes" if read is None else "N|classes|I,J",
+        type=read or tasks,
         help="how many tasks an instruction chooses from; classes: it is a vector over the model's own outputs",
     )
     parser.add_argument("--embedding", type=positive, nargs="+", metavar="N", help="instruction head: hidden sizes")
     parser.add_argument("--head", metavar="NODE", help="prediction head (default: the last layer all paths cross)")
+    parser.add_argument(
+        "--lateral", choices=["galu", "multiply", "add"], help="how sites gate each other (default galu)"
+    )
     parser.add_argument("--gating", choices=["unit", "channel"], help="what a gate opens (default unit)")
 
 
@@ -147,7 +151,7 @@ def read_network(arguments: argparse.Namespace, *kinds: type[Any]) -> Any:
         if not isinstance(model, fxfeedback.FeedbackModel):
             raise OptionError("--passes belongs to a model with connections: also give --connect")
         vars(model)["passes"] = arguments.passes
-    how: dict[str, Any] = {name: asked[name] for name in ("embedding", "head", "gating") if name in asked}
+    how: dict[str, Any] = {name: asked[name] for name in ("embedding", "head", "gating", "lateral") if name in asked}
     if "tasks" in asked:
         saved = isinstance(model, Wrapper) and "input_size" not in asked
         how |= {"example_inputs": _example_of(model)} if saved else {"input_size": arguments.input_size}

@@ -84,7 +84,7 @@ class Network:
 
     nodes: by name, in execution order. classes: module path -> name of its class. passes: 1 without connections.
     instruction: sizes from the instruction to what it arrives at, and the node whose counter neurons it sets.
-    separate: whether TD has weights of its own.
+    separate: whether TD has weights of its own. heads: of one per task, how many outputs each has.
     """
 
     title: str
@@ -94,6 +94,7 @@ class Network:
     passes: int = 1
     instruction: tuple[list[int], str] | None = None
     separate: bool = False
+    heads: tuple[int, ...] = ()
 
     @property
     def has_td(self) -> bool:
@@ -232,6 +233,8 @@ def _add_top_down(network: Network, model: BUTD) -> None:
     graphs = graphs_of(model)
     bu, options = graphs.bottom_up, graphs.options
     network.separate = options.weights == "separate"
+    if model.options.heads != "shared":
+        _add_heads(network, model.get_submodule("task_heads"), network.nodes[drawn_as(network, graphs.head)])
     if graphs.can_instruct:
         instructed = bu.below(graphs.sites) & bu.above(graphs.head)
         _mark(network, instructed - (set() if options.n_tasks is None else {graphs.head}), "instruction")
@@ -242,6 +245,13 @@ def _add_top_down(network: Network, model: BUTD) -> None:
         learning = graphs.learning_parameters()
         starts = [node for node in bu.parameters if str(node.target) in learning]
         _mark(network, bu.below(starts) & _above_outputs(bu), "error")
+
+
+def _add_heads(network: Network, heads: Any, head: Node) -> None:
+    """In the place of the model's own head: those of all tasks."""
+    network.heads = heads.sizes
+    head.op = f"{head.op} × {len(heads.sizes)}"
+    head.parameters = {f"task_heads.{name}": tuple(p.shape) for name, p in heads.named_parameters()}
 
 
 def _above_outputs(bu: BottomUp) -> set[fx.Node]:

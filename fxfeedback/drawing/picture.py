@@ -148,6 +148,14 @@ def summary(drawing: Drawing) -> list[str]:
     if drawing.active:
         units = sum(active.units for active in drawing.active.values())
         sentences.append(f"Instructions gate {units:,} units at {_counted(len(drawing.active), 'site')}.")
+        shown = drawing.tasks[:2]
+        if len(shown) < drawing.n_tasks:
+            sentences.append(f"{len(shown)} of {_counted(drawing.n_tasks, 'task')} shown.")
+        if len(shown) > 1:
+            sentences.append("Overlap: the cosine between the units that the two open, 1 where they are the same.")
+    if network.heads:
+        each = ", ".join(map(str, network.heads))
+        sentences.append(f"{len(network.heads)} prediction heads, one per task, with {each} outputs.")
     return sentences
 
 

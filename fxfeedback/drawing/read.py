@@ -22,12 +22,14 @@ from fxfeedback.tracing.modes import eval_mode
 class Drawing:
     """All that is drawn.
 
-    tasks, active: their names, and what they open, by node. image, effects: an input, and what connections do to it.
+    tasks, active: their names, and what they open, by node. n_tasks: how many there are. image, effects: an input, and
+    what connections do to it.
     """
 
     plan: Plan
     tasks: list[str] = field(default_factory=list)
     active: dict[str, Active] = field(default_factory=dict)
+    n_tasks: int = 0
     image: Map | None = None
     effects: list[Effect] = field(default_factory=list)
 
@@ -62,6 +64,7 @@ def read_drawing(
         drawing = Drawing(make_plan(network, root))
         if isinstance(model, BUTD):
             drawing.tasks, drawing.active = active_units(model, network, tasks)
+            drawing.n_tasks = max(model.options.n_tasks or 0, len(drawing.tasks))
         if isinstance(model, FeedbackModel) and x is not None:
             drawing.image, drawing.effects = read_effects(model, network, x)
     return drawing, open_at_first(root, network, depth)

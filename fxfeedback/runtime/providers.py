@@ -2,7 +2,9 @@
 
 import contextlib
 import ctypes
+import functools
 import io
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ def open_session(source: Path | bytes, providers: Any, options: Any, file: str) 
     if providers is not None:
         wanted = [_full(provider) for provider in ([providers] if isinstance(providers, str) else providers)]
         for name in map(_name, wanted):
-            reason = _not_there(name) or (_missing_libraries() if name == CUDA else "")
+            reason = _not_there(name) or (_no_driver() or _missing_libraries() if name == CUDA else "")
             if reason:
                 raise OptionError(f"the provider {name} cannot be used: {reason}")
         session = _load(source, wanted, options, file)
@@ -41,7 +43,11 @@ def open_session(source: Path | bytes, providers: Any, options: Any, file: str) 
             if name not in session.get_providers():
                 raise OptionError(f"the provider {name} cannot be used: {_broken(name)}")
         return session, ""
-    note = _not_there(CUDA) or _missing_libraries()
+    note = _not_there(CUDA)
+    if not note and _no_driver():
+        note = _no_driver()
+        _say_once(f"sessions run on the CPU, as there is no NVIDIA driver here ({note})")
+    note = note or _missing_libraries()
     if not note:
         try:
             session = _load(source, [CUDA, CPU], options, file)
@@ -87,6 +93,21 @@ def _not_there(name: str) -> str:
         return ""
     hint = " (pip install onnxruntime-gpu)" if name == CUDA else ""
     return f"this onnxruntime has {', '.join(there)}{hint}"
+
+
+@functools.cache
+def _no_driver() -> str:
+    """What says that NVIDIA's driver is not there, or nothing: without it ONNX Runtime only prints that it fails."""
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logging.getLogger("fxfeedback").warning("fxfeedback: %s", message)
 
 
 def _missing_libraries() -> str:
