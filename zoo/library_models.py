@@ -192,15 +192,17 @@ def _kornia(name: str, options: tuple[Any, ...]) -> nn.Module:
 
 def segmentation() -> Iterator[tuple[str, Model]]:
     """Every decoder of segmentation_models_pytorch, with a small encoder."""
-    import segmentation_models_pytorch as smp
-
     sizes = {"PAN": (3, 128, 128), "DPT": (3, 224, 224)}
     names = "Unet UnetPlusPlus MAnet Linknet FPN PSPNet PAN DeepLabV3 DeepLabV3Plus UPerNet Segformer DPT"
     for name in names.split():
-        encoder = "tu-vit_tiny_patch16_224" if name == "DPT" else "resnet18"
-        options = {"encoder_name": encoder, "encoder_weights": None, "classes": 3}
-        make = getattr(smp, name)
-        yield f"segmentation/{name}", Model(lambda make=make, options=options: make(**options), sizes.get(name, SIZE))
+        yield f"segmentation/{name}", Model(lambda name=name: _segmentation(name), sizes.get(name, SIZE))
+
+
+def _segmentation(name: str) -> nn.Module:
+    import segmentation_models_pytorch as smp
+
+    encoder = "tu-vit_tiny_patch16_224" if name == "DPT" else "resnet18"
+    return getattr(smp, name)(encoder_name=encoder, encoder_weights=None, classes=3)
 
 
 def open_clip() -> Iterator[tuple[str, Model]]:
