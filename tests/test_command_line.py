@@ -252,6 +252,24 @@ def test_butd_says_what_a_task_switches_on(capsys, files):
     assert (classes["n_tasks"], classes["instruction_size"], classes["parameters_added"]) == (None, 5, 0)
 
 
+FEEDBACK = {
+    "signs, batch": (["--td-weights", "sign", "--td-magnitude", "batch", "--td-scale", "0.1"], {"td_scale": 0.1}),
+    "own weights": (["--td-weights", "separate", "--td-decay", "0.1", "--td-clip", "1"], {"td_decay": 0.1}),
+    "weight mirror": (["--td-weights", "separate", "--td-learning", "weight_mirror"], {"td_learning": "weight_mirror"}),
+    "direct error": (["--td-weights", "direct", "--direct", "unit"], {"direct": "unit"}),
+    "": (["--instruction-learning", "straight-through"], {"instruction_learning": "straight-through"}),
+}
+
+
+@pytest.mark.parametrize("kind", FEEDBACK)
+def test_butd_takes_every_kind_of_feedback(capsys, tmp_path, kind):
+    flags, options = FEEDBACK[kind]
+    result = run(capsys, "butd", *CONVNET, "--tasks", "3", *flags, "--save", str(tmp_path / "saved"))
+    saved = fxfeedback.load(tmp_path / "saved").options
+    assert result["feedback"] == kind == saved.feedback[0]
+    assert {name: getattr(saved, name) for name in options} == options
+
+
 def test_exported_files_run_and_info_knows_them(capsys, files):
     x, session = torch.randn(3, 2, 6, 6), fxfeedback.runtime.Session
     lrm, instructed, task, learner = (

@@ -51,6 +51,12 @@ def test_the_feedback_tutorial():
     assert names["figure"].axes
 
 
+@pytest.mark.long  # what each kind computes: tests/test_feedback_weights.py, tests/test_direct_feedback.py
+def test_the_tutorial_of_feedback_weights():
+    names = run("tutorial_feedback_weights", "{code-cell}", 4)
+    assert {type(options) for options in names["KINDS"].values()} == {dict} and names["accuracy"] > 0.6
+
+
 @pytest.mark.long  # and tests/test_train_multi_mnist.py
 def test_the_instruction_tutorial():
     names = run("tutorial_instruction", "{code-cell}", 8)

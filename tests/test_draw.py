@@ -523,3 +523,17 @@ def test_missing_packages_say_what_to_install(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "igraph", None)
     with pytest.raises(ImportError, match=r"pip install 'fxfeedback\[draw\]'"):
         fxfeedback.draw(convnet(), tmp_path / "it.svg")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"weights": "separate", "td_learning": "fixed"}, ("fixed weights", "weights of its own")),
+        ({"weights": "sign", "td_magnitude": "batch"}, ("signs, batch", "the signs of the same weights")),
+        ({"weights": "direct"}, ("direct error", "the error at the logits, broadcast")),
+    ],
+    ids=str,
+)
+def test_a_picture_says_what_td_reads(options, said, tmp_path):
+    fxfeedback.draw(fxfeedback.to_butd(convnet(), 2, input_size=(2, 6, 6), **options), tmp_path / "picture.svg")
+    assert all(words in (tmp_path / "picture.svg").read_text() for words in said)

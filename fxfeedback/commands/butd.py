@@ -18,6 +18,7 @@ EXAMPLES = [
     "fxfeedback butd resnet18 --tasks 2",
     "fxfeedback butd resnet18 --tasks 40 --gating channel --embedding 50",
     "fxfeedback butd vgg11_bn --tasks classes --json",
+    "fxfeedback butd resnet18 --tasks 2 --td-weights sign --td-magnitude batch",
     "fxfeedback butd mnist:net --input-size 1x28x28 --tasks 2 --save instructed",
 ]
 KEYS = {
@@ -26,6 +27,7 @@ KEYS = {
     "n_tasks": "how many tasks there are; null: instructions are vectors over the model's own outputs",
     "instruction_size": "the length of an instruction",
     "gating": "unit or channel",
+    "feedback": "what TD reads in place of BU weights; empty: the BU weights",
     "head": "the prediction head, from which instructions run down",
     "sites[].name": "of a gating site",
     "sites[].shape": "of its value",
@@ -75,6 +77,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "n_tasks": butd.options.n_tasks,
         "instruction_size": graphs.instruction_size,
         "gating": butd.options.gating,
+        "feedback": butd.options.feedback[0],
         "head": name_of(graphs.head),
         "sites": [
             {"name": name_of(site), "shape": spec_of(site).sizes, "active": [_share([g[i]]) for g in gates]}
@@ -114,6 +117,8 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
     yield f"{Count(result['parameters'])} parameters, {Count(result['parameters_added'])} added"
     kind = "over the model's outputs" if result["n_tasks"] is None else f"for {several(result['n_tasks'], 'task')}"
     yield f"instruction: {several(result['instruction_size'], 'number')} {kind}, down from {result['head']}"
+    if result["feedback"]:
+        yield f"TD reads: {result['feedback']}"
     yield f"it reaches {several(len(sites), 'site')}" + (f", and not {', '.join(missed)}" if missed else "")
     skipped = result["not_updated"]
     yield f"an error updates {several(len(result['updated']), 'parameter tensor')}" + (

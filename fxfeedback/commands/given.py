@@ -24,6 +24,17 @@ SEED = 0
 """Random weights are drawn with it: the same command gives the same numbers."""
 
 
+OF_BUTD = {
+    **{
+        name: name
+        for name in ("embedding", "head", "gating", "lateral", "td_learning", "td_magnitude", "td_scale", "td_decay")
+    },
+    **{name: name for name in ("td_clip", "direct", "instruction_learning")},
+    "td_weights": "weights",
+}
+"""Argument -> the option of `to_butd` that it is."""
+
+
 # -- arguments --------------------------------------------------------------------------------------------------------
 
 
@@ -83,6 +94,28 @@ def add_tasks(parser: argparse.ArgumentParser, read: Callable[[str], Any] | None
         "--lateral", choices=["galu", "multiply", "add"], help="how sites gate each other (default galu)"
     )
     parser.add_argument("--gating", choices=["unit", "channel"], help="what a gate opens (default unit)")
+    add_feedback_weights(parser)
+
+
+def add_feedback_weights(parser: argparse.ArgumentParser) -> None:
+    """What TD reads in place of the weights."""
+    add, kinds = parser.add_argument, ["shared", "separate", "sign", "direct"]
+    add("--td-weights", choices=kinds, help="what TD reads: the weights (default), its own, their signs, or the error")
+    add("--td-learning", choices=["mirror", "fixed", "weight_mirror"], help="of separate weights (default mirror)")
+    add("--td-magnitude", choices=["uniform", "batch", "fixed"], help="of signs (default uniform)")
+    add("--td-scale", metavar="xavier|kaiming|X", type=scale, help="of magnitudes (default xavier)")
+    add("--td-decay", metavar="X", type=float, help="of mirrored weights and the BU weights (default 0)")
+    add("--td-clip", metavar="X", type=float, help="the largest value that a layer hands on (default: any)")
+    add("--direct", choices=["op", "unit"], help="where the error is broadcast to, of --td-weights direct (default op)")
+    add("--instruction-learning", choices=["fixed", "straight-through"], help="of the head (default fixed)")
+
+
+def scale(text: str) -> str | float:
+    """xavier, kaiming or a number"""
+    try:
+        return text if text in ("xavier", "kaiming") else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither xavier nor kaiming nor a number") from None
 
 
 def positive(text: str) -> int:
@@ -151,13 +184,14 @@ def read_network(arguments: argparse.Namespace, *kinds: type[Any]) -> Any:
         if not isinstance(model, fxfeedback.FeedbackModel):
             raise OptionError("--passes belongs to a model with connections: also give --connect")
         vars(model)["passes"] = arguments.passes
-    how: dict[str, Any] = {name: asked[name] for name in ("embedding", "head", "gating", "lateral") if name in asked}
+    how: dict[str, Any] = {OF_BUTD[name]: asked[name] for name in OF_BUTD if name in asked}
     if "tasks" in asked:
         saved = isinstance(model, Wrapper) and "input_size" not in asked
         how |= {"example_inputs": _example_of(model)} if saved else {"input_size": arguments.input_size}
         model = fxfeedback.to_butd(model, None if arguments.tasks == "classes" else arguments.tasks, **how)
     elif how:
-        raise OptionError(f"--{next(iter(how))} belongs to --tasks")
+        flag = next(name for name in OF_BUTD if name in asked)
+        raise OptionError(f"--{flag.replace('_', '-')} belongs to --tasks")
     if kinds and not any(isinstance(part, kinds) for part in model.modules()):
         flags = {fxfeedback.FeedbackModel: "--connect SOURCE:DESTINATION", fxfeedback.BUTD: "--tasks N"}
         raise OptionError(f"{arguments.model} is a plain model: give {' or '.join(flags[kind] for kind in kinds)}")

@@ -58,7 +58,7 @@ def closed_td_box(drawing: Drawing, box: Box) -> ET.Element:
         box, f"{box.name}ᵀ, the TD counterpart of {box.name}", TD if "instruction" in roles else PAPER, TD_EDGE
     )
     weights = [shape for node in box.nodes for shape in node.parameters.values() if len(shape) > 1]
-    _first_line(group, f"{box.name}ᵀ", "own weights" if drawing.network.separate and weights else "")
+    _first_line(group, f"{box.name}ᵀ", drawing.network.feedback[0] if weights else "")
     write(group, roles_in_words(roles), PAD, SECOND, SMALL, FAINT)
     return group
 

@@ -84,7 +84,8 @@ class Network:
 
     nodes: by name, in execution order. classes: module path -> name of its class. passes: 1 without connections.
     instruction: sizes from the instruction to what it arrives at, and the node whose counter neurons it sets.
-    separate: whether TD has weights of its own. heads: of one per task, how many outputs each has.
+    feedback: what TD reads in place of BU weights, in a word or two, and as the end of a sentence.
+    heads: of one per task, how many outputs each has.
     """
 
     title: str
@@ -93,7 +94,7 @@ class Network:
     arcs: list[Arc] = field(default_factory=list)
     passes: int = 1
     instruction: tuple[list[int], str] | None = None
-    separate: bool = False
+    feedback: tuple[str, str] = ("", "")
     heads: tuple[int, ...] = ()
 
     @property
@@ -232,7 +233,7 @@ def _add_top_down(network: Network, model: BUTD) -> None:
     """What the TD passes cross, and where the instruction comes in."""
     graphs = graphs_of(model)
     bu, options = graphs.bottom_up, graphs.options
-    network.separate = options.weights == "separate"
+    network.feedback = options.feedback
     if model.options.heads != "shared":
         _add_heads(network, model.get_submodule("task_heads"), network.nodes[drawn_as(network, graphs.head)])
     if graphs.can_instruct:

@@ -143,8 +143,7 @@ def summary(drawing: Drawing) -> list[str]:
         who = f"Passes {first} to {more[-1]} each compute" if more else f"Pass {first} computes"
         sentences.append(f"{who} {anew} nodes; the others are shared with an earlier pass.")
     if network.has_td:
-        weights = "weights of its own" if network.separate else "the same weights"
-        sentences.append(f"TD, beside BU, runs the other way on {weights}.")
+        sentences.append(f"TD, beside BU, runs the other way on {network.feedback[1]}.")
     if drawing.active:
         units = sum(active.units for active in drawing.active.values())
         sentences.append(f"Instructions gate {units:,} units at {_counted(len(drawing.active), 'site')}.")

@@ -182,6 +182,17 @@ class Options:
         return self.weights == "separate" and self.td_learning in (None, "mirror")
 
     @property
+    def feedback(self) -> tuple[str, str]:
+        """What TD reads in place of BU weights, in a word or two, and as the end of a sentence."""
+        own = {"fixed": "fixed weights", "weight_mirror": "weight mirror"}.get(self.td_learning or "", "own weights")
+        return {
+            "shared": ("", "the same weights"),
+            "separate": (own, "weights of its own"),
+            "sign": (f"signs, {self.td_magnitude or 'uniform'}", "the signs of the same weights"),
+            "direct": ("direct error", "the error at the logits, broadcast by random weights"),
+        }[self.weights]
+
+    @property
     def draws(self) -> bool:
         """Whether every training call draws magnitudes."""
         return self.weights == "sign" and self.td_magnitude == "batch"
