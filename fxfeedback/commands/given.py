@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fxfeedback.commands.feedback_weights import OF_BUTD, add_feedback_weights
 from fxfeedback.errors import CheckpointError, Error, OptionError
 
 if TYPE_CHECKING:
@@ -22,17 +23,6 @@ if TYPE_CHECKING:
 
 SEED = 0
 """Random weights are drawn with it: the same command gives the same numbers."""
-
-
-OF_BUTD = {
-    **{
-        name: name
-        for name in ("embedding", "head", "gating", "lateral", "td_learning", "td_magnitude", "td_scale", "td_decay")
-    },
-    **{name: name for name in ("td_clip", "direct", "instruction_learning")},
-    "td_weights": "weights",
-}
-"""Argument -> the option of `to_butd` that it is."""
 
 
 # -- arguments --------------------------------------------------------------------------------------------------------
@@ -95,27 +85,6 @@ def add_tasks(parser: argparse.ArgumentParser, read: Callable[[str], Any] | None
     )
     parser.add_argument("--gating", choices=["unit", "channel"], help="what a gate opens (default unit)")
     add_feedback_weights(parser)
-
-
-def add_feedback_weights(parser: argparse.ArgumentParser) -> None:
-    """What TD reads in place of the weights."""
-    add, kinds = parser.add_argument, ["shared", "separate", "sign", "direct"]
-    add("--td-weights", choices=kinds, help="what TD reads: the weights (default), its own, their signs, or the error")
-    add("--td-learning", choices=["mirror", "fixed", "weight_mirror"], help="of separate weights (default mirror)")
-    add("--td-magnitude", choices=["uniform", "batch", "fixed"], help="of signs (default uniform)")
-    add("--td-scale", metavar="xavier|kaiming|X", type=scale, help="of magnitudes (default xavier)")
-    add("--td-decay", metavar="X", type=float, help="of mirrored weights and the BU weights (default 0)")
-    add("--td-clip", metavar="X", type=float, help="the largest value that a layer hands on (default: any)")
-    add("--direct", choices=["op", "unit"], help="where the error is broadcast to, of --td-weights direct (default op)")
-    add("--instruction-learning", choices=["fixed", "straight-through"], help="of the head (default fixed)")
-
-
-def scale(text: str) -> str | float:
-    """xavier, kaiming or a number"""
-    try:
-        return text if text in ("xavier", "kaiming") else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither xavier nor kaiming nor a number") from None
 
 
 def positive(text: str) -> int:
