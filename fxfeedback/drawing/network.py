@@ -84,8 +84,7 @@ class Network:
 
     nodes: by name, in execution order. classes: module path -> name of its class. passes: 1 without connections.
     instruction: sizes from the instruction to what it arrives at, and the node whose counter neurons it sets.
-    feedback: what TD reads in place of BU weights, in a word or two, and as the end of a sentence.
-    heads: of one per task, how many outputs each has.
+    feedback: what TD reads, in a word or two, and as the end of a sentence. heads: of one per task, how many outputs.
     """
 
     title: str
