@@ -709,3 +709,13 @@ def test_transposed_convolutions_in_steps_are_what_they_are(convolution):
     model, x = with_predictions([Prediction("relu1", Sized().double(), scaling="sample", error=5.0)], steps=3), image()
     for one, exact in zip(model(x), model.unrolled()(x)[0], strict=True):
         assert_close(one, exact)
+
+
+def test_its_picture_has_an_arrow_down_for_each_prediction(tmp_path):
+    model = with_predictions(steps=3).eval()
+    for network in (model, fxfeedback.to_butd(model, n_tasks=2, input_size=(3, 10, 12))):
+        fxfeedback.draw(network, tmp_path / "picture.svg")
+        picture = (tmp_path / "picture.svg").read_text()
+        first = "input" if network is model else "inputs"
+        assert f"1: prediction relu1 → {first}; " in picture and "2: prediction relu2 → relu1; " in picture
+        assert "2 predictions with 441 parameters; 3 steps." in picture

@@ -1,7 +1,9 @@
 """Pictures of networks: what `fxfeedback.draw` is made of.
 
 read.py        everything that a picture of a model shows:
-network.py         its nodes and connections, and what passes and instructions do at each node
+parts.py           what a picture is of: nodes, arcs, the network
+network.py         its nodes and arcs, and what passes and instructions do at each node
+arcs.py            its connections and predictions, and which passes compute each node
 tasks.py           which units each task's instruction opens
 effects.py         what each connection does to an image
 boxes.py       nodes in the boxes of their modules, and which boxes are open

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from fxfeedback.drawing.network import Network, Node, count
+from fxfeedback.drawing.parts import Network, Node, count
 
 MOST_BOXES = 30
 """About how many boxes a picture, in which no reader can open more, shows at most."""

@@ -30,14 +30,15 @@ def draw(
     The BU graph runs from the bottom to the top: a box for each node, with its name, op, output shape and number of
     parameters, in boxes of the model's modules, of which a picture shows some closed. Of a model with connections the
     picture shows these as arcs, and of each node the passes that compute it; the others share an earlier one's value.
+    Predictions are arrows down to what is predicted.
     Of a BU-TD network it shows the TD graph beside it, what the instruction and the error reach, and at each gating
     site which share of its units two tasks open, and their overlap: the cosine between the two tasks' 0/1 vectors of
     active units. In a page modules fold and open, and any two tasks can be chosen. A page is a single file that
     loads nothing else.
 
     Args:
-        model: what `add_feedback` or `to_butd` returned, or a plain model. Of a model of which `add_feedback` could
-            rewrite a part, that part is drawn.
+        model: what `add_feedback`, `add_prediction` or `to_butd` returned, or a plain model. Of a model of which
+            `add_feedback` could rewrite a part, that part is drawn.
         path: the file, which is replaced atomically.
         x: an input (1, C, H, W) or (C, H, W) of a model with connections, or its inputs: the picture then shows what
             each connection does to it in the last pass. Of a batch the first is taken.

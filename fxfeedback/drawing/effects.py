@@ -14,7 +14,7 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap
 from PIL import Image
 from torch import fx
 
-from fxfeedback.drawing.network import Arc, Network
+from fxfeedback.drawing.parts import Arc, Network
 from fxfeedback.errors import InputError, OptionError
 from fxfeedback.graph.layout import layout_of
 from fxfeedback.graph.nodes import find_node

@@ -9,7 +9,7 @@ from xml.etree import ElementTree as ET
 
 from fxfeedback.drawing.boxes import Box
 from fxfeedback.drawing.lengths import BAR, HEIGHT, INSET, MARGIN, PAD, PORT, SITE_HEIGHT, WIDTH
-from fxfeedback.drawing.network import Arc, Network
+from fxfeedback.drawing.parts import Arc, Network
 from fxfeedback.drawing.places import Point
 from fxfeedback.drawing.read import Drawing
 from fxfeedback.drawing.svg import across, add, bent, curve, line, write
@@ -18,9 +18,9 @@ from fxfeedback.drawing.text import fitted, fitted_name, short_number, sizes, wi
 INK, FAINT, LINE, EDGE, PAPER, INSIDE = "#1a1a1a", "#555555", "#777777", "#b5b5b5", "#ffffff", "#fafafa"
 ANEW, ANEW_EDGE = "#dcf0fb", "#0072B2"  # computed again in a later pass
 TD, TD_EDGE = "#f7e8f0", "#a8447c"
-FEEDBACK, SKIP = "#D55E00", "#009E73"
+FEEDBACK, SKIP, PREDICTION = "#D55E00", "#009E73", "#56B4E9"
 TASKS = ("#E69F00", "#0072B2")  # of the two tasks that are shown at a time
-ARROWS = (LINE, TD_EDGE, FEEDBACK, SKIP)
+ARROWS = (LINE, TD_EDGE, FEEDBACK, SKIP, PREDICTION)
 DASHED, DOTTED = "6 4", "2 3"  # skip connections; lateral connections
 
 NAME, SMALL, TINY = 12, 10.5, 10  # sizes of text
@@ -177,8 +177,8 @@ def badge(connection: Arc, x: float = 0, y: float = 0) -> ET.Element:
 
 
 def colour_of(connection: Arc) -> str:
-    """The colour of a feedback or skip connection."""
-    return FEEDBACK if connection.feedback else SKIP
+    """The colour of a feedback or skip connection or a prediction."""
+    return PREDICTION if connection.predicts else FEEDBACK if connection.feedback else SKIP
 
 
 def lateral(points: Sequence[Point], free: bool) -> ET.Element:
@@ -207,6 +207,8 @@ def legend(drawing: Drawing) -> list[tuple[ET.Element, str]]:
         found.append((line("M1,0H19", FEEDBACK, width=2), "feedback"))
     if "skip" in kinds:
         found.append((line("M1,0H19", SKIP, width=2, dashes=DASHED), "skip connection"))
+    if "prediction" in kinds:
+        found.append((line("M1,0H19", PREDICTION, width=2), "prediction of what lies below"))
     added = next((connection for connection in network.arcs if connection.added), None)
     if added:
         found.append((badge(added, 10), "added, and not multiplied"))

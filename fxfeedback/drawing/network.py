@@ -1,22 +1,22 @@
-"""What is drawn: a model's nodes, its connections, and what passes and instructions do at each node."""
+"""What is drawn of a model: its nodes, its arcs, and what passes and instructions do at each node."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx, nn
 
 from fxfeedback.butd import BUTD, graphs_of
-from fxfeedback.drawing.text import short_number
+from fxfeedback.drawing.arcs import add_passes, add_predictions
+from fxfeedback.drawing.parts import Network, Node, drawn_as
 from fxfeedback.errors import OptionError
 from fxfeedback.graph.bottom_up import BottomUp
-from fxfeedback.graph.nodes import find_node, is_named, name_of, pass_of, specs_of
+from fxfeedback.graph.nodes import is_named, name_of, specs_of
 from fxfeedback.graph.shapes import annotate_shapes
 from fxfeedback.graph.specs import Spec
 from fxfeedback.graph.structures import unpack_tuples
 from fxfeedback.instructed.graphs import Graphs
-from fxfeedback.lrm.feedback_model import FeedbackModel, bottom_up_of
+from fxfeedback.lrm.feedback_model import FeedbackModel
+from fxfeedback.predictive.predictive_model import PredictiveModel
 from fxfeedback.tracing.arguments import example_form
 from fxfeedback.tracing.doors import door_of
 from fxfeedback.tracing.examples import examples_of
@@ -24,90 +24,6 @@ from fxfeedback.tracing.names import op_name
 from fxfeedback.tracing.share import share
 from fxfeedback.tracing.trace_at_size import trace_for
 from fxfeedback.tracing.wrapper import Wrapper, example_of, net_of, stand_ins_of, wanted_door_of
-
-
-@dataclass
-class Node:
-    """One node of the BU graph that makes a tensor.
-
-    name: as `node_names` gives it. module: the one whose code made it, of a parameter the first that reads it.
-    op: what it is called; call: with its settings. shape: without the batch, None for another size that depends on it.
-    parameters: name -> shape. reads: the nodes whose tensors it takes.
-    computed: the passes that compute it; the others share an earlier pass's value.
-    roles: "instruction", "error": the TD passes that cross it. site: whether it is a gating site.
-    """
-
-    name: str
-    module: str
-    op: str
-    call: str
-    shape: tuple[int | None, ...] | None
-    parameters: dict[str, tuple[int, ...]]
-    reads: tuple[str, ...]
-    computed: frozenset[int] = frozenset({1})
-    roles: frozenset[str] = frozenset()
-    site: bool = False
-
-
-@dataclass(frozen=True)
-class Arc:
-    """A connection between two nodes; `given` is how the user wrote it, `parameters` how many its block has; `added`:
-    what it brings is added and not multiplied."""
-
-    number: int
-    source: str
-    destination: str
-    given: tuple[str, str]
-    feedback: bool
-    parameters: int
-    added: bool = False
-
-    @property
-    def kind(self) -> str:
-        """What is said of it: feedback or skip."""
-        return "feedback" if self.feedback else "skip"
-
-    @property
-    def size(self) -> str:
-        """1.2k parameters, added"""
-        return f"{short_number(self.parameters)} parameters" + ", added" * self.added
-
-    @property
-    def arrow(self) -> str:
-        """From where to where, as the user wrote it: fc → conv1"""
-        return " → ".join(self.given)
-
-
-@dataclass
-class Network:
-    """A model as it is drawn.
-
-    nodes: by name, in execution order. classes: module path -> name of its class. passes: 1 without connections.
-    instruction: sizes from the instruction to what it arrives at, and the node whose counter neurons it sets.
-    feedback: what TD reads, in a word or two, and as the end of a sentence. heads: of one per task, how many outputs.
-    """
-
-    title: str
-    nodes: dict[str, Node]
-    classes: dict[str, str]
-    arcs: list[Arc] = field(default_factory=list)
-    passes: int = 1
-    instruction: tuple[list[int], str] | None = None
-    feedback: tuple[str, str] = ("", "")
-    heads: tuple[int, ...] = ()
-
-    @property
-    def has_td(self) -> bool:
-        """Whether there is a TD graph."""
-        return any(node.roles for node in self.nodes.values())
-
-    def readers(self) -> dict[str, list[str]]:
-        """Node name -> the nodes that read it."""
-        readers: dict[str, list[str]] = {name: [] for name in self.nodes}
-        for node in self.nodes.values():
-            for source in node.reads:
-                readers[source].append(node.name)
-        return readers
 
 
 def converted(model: nn.Module) -> nn.Module:
@@ -133,7 +49,7 @@ def read_network(
     else:
         form, examples = example_form(model, examples_of(model, input_size, example_inputs))
     within = net_of(model) if isinstance(model, BUTD) else model
-    plain = net_of(within) if isinstance(within, FeedbackModel) else within
+    plain = net_of(within) if isinstance(within, (FeedbackModel, PredictiveModel)) else within
     door = next((wanted_door_of(each) for each in (within, model) if isinstance(each, Wrapper)), None)
     traced, _ = trace_for(share(plain), examples, form, door)
     annotate_shapes(traced, examples)
@@ -142,7 +58,9 @@ def read_network(
     by = " by torch.export" if door_of(traced) == "export" else ""
     network = Network(type(plain).__name__ + by, _nodes(traced), classes)
     if isinstance(within, FeedbackModel):
-        _add_passes(network, within)
+        add_passes(network, within)
+    if isinstance(within, PredictiveModel):
+        add_predictions(network, within)
     if isinstance(model, BUTD):
         _add_top_down(network, model)
     return network
@@ -200,31 +118,6 @@ def _shape(node: fx.Node) -> tuple[int | None, ...] | None:
     return spec.sizes[1:] if spec.sizes[:1] == (None,) else spec.sizes
 
 
-# -- passes -----------------------------------------------------------------------------------------------------------
-
-
-def _add_passes(network: Network, model: FeedbackModel) -> None:
-    """The connections, and which passes compute each node."""
-    graph = bottom_up_of(model).graph
-    network.passes = model.passes
-    order = {name: i for i, name in enumerate(network.nodes)}
-    for number, connection in enumerate(model.connections, 1):
-        given = connection.source, connection.destination
-        source, destination = (drawn_name(network, name_of(find_node(graph, name))) for name in given)
-        block = model.modulation(*given)
-        size = sum(p.numel() for p in block.parameters())
-        feedback = order[source] >= order[destination]
-        network.arcs.append(Arc(number, source, destination, given, feedback, size, connection.mode == "add"))
-    passes: dict[str, set[int]] = {}
-    for node in model.unrolled().graph.nodes:
-        if node.op.startswith("call") and is_named(node):
-            passes.setdefault(name_of(node), set()).add(pass_of(node) or 1)
-    for name, node in network.nodes.items():
-        # A node that evaluation mode leaves out, such as dropout, is computed in the passes that compute its inputs.
-        inherited = frozenset({1}).union(*(network.nodes[source].computed for source in node.reads))
-        node.computed = frozenset(passes[name]) if name in passes else inherited
-
-
 # -- the TD graph -----------------------------------------------------------------------------------------------------
 
 
@@ -273,28 +166,3 @@ def _instruction(network: Network, model: BUTD, graphs: Graphs) -> tuple[list[in
     linear = [layer for layer in model.instruction_head.modules() if isinstance(layer, nn.Linear)]
     top = graphs.head.all_input_nodes[0]
     return sizes + [layer.out_features for layer in linear], drawn_as(network, top)
-
-
-def drawn_as(network: Network, node: fx.Node) -> str:
-    """The drawn node to which a node of an opened graph, in any of its passes, belongs.
-
-    A node that a connection adds has a name that no drawn node has, and belongs to what the first of its inputs belongs
-    to. '' if none of them belongs to a drawn node.
-    """
-    name = drawn_name(network, name_of(node) if is_named(node) else "")
-    return name or next(filter(None, (drawn_as(network, source) for source in node.all_input_nodes)), "")
-
-
-def drawn_name(network: Network, name: str) -> str:
-    """The drawn node of this name, or the one whose name this name continues, as layer4.1.relu.pass2; '' if none."""
-    while name and name not in network.nodes:
-        name = name.rpartition(".")[0]
-    return name
-
-
-def count(parameters: Iterable[dict[str, tuple[int, ...]]]) -> int:
-    """How many numbers the parameters have together; a parameter that several nodes share counts once."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for some in parameters:
-        shapes |= some
-    return sum(math.prod(shape) for shape in shapes.values())

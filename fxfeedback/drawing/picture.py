@@ -11,7 +11,7 @@ from fxfeedback.drawing.boxes import Box
 from fxfeedback.drawing.effects import SIDE, Map
 from fxfeedback.drawing.lengths import LANE, MARGIN
 from fxfeedback.drawing.marks import FAINT, INK, NAME, SMALL
-from fxfeedback.drawing.network import count
+from fxfeedback.drawing.parts import count
 from fxfeedback.drawing.places import Places, Rect, place
 from fxfeedback.drawing.read import Drawing
 from fxfeedback.drawing.svg import NAMESPACE, add, canvas, write
@@ -135,8 +135,10 @@ def summary(drawing: Drawing) -> list[str]:
     sentences = [f"{short_number(count(node.parameters for node in nodes))} parameters in {len(nodes)} nodes."]
     if network.arcs:
         blocks = short_number(sum(connection.parameters for connection in network.arcs))
-        connections = _counted(len(network.arcs), "connection")
-        sentences.append(f"{connections} with {blocks} parameters; {_counted(network.passes, 'pass', 'passes')}.")
+        predict = network.arcs[0].predicts
+        arcs = _counted(len(network.arcs), "prediction" if predict else "connection")
+        runs = _counted(network.steps, "step") if predict else _counted(network.passes, "pass", "passes")
+        sentences.append(f"{arcs} with {blocks} parameters; {runs}.")
     later = range(2, network.passes + 1)
     for anew, group in itertools.groupby(later, lambda number: sum(number in node.computed for node in nodes)):
         first, *more = group

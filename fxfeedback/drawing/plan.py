@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from fxfeedback.drawing.boxes import Box
-from fxfeedback.drawing.network import Network
+from fxfeedback.drawing.parts import Network
 from fxfeedback.drawing.rows import Rows, in_rows
 
 

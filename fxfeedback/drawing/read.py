@@ -10,7 +10,8 @@ from torch import nn
 from fxfeedback.butd import BUTD
 from fxfeedback.drawing.boxes import Box, in_boxes, open_at_first
 from fxfeedback.drawing.effects import Effect, Map, read_effects
-from fxfeedback.drawing.network import Network, converted, read_network
+from fxfeedback.drawing.network import converted, read_network
+from fxfeedback.drawing.parts import Network
 from fxfeedback.drawing.plan import Plan, make_plan
 from fxfeedback.drawing.tasks import Active, active_units
 from fxfeedback.errors import OptionError

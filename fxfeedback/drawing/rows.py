@@ -11,7 +11,7 @@ import igraph
 import networkx as nx
 
 from fxfeedback.drawing.boxes import Box
-from fxfeedback.drawing.network import Network
+from fxfeedback.drawing.parts import Network
 
 DENSE = 3
 """With more wires per item than this, those are left out that a path through other items replaces."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fxfeedback.butd import BUTD, graphs_of, instruction_of
-from fxfeedback.drawing.network import Network, drawn_as
+from fxfeedback.drawing.parts import Network, drawn_as
 from fxfeedback.errors import OptionError
 
 MOST_TASKS = 10
