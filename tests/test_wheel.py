@@ -1,6 +1,7 @@
 """What is in the wheel, and that it works where nothing of the checkout is."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from fxfeedback.checks import renamed_argument
+from fxfeedback.errors import OptionError
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fxfeedback"
@@ -63,6 +67,8 @@ def installed(tmp_path_factory):
     subprocess.run([*pip, "--python", python, "install", *offline, wheel], check=True, capture_output=True)
     # Only now, so that pip does not see this environment's package; the lines of its .pth files are not read.
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    source = "from setuptools import build_meta; build_meta.build_sdist('..')"
+    subprocess.run([sys.executable, "-c", source], cwd=folder / "clone", check=True, capture_output=True)
     with zipfile.ZipFile(wheel) as archive:
         yield folder / "env/bin", {Path(name) for name in archive.namelist() if name.startswith("fxfeedback/")}
 
@@ -92,3 +98,47 @@ def test_an_installed_wheel_works(installed, tmp_path):
     fxfeedback("draw", "saved", "net.html")
     assert "<svg" in (tmp_path / "net.html").read_text()
     run(commands / "python", "-c", USED)
+
+
+@pytest.mark.long
+def test_an_index_takes_both_distributions_and_the_wheel_of_the_source_is_the_same(installed, tmp_path):
+    folder = installed[0].parents[1]
+    [wheel], [source] = (sorted(folder.glob(kind)) for kind in ("*.whl", "*.tar.gz"))
+    done = subprocess.run(
+        [sys.executable, "-m", "twine", "check", "--strict", wheel, source], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
+    subprocess.run([*pip, "--wheel-dir", tmp_path, source], check=True, capture_output=True)
+    [again] = tmp_path.glob("*.whl")
+    first, second = (set(zipfile.ZipFile(file).namelist()) for file in (wheel, again))
+    assert first == second
+
+
+def test_the_long_description_leads_nowhere_that_is_not_there():
+    described = long_description()
+    assert "https://" in described and not re.search(r"\]\((?!https?:)", described) and "![" not in described
+    assert described.count("```") == (ROOT / "README.md").read_text().count("```")
+
+
+def long_description() -> str:
+    """What setup.py says, without running setup()."""
+    names: dict[str, object] = {"__file__": str(ROOT / "setup.py")}
+    exec((ROOT / "setup.py").read_text().rpartition("setup(")[0], names)
+    return names["described"]()  # type: ignore[operator]
+
+
+def test_old_names_work_and_say_the_new_one():
+    @renamed_argument("size", "input_size", "0.4")
+    def front(input_size=3):
+        """What it does."""
+        return input_size
+
+    with pytest.warns(
+        DeprecationWarning, match="size= is deprecated and will be gone in fxfeedback 0.4: use input_size="
+    ) as said:
+        assert front(size=5) == 5
+    assert said[0].filename == __file__
+    with pytest.raises(OptionError, match="are one argument"):
+        front(size=5, input_size=5)
+    assert front(7) == front(input_size=7) == 7 and front() == 3 and front.__doc__ == "What it does."

@@ -58,8 +58,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             )
     else:
         network = read_network(arguments)
-    size = {"input_size": arguments.input_size} if arguments.input_size and not isinstance(network, Wrapper) else {}
-    fxfeedback.draw(network, arguments.file, **size, **({"tasks": shown} if shown else {}))
+    how: dict[str, Any] = {"tasks": shown} if shown else {}
+    if arguments.input_size and not isinstance(network, Wrapper):
+        how["input_size"] = arguments.input_size
+    fxfeedback.draw(network, arguments.file, **how)
     return {"model": arguments.model, "file": arguments.file, "bytes": Path(arguments.file).stat().st_size}
 
 
