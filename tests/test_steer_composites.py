@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
@@ -23,6 +22,7 @@ from fxfeedback import composites
 from fxfeedback.composites import KINDS, TripletDataset, steerability
 from fxfeedback.errors import InputError, OptionError
 from fxfeedback.prototypes.moments import Moments
+from small_data import write_classes
 
 TINY = ["--steps", "3", "--batch-size", "16", "--test-size", "20", "--strengths", "0.5", "2", "--device", "cpu"]
 RESULTS = {"results.csv", "results.json", "steering.png"}
@@ -370,19 +370,10 @@ def test_a_diverging_loss_stops_the_job(tmp_path: Path, capsys: pytest.CaptureFi
 # --- pictures
 
 
-def write_pictures(root: Path, classes: list[str], count: int = 2) -> Path:
-    random = np.random.default_rng(0)
-    for name in classes:
-        (root / name).mkdir(parents=True)
-        for i in range(count):
-            Image.fromarray(random.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(root / name / f"{i}.png")
-    return root
-
-
 def test_a_folder_of_pictures_with_a_published_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data, out = write_pictures(tmp_path / "data", ["7", "497", "574"]), tmp_path / "out"
+    data, out = write_classes(tmp_path / "data", ["7", "497", "574"]), tmp_path / "out"
     asked = []
 
     def read(url: str, *args: object) -> dict:
@@ -399,7 +390,7 @@ def test_a_folder_of_pictures_with_a_published_network(
     assert [row["kind"] for row in rows] == list(KINDS) and all(row["composites"] == "2" for row in rows)
     assert 1 <= float(rows[0]["rank_steered"]) <= 1000 and "hallucinated" in capsys.readouterr().out
     assert steer_composites.main([*flags, "--prototypes", str(data)]) == 0
-    named = write_pictures(tmp_path / "named", ["cat", "dog", "497"])
+    named = write_classes(tmp_path / "named", ["cat", "dog", "497"])
     assert steer_composites.main([*flags, "--data", str(named)]) == 1
     assert "give all 1000 of ImageNet, or name them by their classes' numbers" in capsys.readouterr().err
     assert steer_composites.main([*flags, "--data", str(tmp_path / "nowhere")]) == 1
