@@ -126,6 +126,7 @@ def test_json_has_the_documented_keys(files, capsys, monkeypatch, tmp_path):
     runs = {
         "nodes": [CONVNET, [*CONVNET, "--opened"]],
         "feedback": [[*CONVNET, *CONNECT]],
+        "predict": [[*CONVNET, "--at", "1", "3"]],
         "butd": [[files / "butd"]],
         "export": [[files / "lrm", tmp_path / "lrm.onnx"]],
         "draw": [[files / "lrm", tmp_path / "lrm.svg"]],
@@ -208,6 +209,33 @@ def test_nodes_of_a_model_of_which_only_parts_can_be_traced(capsys):
     result = run(capsys, "nodes", name)
     assert result["parts"] == ["backbone"]
     assert "backbone.body.4.block.0.0" in [node["name"] for node in result["nodes"]]
+
+
+def test_predict_says_what_steps_compute(capsys, tmp_path):
+    arguments = [
+        *CONVNET,
+        "--at",
+        "1",
+        "3",
+        "--steps",
+        "3",
+        "--scaling",
+        "sample",
+        "--code",
+        "--save",
+        tmp_path / "kept",
+    ]
+    result = run(capsys, "predict", *arguments)
+    saved = fxfeedback.load(tmp_path / "kept")
+    assert result["parameters_added"] == sum(p.numel() for p in saved.predictors.parameters())
+    assert [(one["node"], one["scaling"]) for one in result["predictions"]] == [("1", "sample"), ("3", "sample")]
+    assert result["predictions"][1]["target"] == "1" and result["code"] == saved.eval().unrolled().code
+    first, second, last = (step["operations"] for step in result["steps"])
+    assert first != second == last  # from step 1 on: what lies above the first prediction, and predictions before it
+    again = run(capsys, "predict", tmp_path / "kept", "--steps", "2")
+    assert len(again["steps"]) == 2 and again["predictions"] == result["predictions"]
+    file = run(capsys, "export", tmp_path / "kept", tmp_path / "kept.onnx", "--no-check")
+    assert file["product"] == "predictive" and len(file["outputs"]) == 3
 
 
 def test_feedback_says_what_passes_share_and_cost(capsys, tmp_path):
@@ -422,6 +450,8 @@ MISTAKES = {
     "cut safetensors": (["nodes", "here:net", "--weights", "cut.safetensors"], 1, "is damaged or no checkpoint"),
     "no size": (["nodes", "here:net", "--input-size", "0"], 2, "'0' is not a whole number from 1 on"),
     "wrong size": (["nodes", "here:net", "--input-size", "5"], 1, "does not run on an input of size"),
+    "no prediction": (["predict", "here:net"], 2, "has no predictions: give --at"),
+    "a scaling of nothing": (["predict", "here:net", "--scaling", "mean"], 2, "has no predictions: give --at"),
     "no connection": (["feedback", "here:net"], 2, "is a plain model: give --connect"),
     "half a connection": (["feedback", "here:net", "--connect", "2"], 2, "give SOURCE:DESTINATION"),
     "unknown node": (["feedback", "here:net", "--connect", "2:zero"], 2, "no node is called 'zero'"),

@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     of_learner: dict[str, Any] = {name: given[name] for name in names if given[name] is not None}
     if of_learner and not arguments.learner:
         raise OptionError(f"--{next(iter(of_learner)).replace('_', '-')} belongs to --learner")
-    network = read_network(arguments, fxfeedback.FeedbackModel, fxfeedback.BUTD)
+    network = read_network(arguments, fxfeedback.FeedbackModel, fxfeedback.BUTD, fxfeedback.PredictiveModel)
     dynamic_batch = not arguments.fixed_batch
     if arguments.learner:
         others = ("steerable", "dynamic_size", "stateful", "outputs", "opset", "task")

@@ -128,7 +128,7 @@ def read_network(arguments: argparse.Namespace, *kinds: type[Any]) -> Any:
 
     Args:
         arguments: parsed.
-        kinds: FeedbackModel or BUTD, what it or a part of it must be; none: a plain model will do.
+        kinds: FeedbackModel, PredictiveModel or BUTD, what it or a part of it must be; none: a plain model will do.
 
     Raises:
         OptionError: it is none of these kinds.
@@ -163,7 +163,9 @@ def read_network(arguments: argparse.Namespace, *kinds: type[Any]) -> Any:
         raise OptionError(f"--{flag.replace('_', '-')} belongs to --tasks")
     if kinds and not any(isinstance(part, kinds) for part in model.modules()):
         flags = {fxfeedback.FeedbackModel: "--connect SOURCE:DESTINATION", fxfeedback.BUTD: "--tasks N"}
-        raise OptionError(f"{arguments.model} is a plain model: give {' or '.join(flags[kind] for kind in kinds)}")
+        raise OptionError(
+            f"{arguments.model} is a plain model: give {' or '.join(flags[kind] for kind in kinds if kind in flags)}"
+        )
     return model.eval()
 
 

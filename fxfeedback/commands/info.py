@@ -16,6 +16,7 @@ from fxfeedback.file_facts import check_texts, data_files, existing, read_metada
 EXAMPLES = ["fxfeedback info lrm.onnx", "fxfeedback info learner.onnx --json"]
 PRODUCTS = {
     "lrm": "the passes of a model with connections",
+    "predictive": "the steps of a model with predictions",
     "instructed": "an instructed network",
     "task": "one task's network",
     "learner": "a step of learning",

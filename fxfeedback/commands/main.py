@@ -21,6 +21,7 @@ from fxfeedback.version import __version__
 COMMANDS = {
     "nodes": "name a model's nodes, and which may be connected",
     "feedback": "add connections, and say what each pass computes",
+    "predict": "let nodes predict what lies below, and say what each step computes",
     "butd": "derive an instructed network, and say what its tasks switch on",
     "export": "write a network as an ONNX file",
     "draw": "draw a network",
@@ -104,7 +105,7 @@ def _say_warning(message: Warning | str, *where: Any, **more: Any) -> None:
 
 FLAGS = {"n_tasks": "--tasks"} | {
     name: f"--{name.replace('_', '-')}"
-    for name in ("input_size", "passes", "embedding", "head", "gating", "task", "steerable", "dynamic_size")
+    for name in ("input_size", "passes", "steps", "embedding", "head", "gating", "task", "steerable", "dynamic_size")
 }
 """Arguments in Python, and what they are called here."""
 

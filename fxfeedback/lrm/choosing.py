@@ -31,7 +31,7 @@ from fxfeedback.lrm.feedback_model import FeedbackModel, bottom_up_of
 from fxfeedback.rules import RULES
 from fxfeedback.tracing.examples import examples_of
 from fxfeedback.tracing.open_modules import open_modules
-from fxfeedback.tracing.wrapper import net_of, stand_ins_of
+from fxfeedback.tracing.wrapper import Wrapper, net_of, stand_ins_of
 
 HEAVY = 0.1
 """The part of a model's parameters from which on a connection's block is heavy."""
@@ -225,12 +225,17 @@ def sized(model: FeedbackModel) -> list[str]:
 
 def operations_of_passes(model: FeedbackModel) -> list[int]:
     """The floating-point operations of each pass for one image, a multiplication and an addition as two; no data."""
+    return operations_of_runs(model, "passes", model.passes)
+
+
+def operations_of_runs(model: Wrapper, option: str, runs: int) -> list[int]:
+    """The same of a model that takes the number of its runs as this option of the call."""
     empty = copy.deepcopy(model).to("meta")
     inputs = stand_ins_of(empty)
     totals = [0]
-    for number in range(1, model.passes + 1):
-        empty(*inputs, passes=number)  # makes its graph, which is not to be counted
+    for number in range(1, runs + 1):
+        empty(*inputs, **{option: number})  # makes its graph, which is not to be counted
         with FlopCounterMode(display=False) as counter:
-            empty(*inputs, passes=number)
+            empty(*inputs, **{option: number})
         totals.append(counter.get_total_flops())
     return [after - before for before, after in itertools.pairwise(totals)]

@@ -170,8 +170,10 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, list[tuple[str, str, dict[str, 
             how |= {"learn_multipliers": wrapper.learn_multipliers, "detach_error": wrapper.detach_error}
         elif isinstance(wrapper, BUTD):
             how |= {field.name: getattr(wrapper.options, field.name) for field in fields(Options)}
-        kind = FeedbackModel if isinstance(wrapper, FeedbackModel) else BUTD  # of published classes as well
-        wrappers.append((path, kind.__name__, how))
+        kind = next(
+            name for name, kind in WRAPPERS.items() if isinstance(wrapper, kind)
+        )  # of published classes as well
+        wrappers.append((path, kind, how))
         model = put(model, path, net_of(wrapper))
 
 
