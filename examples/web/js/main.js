@@ -10,8 +10,9 @@ import { teaching } from "./teaching.js";
 const DATA = "data";
 
 async function main() {
-  const [about, tests, lesson] = await Promise.all([
+  const [about, words, tests, lesson] = await Promise.all([
     fetched(`${DATA}/page.json`).then((answer) => answer.json()),
+    fetched(`${DATA}/words.json`).then((answer) => answer.json()),
     readDigits(`${DATA}/test_digits.bin`),
     readDigits(`${DATA}/lesson_digits.bin`),
   ]);
@@ -25,7 +26,7 @@ async function main() {
   const pairs = tests.slice(0, half).map((digit, i) => [digit, tests[half + i]]);
 
   followers = await Promise.all([
-    steering(DATA, about.steering, about.measured.steering, pair),
+    steering(DATA, about.steering, words, about.measured.steering, pair),
     instruction(DATA, about.instructed, about.measured.instructed, pair),
     teaching(DATA, lesson, pairs, pair),
   ]);
