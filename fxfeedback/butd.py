@@ -51,6 +51,7 @@ def to_butd(
     td_bias: bool = False,
     norm: str = "shared",
     lateral: str | Lateral = "galu",
+    counter_scale: str | None = None,
     gating: str = "unit",
     heads: str | Sequence[int] = "shared",
     learning: str = "counter_hebb",
@@ -95,6 +96,7 @@ def to_butd(
         td_bias: biases in the instruction pass, after every transposed linear op and in the instruction head.
         norm: "separate" gives TD batch norms of its own in the instruction pass, after each transposed convolution.
         lateral: "galu" v [c > 0], "multiply" v c, "add" v + c, or a function of (value, counter value).
+        counter_scale: "unit": the lateral takes c over its root mean square at the site; else c is too small to learn.
         gating: "unit", or "channel": a channel is on when its counter neurons' mean over positions is positive.
         heads: "shared"; or "per_task": one prediction head per task, each starting as the model's own; or a list, one
             per task with so many outputs: the call's outputs are then as many as the largest head's, and those that

@@ -158,3 +158,68 @@ def test_three_tasks_of_different_sizes_are_learned():
     with torch.no_grad():
         right = [(butd(unseen, task).argmax(1) == wanted[task]).float().mean().item() for task in range(3)]
     assert right[0] >= 0.94 and right[1] >= 0.92 and right[2] >= 0.91, right
+
+
+# -- laterals of values -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gating", ["unit", "channel"])
+@pytest.mark.parametrize("lateral", ["multiply", "add", lambda v, c: v + 0.5 * v * c])
+def test_counter_values_of_unit_size_are_what_a_lateral_takes(lateral, gating, tmp_path):
+    """As a lateral that divides them itself, in the call, one task's network, a file and the error pass."""
+
+    def by_hand(value, counter):
+        c = counter * (counter.square().mean(tuple(range(1, counter.ndim)), keepdim=True) ** -0.5)
+        return {"multiply": lambda: value * c, "add": lambda: value + c}.get(lateral, lambda: value + 0.5 * value * c)()
+
+    net, x = build("convnet", train=False)
+    butd = fxfeedback.to_butd(net, 3, example_inputs=(x[:1],), lateral=lateral, counter_scale="unit", gating=gating)
+    other = fxfeedback.to_butd(net, 3, example_inputs=(x[:1],), lateral=by_hand, gating=gating)
+    other.instruction_head.load_state_dict(butd.instruction_head.state_dict())
+    updates = []
+    for network in (butd, other):
+        network.zero_grad()
+        logits = network(x, TASK)
+        logits.square().sum().backward()
+        updates.append([logits, *[p.grad.clone() for p in network.parameters() if p.grad is not None]])
+    for a, b in zip(*updates, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * float(b.abs().max()))
+    torch.testing.assert_close(butd.select(task=1)(x), butd(x, 1), rtol=1e-9, atol=1e-9)
+    if lateral == "multiply":
+        fxfeedback.save(butd, tmp_path / "it")
+        assert torch.equal(fxfeedback.load(tmp_path / "it").eval()(x, TASK), butd(x, TASK))
+        fxfeedback.export(butd.float(), tmp_path / "it.onnx")  # which compares the file with torch
+
+
+def test_unit_size_belongs_to_laterals_of_values():
+    for options, message in (({}, 'lateral="galu" reads only signs'), ({"lateral": "add"}, "give 'unit', or None")):
+        scale = "unit" if not options else "half"
+        with pytest.raises(OptionError, match=message):
+            fxfeedback.to_butd(build("mlp", train=False)[0], 2, counter_scale=scale, input_size=(2, 6, 6), **options)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("scale, least, most", [("unit", 0.7, 1.0), (None, 0.0, 0.2)])
+def test_with_counter_values_of_unit_size_a_product_learns_from_a_random_start(scale, least, most):
+    """Two digits side by side, at half the size: which is the left or the right one."""
+    torch.manual_seed(0)
+    given, generator = [], torch.Generator().manual_seed(0)
+    for data, count in zip(embedded(None, False), (8000, 1000), strict=True):
+        both = torch.randint(len(data.images), (2, count), generator=generator)
+        given.append((F.avg_pool2d(torch.cat([*data.images[both]], 3), 2), data.labels[both]))
+    (images, labels), (unseen, wanted) = given
+    net = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(),
+        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(672, 64), nn.ReLU(), nn.Linear(64, 10),
+    )  # fmt: skip
+    butd = fxfeedback.to_butd(net, 2, embedding=50, lateral="multiply", counter_scale=scale, input_size=(1, 14, 28))
+    optimizer = torch.optim.Adam([p for p in butd.parameters() if p.requires_grad], 0.001)
+    for _ in range(5):
+        for rows in torch.randperm(len(images)).split(100):
+            task = torch.randint(2, (len(rows),))
+            optimizer.zero_grad()
+            F.cross_entropy(butd(images[rows], task), labels[task, rows]).backward()
+            optimizer.step()
+    with torch.no_grad():
+        right = [(butd(unseen, task).argmax(1) == wanted[task]).float().mean().item() for task in range(2)]
+    assert least <= min(right) and max(right) <= most, right

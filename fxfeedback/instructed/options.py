@@ -10,6 +10,7 @@ from torch import nn
 
 from fxfeedback.checks import is_count
 from fxfeedback.errors import OptionError
+from fxfeedback.rules.gating import of_unit_size
 
 Lateral = Callable[[Any, Any], Any]
 
@@ -68,6 +69,10 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "head": (lambda h: h is None or _is_name(h), "give the name of a node, or None"),
     "sites": (lambda s: s is None or _is_list(s, _is_name), "give a list of names of nodes, or None"),
     "instruction_size": (lambda n: n is None or is_count(n), "give the length of an instruction vector, or None"),
+    "counter_scale": (
+        lambda s: s is None or (isinstance(s, str) and s == "unit"),
+        "give 'unit', or None for counter values as they are",
+    ),
     "heads": (
         lambda h: h in ("shared", "per_task") if isinstance(h, str) else bool(h) and _is_list(h, is_count),
         "choose one of 'shared', 'per_task', or give a list with each task's number of outputs",
@@ -114,6 +119,7 @@ class Options:
     td_decay: float = 0.0
     td_clip: float | None = None
     direct: str | None = None
+    counter_scale: str | None = None
     instruction_learning: str = "fixed"
 
     def __post_init__(self) -> None:
@@ -127,6 +133,8 @@ class Options:
         if self.n_tasks is None and (self.embedding is not None or self.instruction_size is not None):
             raise OptionError("embedding= and instruction_size= belong to an instruction head: pass n_tasks= as well")
         self._check_heads()
+        if self.counter_scale is not None and self.exact:
+            raise OptionError(f'counter_scale={self.counter_scale!r}: lateral="galu" reads only signs; leave it out')
 
     def _check_heads(self) -> None:
         """Whether heads and tasks go together."""
@@ -219,4 +227,20 @@ class Options:
 
     @property
     def lateral_function(self) -> Lateral:
-        return LATERALS[self.lateral] if isinstance(self.lateral, str) else self.lateral
+        """(value, counter value) -> what goes on; see `to_butd`."""
+        lateral = LATERALS[self.lateral] if isinstance(self.lateral, str) else self.lateral
+        return lateral if self.counter_scale is None else _OfUnitSize(lateral)
+
+
+@dataclass(frozen=True)
+class _OfUnitSize:
+    """A lateral of counter values that are first divided by their root mean square at the site."""
+
+    lateral: Lateral
+
+    def __call__(self, value: Any, counter: Any) -> Any:
+        return self.lateral(value, of_unit_size(counter))
+
+    @property
+    def __name__(self) -> str:
+        return "lateral_of_unit_size"

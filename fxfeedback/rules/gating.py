@@ -31,6 +31,13 @@ def gates_of_samples(gates, rows, value):
 constant(gates_of_samples)
 
 
+@one_node
+def of_unit_size(counter):
+    """Counter values over their root mean square, of each sample; all zero stay so."""
+    square = counter.square().mean(tuple(range(1, counter.ndim)), keepdim=True)
+    return counter * torch.rsqrt(square.clamp_min(torch.finfo(counter.dtype).tiny))
+
+
 @rule(gate, examples=[call(gate, T(4, 5), C(5)), call(gate, T(4, 5), T(5))])
 def galu(y, value, open):
     """v [t > 0]; what makes the gate may learn from e v"""
