@@ -6,7 +6,7 @@ The first pass is the network without feedback, so the passes compare the two on
     python examples/feedback_studies.py --data DIR --model alexnet_lrm3  # pictures, a published network
 
 It writes accuracy.csv (a row per condition, severity and pass), similarity.csv (of nodes' values in two passes) and
-studies.png. Attacks are foolbox's, against the last pass: pip install 'fxfeedback[attacks]'.
+studies.png. Attacks are foolbox's, on each pass: pip install 'fxfeedback[attacks]'.
 """
 
 import argparse
@@ -55,7 +55,10 @@ CORRUPTIONS: dict[str, tuple[Corrupt, tuple[float, ...]]] = {
     "blur": (blur, (1.0, 2.0, 3.0)),
     "contrast": (contrast, (0.5, 0.7, 0.9)),
 }
-ATTACKS = {"FGSM": ("LinfFastGradientAttack", {}), "PGD": ("LinfProjectedGradientDescentAttack", {"steps": 10})}
+ATTACKS = {
+    "FGSM": ("LinfFastGradientAttack", {}),
+    "PGD": ("LinfProjectedGradientDescentAttack", {"steps": 10, "rel_stepsize": 0.25}),
+}
 
 
 class Pixels(nn.Module):
@@ -74,35 +77,39 @@ class Pixels(nn.Module):
         return torch.stack(self.model(self.normalised(pixels)))
 
 
-class LastPass(nn.Module):
-    """The logits of a network's last pass, which an attack is against."""
+class OnePass(nn.Module):
+    """The logits of one pass, which an attack is against."""
 
-    def __init__(self, network: Pixels) -> None:
+    def __init__(self, network: Pixels, index: int) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.index = network, index
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.network(pixels)[-1]
+        return self.network(pixels)[self.index]
 
 
-def conditions(network: Pixels, args: argparse.Namespace) -> Iterator[tuple[str, float, Callable[..., Tensor]]]:
-    """(name, severity, a function of images and labels that gives such images)."""
-    yield "clean", 0.0, lambda images, labels: images
+def conditions(network: Pixels, args: argparse.Namespace) -> Iterator[tuple[str, float, Callable[..., list[Tensor]]]]:
+    """(name, severity, a function of images and labels that gives such images: the same for all passes, or each its).
+
+    Every pass is attacked by images that are made against it, as they do less harm to another.
+    """
+    yield "clean", 0.0, lambda images, labels: [images]
     for name, (corrupt, severities) in CORRUPTIONS.items():
         for severity in severities:
             generator = torch.Generator().manual_seed(0)
-            yield name, severity, lambda x, y, c=corrupt, s=severity, g=generator: c(x.cpu(), s, g).to(x.device)
+            yield name, severity, lambda x, y, c=corrupt, s=severity, g=generator: [c(x.cpu(), s, g).to(x.device)]
     if args.no_attacks:
         return
     try:
         import foolbox
     except ImportError as error:
         raise UserError(f"{error}: pip install 'fxfeedback[attacks]', or leave them out: --no-attacks") from error
-    attacked = foolbox.PyTorchModel(LastPass(network).eval(), (0, 1), device=args.device)
+    passes = [OnePass(network, index).eval() for index in range(network.model.passes)]
+    attacked = [foolbox.PyTorchModel(one, (0, 1), device=args.device) for one in passes]
     for name, (attack, options) in ATTACKS.items():
         made = getattr(foolbox.attacks, attack)(**options)
         for size in args.epsilons:
-            yield name, size, lambda x, y, a=made, e=size: a(attacked, x, y, epsilons=e)[1]
+            yield name, size, lambda x, y, a=made, e=size: [a(one, x, y, epsilons=e)[1] for one in attacked]
 
 
 def accuracies(network: Pixels, loader: Iterable[Any], args: argparse.Namespace) -> list[Row]:
@@ -112,9 +119,11 @@ def accuracies(network: Pixels, loader: Iterable[Any], args: argparse.Namespace)
         right, seen = 0, 0
         for images, labels in loader:
             images, labels = images.to(args.device), labels.to(args.device)
-            other = changed(images, labels)
+            others = changed(images, labels)
             with torch.no_grad():
-                right = right + (network(other).argmax(-1) == labels).sum(1).cpu()
+                named = [network(other).argmax(-1) for other in others]  # of each (passes, B)
+            named = named[0] if len(named) == 1 else torch.stack([each[index] for index, each in enumerate(named)])
+            right = right + (named == labels).sum(1).cpu()
             seen += len(labels)
         for index, count in enumerate(right, 1):
             rows.append({"condition": name, "severity": severity, "pass": index, "accuracy": int(count) / seen})

@@ -23,7 +23,7 @@ class Moments:
     @classmethod
     def of(cls, values: Mapping[str, torch.Tensor]) -> Self:
         """Of at least one sample: source -> (samples, ...)."""
-        doubles = {source: x.double() for source, x in values.items()}
+        doubles = {source: (x.cpu() if x.device.type == "mps" else x).double() for source, x in values.items()}
         means = {source: x.mean(0) for source, x in doubles.items()}
         squares = {source: (x - means[source]).square().sum(0) for source, x in doubles.items()}
         return cls(len(next(iter(values.values()))), _on_cpu(means), _on_cpu(squares))
