@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two OpenMP threads that spin at a barrier stall each other on a busy machine.
 export OMP_WAIT_POLICY = passive
 
-.PHONY: demo page docs test test-all lint types tests test-gpu durations browser bench bench-check zoo zoo-lrm zoo-onnx zoo-libraries zoo-ops fuzz fuzz-files operators pictures clean
+.PHONY: demo page docs test test-all lint types tests test-gpu durations browser bench bench-check zoo zoo-lrm zoo-weights zoo-onnx zoo-libraries zoo-ops fuzz fuzz-files operators pictures clean
 
 demo: $(VENV)/.installed  ## set up, train the instructed network on real digits, say where the results are
 	$(BIN)/python examples/train_multi_mnist.py
@@ -54,6 +54,9 @@ zoo: $(VENV)/.installed  ## updates against autograd in every model of torchvisi
 
 zoo-lrm: $(VENV)/.installed  ## a feedback connection in every model of torchvision, as a table: docs/zoo (half an hour)
 	$(BIN)/python zoo/feedback.py
+
+zoo-weights: $(VENV)/.installed  ## every kind of feedback weights in every classifier of torchvision, as a table: docs/zoo (hours)
+	$(BIN)/python zoo/feedback_weights.py
 
 zoo-onnx: $(VENV)/.installed  ## ONNX files of every model of torchvision and of some of timm's, in ONNX Runtime, as a table: docs/zoo (hours)
 	$(BIN)/python zoo/export.py

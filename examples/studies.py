@@ -2,6 +2,7 @@
 
     python examples/studies.py                             # a first look: the first one below, short, a minute
     python examples/studies.py feedback                    # TD weights of every kind, against backpropagation
+    python examples/studies.py kinds-linear kinds-convnet  # nine kinds of feedback: accuracy and alignment
     python examples/studies.py alignment                   # how far TD weights are from BU weights while they learn
     python examples/studies.py noise decay                 # noise on the updates; weight decay
     python examples/studies.py sub-networks --seeds 3      # what part of the network each task uses
@@ -49,6 +50,24 @@ KINDS = {
     "symmetric, noisy": ["--feedback", "symmetric", "--td-noise", "0.1", "--update-noise", "0.1"],
     "backpropagation": ["--feedback", "backprop"],
 }
+EVERY_KIND = {
+    "backpropagation": "shared",
+    "FA": "fixed",
+    "mirror": "mirrored",
+    "Kolen-Pollack": "kolen-pollack",
+    "weight mirror": "weight-mirror",
+    "uSF": "usf",
+    "brSF": "brsf",
+    "frSF": "frsf",
+    "DFA": "dfa",
+}
+"""What TD reads: name -> the training script's name for it."""
+SGD = ["--optimizer", "sgd", "--lr", "0.05", "--batch-size", "50", "--schedule", "constant"]
+ON = {
+    "linear": [*SGD, "--epochs", "10"],
+    "convnet": [*SGD, "--epochs", "4", "--model", "convnet"],
+}
+"""Network -> flags: plain SGD, for which Kolen and Pollack's law holds."""
 STUDIES = {
     "feedback": Study(train_uninstructed.main, KINDS, ["accuracy", "loss"]),
     "alignment": Study(
@@ -60,6 +79,14 @@ STUDIES = {
         },
         ["angle", "accuracy"],
     ),
+    **{
+        f"kinds-{model}": Study(
+            train_uninstructed.main,
+            {name: [*flags, "--feedback", kind] for name, kind in EVERY_KIND.items()},
+            ["accuracy", "angle"],
+        )
+        for model, flags in ON.items()
+    },
     "noise": Study(
         train_uninstructed.main,
         {

@@ -50,7 +50,7 @@ from training.instructed import Instructed
 from training.job import job
 from training.loop import Experiment, Run
 from training.losses import LOSSES
-from training.measures import sub_networks, twin_angles
+from training.measures import angles, sub_networks
 from training.processes import with_synced_norms
 
 EMBEDDING = 50  # size of the instruction's embedding, as published
@@ -190,7 +190,7 @@ class ReadADigit(Instructed):
     def notes(self) -> dict[str, float]:
         used = sub_networks(self.model, TASKS)
         shares = {f"active_{task}": share for task, share in used["active_share_total"].items()}
-        return {**shares, "overlap": fmean(used["overlap"].values()), **twin_angles(self.model)}
+        return {**shares, "overlap": fmean(used["overlap"].values()), **angles(self.model)}
 
 
 class Rows(Drawn):
@@ -250,7 +250,7 @@ class FindANeighbour(Experiment):
             metrics[f"accuracy_{side}"].update(right, weight=instruction[:, column])
 
     def notes(self) -> dict[str, float]:
-        return twin_angles(self.model)
+        return angles(self.model)
 
 
 def instructed(

@@ -1,7 +1,7 @@
 """Train a plain classifier by Counter-Hebb learning, with several kinds of TD weights, or by backpropagation.
 
 Without an instruction there is one TD pass, from the error. With the BU weights it computes the gradients. With
-separate TD weights that receive the same updates, it comes close to them.
+separate TD weights that receive the same updates, it comes close to them; signs and broadcast errors learn, too.
 
     python examples/train_uninstructed.py                                      # on 4,000 embedded digits, a minute
     python examples/train_uninstructed.py --feedback fixed --repeat 5          # feedback alignment, mean of five runs
@@ -27,7 +27,7 @@ from training.images import SETS, pictures
 from training.job import job
 from training.loop import Experiment, Run
 from training.losses import LOSSES
-from training.measures import twin_angles
+from training.measures import angles
 from training.processes import with_synced_norms
 
 FEEDBACK: dict[str, dict[str, Any]] = {
@@ -35,8 +35,18 @@ FEEDBACK: dict[str, dict[str, Any]] = {
     "mirrored": {"weights": "separate", "td_learning": "mirror", "td_init": "kaiming"},
     "fixed": {"weights": "separate", "td_learning": "fixed", "td_init": "kaiming"},
     "symmetric": {"weights": "separate", "td_learning": "mirror", "td_init": "symmetric"},
+    "kolen-pollack": {"weights": "separate", "td_decay": 0.01},
+    "weight-mirror": {"weights": "separate", "td_learning": "weight_mirror"},
+    "usf": {"weights": "sign"},
+    "brsf": {"weights": "sign", "td_magnitude": "batch"},
+    "frsf": {"weights": "sign", "td_magnitude": "fixed"},
+    "dfa": {"weights": "direct"},
     "backprop": {"learning": "backprop"},
 }
+
+MIRROR = 512
+"""Samples of noise per step of a weight mirror: with few, the estimates of wide layers are so noisy that learning
+diverges."""
 
 
 class Classify(Experiment):
@@ -58,6 +68,8 @@ class Classify(Experiment):
 
     def losses(self, model: nn.Module, batch: Any) -> Tensor:
         images, labels = batch
+        if self.model.options.td_learning == "weight_mirror":
+            self.model.mirror_step(batch=MIRROR)
         return self.loss(model(fitted(images, self.shape)), labels)
 
     def metrics(self) -> Mapping[str, Metric]:
@@ -70,7 +82,7 @@ class Classify(Experiment):
         metrics["accuracy"].update(logits, labels)
 
     def notes(self) -> dict[str, float]:
-        return twin_angles(self.model)
+        return angles(self.model)
 
 
 def two_layers(shape: Sequence[int], hidden: int) -> nn.Module:

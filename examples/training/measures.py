@@ -1,6 +1,5 @@
 """What can be measured in a BU-TD network: its tasks' sub-networks, and how far TD weights are from BU weights."""
 
-import math
 from collections.abc import Sequence
 from itertools import combinations
 from statistics import fmean
@@ -42,16 +41,12 @@ def sub_networks(
     }
 
 
-@torch.no_grad()
-def twin_angles(butd: fxfeedback.BUTD) -> dict[str, float]:
-    """`angle` -> the mean over the weights of the angle in degrees to the TD twin; `angle_NAME` -> that of one weight.
+def angles(butd: fxfeedback.BUTD) -> dict[str, float]:
+    """`angle` -> the mean over the weights of the angle to what TD reads, in degrees; `angle_NAME` -> one weight's.
 
-    Empty where BU and TD share their weights.
+    Empty where TD reads the BU weights themselves, or the error.
     """
     if butd.options.weights == "shared":
         return {}
-    weights, angles = butd.state_dict(), {}
-    for name, twin in butd.td_weights.items():
-        cosine = F.cosine_similarity(weights[name].flatten().double(), twin.flatten().double(), dim=0).item()
-        angles[f"angle_{name}"] = math.degrees(math.acos(max(-1, min(1, cosine))))
-    return {"angle": fmean(angles.values()), **angles}
+    found = {f"angle_{name}": one.angle for name, one in butd.alignment().items() if one.angle is not None}
+    return {"angle": fmean(found.values()), **found} if found else {}
