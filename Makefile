@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two OpenMP threads that spin at a barrier stall each other on a busy machine.
 export OMP_WAIT_POLICY = passive
 
-.PHONY: demo page docs test test-all lint types tests test-gpu durations browser bench bench-check zoo zoo-lrm zoo-weights zoo-onnx zoo-libraries zoo-ops fuzz fuzz-files operators pictures clean
+.PHONY: demo page docs test test-all lint types tests test-gpu durations browser bench bench-check zoo zoo-lrm zoo-weights zoo-onnx zoo-libraries zoo-ops fuzz fuzz-files operators notebooks pictures clean
 
 demo: $(VENV)/.installed  ## set up, train the instructed network on real digits, say where the results are
 	$(BIN)/python examples/train_multi_mnist.py
@@ -76,6 +76,9 @@ fuzz-files: $(VENV)/.installed  ## damaged and hostile files, each an error that
 
 operators: $(VENV)/.installed  ## the page of all operators, docs/operators.md
 	$(BIN)/python docs/generate_operators.py
+
+notebooks: $(VENV)/.installed  ## the tutorials as notebooks: docs/_build/notebooks
+	$(BIN)/python docs/make_notebooks.py docs/_build/notebooks
 
 pictures: $(VENV)/.installed  ## the pictures of README, docs/pictures (a minute)
 	$(BIN)/python docs/draw_pictures.py

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import re
+import runpy
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import fxfeedback
+from fxfeedback.commands.main import main
 
 ROOT = Path(__file__).parents[1]
 SITE = ROOT / "docs/site"
@@ -210,3 +212,23 @@ def test_relative_links_lead_somewhere(path):
             assert anchor in map(slug, re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)), link
     for page in re.findall(r"\{doc\}`(\w+)`", text):
         assert page in PAGES, page
+
+
+@pytest.mark.parametrize("page", ["tutorial_feedback", "tutorial_instruction"])
+def test_a_tutorials_notebook_has_its_cells_after_one_that_installs(page):
+    """The cells that the tests above run, in their order, and no roles that only the site knows."""
+    names = runpy.run_path(str(ROOT / "docs/make_notebooks.py"))
+    cells = names["notebook"](PAGES[page])["cells"]
+    code = [cell["source"] for cell in cells if cell["cell_type"] == "code"]
+    assert code[0].startswith("%pip install") and len(code) > 8
+    for cell, block in zip(code[1:], blocks(page, "{code-cell}"), strict=True):
+        assert ast.dump(ast.parse(cell)) == ast.dump(ast.parse(re.sub(r"^:.*$", "", block, flags=re.MULTILINE)))
+    prose = "".join(cell["source"] for cell in cells if cell["cell_type"] == "markdown")
+    assert prose.startswith("# Tutorial") and not re.search(r"\{\w+\}`|^```\{", prose, re.MULTILINE)
+
+
+def test_what_a_page_shows_of_the_command_line_is_what_it_says(capsys):
+    (shown,) = blocks("command_line", "text")
+    command, _, said = shown.partition("\n")
+    assert command.startswith("$ fxfeedback ") and main(command.split()[2:]) == 0
+    assert capsys.readouterr().out == said
