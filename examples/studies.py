@@ -67,7 +67,7 @@ ON = {
     "linear": [*SGD, "--epochs", "10"],
     "convnet": [*SGD, "--epochs", "4", "--model", "convnet"],
 }
-"""Network -> flags: plain SGD, for which Kolen and Pollack's law holds."""
+"""Network -> flags: SGD, as Adam would normalise what Kolen and Pollack subtract."""
 STUDIES = {
     "feedback": Study(train_uninstructed.main, KINDS, ["accuracy", "loss"]),
     "alignment": Study(

@@ -45,8 +45,7 @@ FEEDBACK: dict[str, dict[str, Any]] = {
 }
 
 MIRROR = 512
-"""Samples of noise per step of a weight mirror: with few, the estimates of wide layers are so noisy that learning
-diverges."""
+"""Samples of noise per step of a weight mirror: with few, the estimates of wide layers are noisy."""
 
 
 class Classify(Experiment):
