@@ -15,7 +15,6 @@ import io
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -201,9 +200,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="A network with feedback, pass by pass, on harder images.")
     parser.add_argument("--no-attacks", action="store_true", help="corruptions and similarity only")
     parser.add_argument("--epsilons", type=number(float, 0, 1), nargs="+", default=(0.02, 0.05, 0.1), help="of attacks")
-    parser.add_argument("--out", type=Path, default=Path("runs/feedback_studies"), help="folder for the results")
-    args, rest = parser.parse_known_args(argv)
-    return argparse.Namespace(**{**vars(steer_composites.parse_arguments(rest)), **vars(args)})
+    return steer_composites.parse_arguments(argv, parser, "runs/feedback_studies")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,7 +14,6 @@ steers only by words that it was fitted on. CLIP's knows what words mean, as far
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -25,7 +24,7 @@ import fxfeedback
 import steer_composites
 from fxfeedback.composites import TripletDataset, steerability
 from fxfeedback.text.encoders import Encoder, encoded
-from jobs import UserError, exit_code, make_folder, number, usable_device, write_whole
+from jobs import UserError, exit_code, make_folder, usable_device, write_whole
 from multi_mnist import SPLIT_SEED, DataError, embedded_digits
 from steer_composites import COLUMNS, SOURCE, as_csv, mean_and_interval
 
@@ -99,11 +98,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--encoder", choices=["letters", "clip"], default="letters", help="of words (default letters)")
     parser.add_argument("--clip", default="ViT-B-16", help="open_clip's name of the model (default %(default)s)")
     parser.add_argument("--clip-weights", default="openai", help="open_clip's name of the weights, or a file")
-    parser.add_argument("--repeat", type=number(int, 1, 1000), default=1, help="how many seeds (default 1)")
-    parser.add_argument("--out", type=Path, default=Path("runs/steer_by_words"), help="folder for the results")
-    args, rest = parser.parse_known_args(argv)
-    network = steer_composites.parse_arguments([*rest, "--out", str(args.out)])  # takes what else there is
-    return argparse.Namespace(**{**vars(network), **vars(args)})
+    args = steer_composites.parse_arguments(argv, parser, "runs/steer_by_words")
+    if args.data or args.data_root:
+        parser.error("words are for the embedded digits: leave --data and --data-root out")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:

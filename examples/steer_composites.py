@@ -298,9 +298,11 @@ class Run:
         print(f"results: {self.args.out} (results.csv, results.json, steering.png, model-SEED.safetensors)")
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line. Exits with a message when it is wrong."""
-    parser = argparse.ArgumentParser(description="Steer a network with feedback on composites of two digits.")
+def parse_arguments(
+    argv: Sequence[str] | None, parser: argparse.ArgumentParser | None = None, out: str = "runs/steer_composites"
+) -> argparse.Namespace:
+    """The command line, with what `parser` has already. Exits with a message when it is wrong."""
+    parser = parser or argparse.ArgumentParser(description="Steer a network with feedback on composites of two digits.")
     add, size, rate = parser.add_argument, number(int, 1, 10_000_000), number(float, 0, 1000)
     add(
         "--training",
@@ -328,7 +330,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="for --model: published, words (from CLIP), a file, or a folder of pictures (default %(default)s)",
     )
     add("--workers", type=number(int, 0, 1000), default=0, help="processes that read --data (default %(default)s)")
-    add("--out", type=Path, default=Path("runs/steer_composites"), help="folder for the results (default %(default)s)")
+    add("--out", type=Path, default=Path(out), help="folder for the results (default %(default)s)")
     args = parser.parse_args(argv)
     if args.download and args.data_root is None:
         parser.error("--download needs --data-root, the folder to fetch into")
