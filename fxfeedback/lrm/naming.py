@@ -18,17 +18,27 @@ from fxfeedback.tracing.share import share
 from fxfeedback.tracing.trace_at_size import trace_for
 
 
-class NodeInfo(NamedTuple):
-    """What a node computes, and what it is to a connection.
+class _Node(NamedTuple):
+    op: str
+    shape: tuple[int | None, ...] | None
+
+
+class NodeInfo(_Node):
+    """What a node computes, a pair (op, shape); and what it is to a connection.
 
     op: its op. shape: its output's, with None for the batch (no shape: no tensor). source, destination: "good" where it
     is a good end of a connection (see `suggest_connections`), "legal" where it may be one, or else "".
     """
 
-    op: str
-    shape: tuple[int | None, ...] | None
-    source: str = ""
-    destination: str = ""
+    source: str
+    destination: str
+
+    def __new__(
+        cls, op: str, shape: tuple[int | None, ...] | None, source: str = "", destination: str = ""
+    ) -> "NodeInfo":
+        made = super().__new__(cls, op, shape)
+        made.source, made.destination = source, destination
+        return made
 
 
 def node_names(
