@@ -89,8 +89,8 @@ def to_butd(
             difference shrinks whatever the data (Kolen and Pollack).
         direct: of direct feedback. "op", the default: each linear layer or convolution hands its input the error,
             broadcast as by its own transpose; "unit": each site has a dense random weight to all of its units.
-        instruction_learning: "straight-through": the instruction head learns, through the gates ([-1 <= t <= 1] stands for
-            their derivative) and up the instruction pass; "fixed": as published, no gradient reaches it.
+        instruction_learning: "straight-through": the instruction head learns, through the gates ([-1 <= t <= 1] stands
+            for their derivative) and up the instruction pass; "fixed": as published, no gradient reaches it.
         td_clip: clamps what a linear layer or convolution hands to input, weight and bias to [-td_clip, td_clip].
         update_noise: each weight's update is multiplied by one draw of 1 + update_noise * randn.
         td_bias: biases in the instruction pass, after every transposed linear op and in the instruction head.

@@ -44,9 +44,9 @@ def add_prediction(
     Args:
         model: any module that torch.fx can trace. It is not changed. Its parameters, and those of given predictors, are
             shared with the result; attributes and modes are copied.
-        predictions: names of nodes, as `node_names` gives them, dicts, or `Prediction` objects, in any order. The default
-            predictor of a map is an upsampling (bilinear, trilinear for video) where sizes differ and a transposed
-            convolution of 3; between vectors it is a linear layer. Give others as predictor=.
+        predictions: names of nodes, as `node_names` gives them, dicts, or `Prediction` objects, in any order. The
+            default predictor of a map is an upsampling (bilinear, trilinear for video) where sizes differ and a
+            transposed convolution of 3; between vectors it is a linear layer. Give others as predictor=.
         steps: how many steps a call makes by default, t = 0 .. steps - 1.
         learn_multipliers: whether β, λ, α are learned: β and λ through sigmoids, so that they and the memory
             1 - β - λ stay positive. Otherwise they are buffers.
