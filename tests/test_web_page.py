@@ -8,7 +8,6 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -24,7 +23,7 @@ import make_models
 import page_networks
 import serve
 from fxfeedback.prototypes.moments import Moments
-from multi_mnist import TASKS, compose
+from multi_mnist import TASKS
 from steer_by_words import HELD_OUT, SEEN, WORDS, letters, sentences
 
 LEFT, RIGHT = range(2)
@@ -94,29 +93,16 @@ def test_words_are_read_in_the_browser_as_by_the_prior(networks):
 
 
 def test_the_shipped_learner_learns(networks):
-    digits = page_networks.read_digits(page_networks.DATA / "lesson_digits.bin")
-    step = ort.InferenceSession(page_networks.DATA / "learner_step.onnx", providers=["CPUExecutionProvider"])
-    outputs = [output.name for output in step.get_outputs()]
-    changing = [given for given in step.get_inputs() if f"{given.name}.new" in outputs]
-    state = {given.name: networks.weights.get(given.name, np.zeros(given.shape, np.float32)) for given in changing}
-    generator, before = torch.Generator().manual_seed(0), networks.weights
-    for _ in range(30):
-        left, right = torch.randint(len(digits.labels), (2, 32), generator=generator)
-        given = {
-            "input": compose(digits.images[left], digits.images[right]).numpy(),
-            "instruction": page_networks.instruction(RIGHT).repeat(32, 0),
-            "target": digits.labels[right].numpy(),
-            "lr": np.array(1e-3, np.float32),
-        }
-        results = dict(zip(outputs, step.run(None, given | state), strict=True))
-        state = {name: results[f"{name}.new"] for name in state}
-    try:
-        networks.weights = state
-        assert (
-            networks.read(networks.untaught(RIGHT), RIGHT).mean() > networks.page["measured"]["untaught"]["right"] + 0.2
-        )
-    finally:
-        networks.weights = before
+    taught = networks.learner(RIGHT, networks.taught(30))
+    assert networks.read(taught, RIGHT).mean() > networks.page["measured"]["untaught"]["right"] + 0.2
+
+
+def test_the_first_pair_is_one_that_teaching_mends(networks):
+    left, right = networks.page["pair"]
+    assert right == left + len(networks.labels) and len(set(networks.labels[left])) == 2
+    assert make_models.first_pair(networks) == [left, right]
+    assert networks.learner(RIGHT, networks.weights)[left].argmax() != networks.labels[left][RIGHT]
+    assert networks.learner(RIGHT, networks.taught(make_models.LESSON))[left].argmax() == networks.labels[left][RIGHT]
 
 
 def test_one_script_puts_everything_together(tmp_path, monkeypatch):
@@ -327,6 +313,8 @@ def other(task: str) -> str:
 
 
 def test_it_learns_in_the_tab(opened, networks):
+    from playwright.sync_api import expect
+
     page, reads = opened(), r"After {} steps it reads (\d+).% of right and (\d+).% of left"
     start = says(page, "teach", reads.format(0))
     untaught = networks.page["measured"]["untaught"]
@@ -339,8 +327,13 @@ def test_it_learns_in_the_tab(opened, networks):
     assert teach.is_enabled() and page.locator("#examples li").all_inner_texts() == first_pair(networks)[1:]
     stock.select_option("1000 from the page")
 
+    of_mine = page.locator("#own-says")
+    mended = re.compile(rf"it now says {first_pair(networks)[RIGHT]}\b")
+    expect(of_mine).to_contain_text("it now says")
+    expect(of_mine).not_to_contain_text(mended)
     teach.click()
     taught = says(page, "teach", reads.format(30), timeout=60_000)
+    expect(of_mine).to_contain_text(mended, timeout=60_000)
     page.get_by_role("button", name="Pause").click()
     assert int(taught[1]) >= int(start[1]) + 20
     page.get_by_text("The curve as a table").click()
@@ -365,6 +358,85 @@ def test_a_drawn_digit_is_read(opened):
     assert page.get_by_role("img", name="Right digit: drawn by hand").is_visible()
     radio(page, "Read the digit on the", "right").check()
     assert says(page, "instruct", r"on the right, it reads a (\d)")[1] == "7"
+
+
+def test_an_empty_digit_is_refused_and_not_read(opened, networks):
+    page, (left, right) = opened(), first_pair(networks)
+    radio(page, "Look for", right).check()
+    says(page, "steer", "Pass 1 sees a")
+    own, add = page.locator("#own-says"), page.get_by_role("button", name="Add as an example")
+    for side in ("right", "left"):
+        page.get_by_role("button", name=f"Clear the {side} digit").click()
+        absent = "^The digit on the right is empty" if side == "right" else "^Both digits are empty"
+        for section in ("steer", "instruct"):
+            says(page, section, absent)
+            assert not re.search(r"\d.%", "".join(page.locator(f"#{section} tbody").all_inner_texts()))
+        assert re.search(absent, own.inner_text()) and add.is_disabled()
+    for side, label in (("Left", left), ("Right", right)):
+        radio(page, f"{side} digit", label).check()
+    says(page, "steer", f"looking for a {right}, sees a {right}")
+    says(page, "instruct", f"it reads a {left}")
+    assert add.is_enabled()
+
+
+@pytest.mark.parametrize("width", [1200, 360])
+def test_nothing_changes_width_when_it_is_chosen(opened, width):
+    page = opened(viewport={"width": width, "height": 900})
+    measured = """() => [...document.querySelectorAll("main *")]
+        .filter(e => !e.closest("svg, .track, .why, .unseen, option, details *"))
+        .filter(e => getComputedStyle(e).display !== "inline")
+        .map(e => [`${e.tagName} ${e.id} ${e.className}`, e.getBoundingClientRect().width])"""
+    before = page.evaluate(measured)
+    for control in [*page.get_by_role("radio").all(), page.get_by_role("button", name="Clear the left digit")]:
+        control.click()
+        page.wait_for_timeout(20)  # until the networks have run
+        now = page.evaluate(measured)
+        changed = [(*old, new) for old, (_, new) in zip(before, now, strict=True) if abs(old[1] - new) > 0.1]
+        assert not changed, changed
+
+
+def test_a_grey_control_says_why(opened, networks):
+    from playwright.sync_api import expect
+
+    page, (_, right) = opened(), first_pair(networks)
+
+    def says_why(control, why: str):
+        expect(control).to_have_js_property("disabled", True)
+        expect(control).to_have_accessible_description(re.compile(why))
+        expect(page.locator(f"#{control.get_attribute('aria-describedby')}")).to_be_visible()
+
+    def can_be_used(control):
+        expect(control).to_have_js_property("disabled", False)
+        expect(control).to_have_accessible_description("")
+
+    strength, target = page.get_by_label("How strongly"), page.get_by_role("group", name="Look for")
+    says_why(strength, "something to look for")
+    radio(page, "Look for", right).check()
+    can_be_used(strength)
+    page.get_by_label("or say it").fill("seven")
+    says_why(target, "Your words go before")
+    page.get_by_label("or say it").fill("")
+    can_be_used(target)
+
+    page.get_by_label("Labelled examples").select_option("only my own")
+    says_why(page.get_by_role("button", name="Teach"), "no example yet")
+    page.get_by_role("button", name="Clear the right digit").click()
+    says_why(page.get_by_role("button", name="Add as an example"), "on the right is empty")
+    says_why(page.get_by_role("button", name="Another, as right digit"), "was picked")
+    radio(page, "Right digit", right).check()
+    page.get_by_role("button", name="Add as an example").click()
+    page.get_by_role("button", name="Teach").click()
+    says_why(page.get_by_role("button", name="Start over"), "Pause it")
+    page.get_by_role("button", name="Pause").click()
+    can_be_used(page.get_by_role("button", name="Start over"))
+    assert page.locator(":disabled:not([aria-describedby]):not(fieldset:disabled *)").count() == 0
+
+
+def test_right_is_a_side_only(opened):
+    page = opened()
+    assert not re.findall(r"(?:reads?|gets?|%)\s+right\b", page.locator("main").inner_text())
+    assert re.match(r"read correctly, of \d+ test pairs", page.locator(".curve figcaption").inner_text())
+    assert page.locator("#instruct-measured").inner_text().endswith("% of the digits on the right correctly.")
 
 
 def test_the_keyboard_is_enough(opened, networks):

@@ -36,6 +36,7 @@ from page_networks import DATA, Networks, write_digits
 from page_words import write_words
 
 TEST_DIGITS, LESSON_DIGITS = 500, 1000
+LESSON = 100  # steps until the page pauses
 STRENGTH = 1.5  # of steering, where the page starts
 STEERED = ["--device=cpu"]  # flags of steer_composites.py
 INSTRUCTED = [
@@ -44,6 +45,7 @@ INSTRUCTED = [
     "--warm-up=1.8",
 ]  # of train_multi_mnist.py, which trains for longer
 LEARNER: list[str] = []  # of learn_on_device.py
+RIGHT = TASKS.index("right")
 NEW = ".new"  # ends the name of an output of a learner that takes the place of an input in the next step
 
 
@@ -121,12 +123,17 @@ def part(model: onnx.ModelProto, outputs: Sequence[str]) -> onnx.ModelProto:
 
 
 def first_pair(networks: Networks) -> list[int]:
-    """The first test pair, as two test digits, that every network gets right, whatever it is told to look for."""
-    right = networks.steered().all(1) & (networks.labels[:, 0] != networks.labels[:, 1])
+    """A test pair, as two test digits, that every network reads correctly, whatever it is told to look for.
+
+    But for the one that is to learn: it is wrong about the digit on the right, and surest of this pair after a lesson.
+    """
+    good = networks.steered().all(1) & (networks.labels[:, 0] != networks.labels[:, 1])
     for task in range(len(TASKS)):
-        right &= networks.read(networks.instructed_to(task), task)
-    pair = int(right.argmax())
-    return [pair, pair + len(right)]
+        good &= networks.read(networks.instructed_to(task), task)
+    taught = networks.learner(RIGHT, networks.taught(LESSON))
+    good &= ~networks.read(networks.learner(RIGHT, networks.weights), RIGHT) & networks.read(taught, RIGHT)
+    pair = int((good * torch.from_numpy(taught).softmax(1).amax(1).numpy()).argmax())
+    return [pair, pair + len(good)]
 
 
 def write_page(folder: Path, about: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 import { element, percent } from "./elements.js";
 
-/** @typedef {{steps: number, shares: number[]}} Point - the share read right, by task */
+/** @typedef {{steps: number, shares: number[]}} Point - the share read correctly, by task */
 
 const SVG = "http://www.w3.org/2000/svg";
 const PLOT = { left: 60, right: 302, top: 12, bottom: 192 }; // in the units of the picture's viewBox

@@ -34,7 +34,7 @@ export function element(tag, { attributes = {}, ...properties } = {}, ...childre
 export function choices(fieldset, name, texts, chosen) {
   const buttons = [...texts].map(([value, text]) => {
     const button = element("input", { type: "radio", name, value, onchange: () => chosen(value) });
-    fieldset.append(element("label", { className: "choice" }, button, element("span", {}, text)));
+    fieldset.append(element("label", { className: "choice" }, button, element("span", { attributes: { "data-text": text } }, text)));
     return button;
   });
   return {
@@ -45,6 +45,25 @@ export function choices(fieldset, name, texts, chosen) {
       for (const button of buttons) button.checked = button.value === value;
     },
   };
+}
+
+const notes = new WeakMap(); // a control -> where it says why it is grey
+
+/**
+ * Make a control grey and let it say why, for everybody to read; or give it back.
+ * @param {HTMLElement} control - in the page
+ * @param {string} why - empty: it can be used
+ */
+export function grey(control, why) {
+  if (!notes.has(control)) {
+    const note = element("span", { className: "why", id: `why-${control.id}` });
+    if (control.tagName === "FIELDSET") control.after(note);
+    else control.parentElement.append(note);
+    control.setAttribute("aria-describedby", note.id);
+    notes.set(control, note);
+  }
+  control.disabled = why !== "";
+  notes.get(control).textContent = why;
 }
 
 /**

@@ -3,6 +3,7 @@
 import { batch, compose, paint } from "./digits.js";
 import { byId, choices, newest, percent } from "./elements.js";
 import { floats, open, probabilities, winner } from "./networks.js";
+import { missing } from "./pair.js";
 import { Predictions } from "./predictions.js";
 import { unitsOf } from "./units.js";
 
@@ -26,9 +27,9 @@ export async function instruction(folder, about, measured, pair) {
   const task = choices(byId("task"), "task", new Map(TASKS.map((name) => [name, name])), show);
   task.value = TASKS[0];
   byId("instruct-measured").textContent =
-    "Of its test pairs it reads " +
-    TASKS.map((name) => `${percent(measured[name], 1)} right on the ${name}`).join(" and ") +
-    ".";
+    "In its test pairs it reads " +
+    TASKS.map((name) => `${percent(measured[name], 1)} of the digits on the ${name}`).join(" and ") +
+    " correctly.";
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", show);
 
   async function run() {
@@ -36,6 +37,12 @@ export async function instruction(folder, about, measured, pair) {
     paint(byId("composed"), image);
     const told = TASKS.indexOf(task.value);
     for (const site of sites) site.show(told);
+    const absent = missing(pair());
+    if (absent) {
+      table.clear();
+      says.textContent = absent;
+      return;
+    }
     const { data, dims } = batch([image]);
     const instruction = TASKS.map((_, i) => Number(i === told));
     const results = await network.run({

@@ -1,7 +1,7 @@
 // Two digits that the reader picks or draws.
 
 import { paint, SIDE } from "./digits.js";
-import { choices, element } from "./elements.js";
+import { choices, element, grey } from "./elements.js";
 import { asDigit, drawn } from "./handwriting.js";
 
 /** A place for one digit, picked from those of the page or drawn by hand. */
@@ -24,7 +24,12 @@ export class Slot {
       height: SIDE,
       attributes: { role: "img" },
     });
-    this.another = element("button", { type: "button", onclick: () => this.pick(this.digit.label, this.place + 1) });
+    this.another = element("button", {
+      id: `${root.id}-another`,
+      className: "another",
+      type: "button",
+      onclick: () => this.pick(this.digit.label, this.place + 1),
+    });
     const clear = element("button", { type: "button", onclick: () => this.draw([]) }, "Clear");
     clear.setAttribute("aria-label", `Clear the ${name.toLowerCase()}`);
     const classes = element("fieldset", { className: "choices" }, element("legend", {}, name));
@@ -61,7 +66,7 @@ export class Slot {
     paint(this.pad, picture);
     this.pad.setAttribute("aria-label", `${this.name}: ${about}`);
     this.classes.value = String(digit.label);
-    this.another.disabled = digit.label === null;
+    grey(this.another, digit.label === null ? "Only a digit that was picked has others like it." : "");
     this.another.textContent = digit.label === null ? "Another" : `Another ${digit.label}`;
     this.another.setAttribute("aria-label", `${this.another.textContent}, as ${this.name.toLowerCase()}`);
     this.changed();
@@ -88,6 +93,18 @@ export class Slot {
       this.draw(this.strokes);
     });
   }
+}
+
+/**
+ * What to say where a digit is empty: no network reads what is not there.
+ * @param {import("./digits.js").Digit[]} pair - left, right
+ * @returns {string} empty if both are there
+ */
+export function missing(pair) {
+  const sides = ["left", "right"].filter((_, i) => pair[i].pixels.every((value) => value === 0));
+  if (sides.length === 0) return "";
+  if (sides.length === 2) return "Both digits are empty: pick or draw them.";
+  return `The digit on the ${sides[0]} is empty: pick or draw one.`;
 }
 
 /** "0" to "9", as choices. */

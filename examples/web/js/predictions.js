@@ -26,6 +26,18 @@ export class Predictions {
     root.append(element("table", { className: "predictions" }, title, element("thead", {}, head), body));
   }
 
+  /** There is nothing to show. */
+  clear() {
+    for (const { name, cells } of this.rows) {
+      name.replaceChildren(name.firstChild);
+      for (const { bar, share, cell } of cells) {
+        bar.style.width = 0;
+        share.textContent = "–";
+        cell.classList.remove("winner");
+      }
+    }
+  }
+
   /**
    * @param {number[][]} runs - the probabilities of each run
    * @param {(number | null)[]} present - the digits that are in the image

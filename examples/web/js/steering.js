@@ -1,9 +1,9 @@
 // The network with feedback: tell it what to look for.
 
 import { batch, overlay, paint } from "./digits.js";
-import { byId, choices, newest, percent } from "./elements.js";
+import { byId, choices, grey, newest, percent } from "./elements.js";
 import { floats, open, probabilities, winner } from "./networks.js";
-import { tenDigits } from "./pair.js";
+import { missing, tenDigits } from "./pair.js";
 import { Predictions } from "./predictions.js";
 import { readWords } from "./words.js";
 
@@ -38,8 +38,14 @@ export async function steering(folder, about, prior, measured, pair) {
     paint(byId("overlaid"), image);
     byId("strength-value").textContent = Number(strength.value).toFixed(1);
     const { activation, name } = wanted();
-    strength.disabled = !activation;
-    byId("target").disabled = words.value.trim() !== "";
+    grey(strength, activation ? "" : "Works once there is something to look for.");
+    grey(byId("target"), words.value.trim() ? "Your words go before a choice: delete them to choose." : "");
+    const absent = missing(pair());
+    if (absent) {
+      table.clear();
+      says.textContent = absent;
+      return;
+    }
     const passes = await passesOver(image, activation);
     table.show(
       passes,

@@ -2,11 +2,11 @@
 
 import { batch, compose, paint, SIDE } from "./digits.js";
 import { drawCurve } from "./curve.js";
-import { byId, element, percent } from "./elements.js";
+import { byId, element, grey, newest, percent } from "./elements.js";
 import { TASKS } from "./instruction.js";
 import { Learner } from "./learner.js";
 import { probabilities, winner } from "./networks.js";
-import { tenDigits } from "./pair.js";
+import { missing, tenDigits } from "./pair.js";
 
 const [LEFT, RIGHT] = [0, 1];
 const STOCKS = [1000, 300, 100, 0]; // examples that the reader can choose
@@ -40,6 +40,7 @@ class Lessons {
     this.points = []; // of the curve
     this.teaching = false; // whether the reader wants it
     this.learning = false; // whether it still does
+    this.readPair = newest(() => this.read());
     this.begin();
     byId("stock").append(
       ...STOCKS.map((n) => element("option", { value: n }, n ? `${n} from the page` : "only my own")),
@@ -62,7 +63,7 @@ class Lessons {
     const stock = Array.from({ length: Number(byId("stock").value) }, () => example(any(), any()));
     this.examples = [...this.own, ...stock];
     byId("examples").replaceChildren(...this.examples.slice(0, SHOWN).map(picture));
-    byId("teach-button").disabled = !this.examples.length;
+    grey(byId("teach-button"), this.examples.length ? "" : "There is no example yet: add one, or take the page's.");
     if (!this.examples.length) this.want(false);
   }
 
@@ -114,14 +115,16 @@ class Lessons {
 
   /** Learn until the lesson is over or the reader says stop; test every few steps, and at the end. */
   async learn() {
-    this.learning = byId("reset").disabled = true;
+    this.learning = true;
+    grey(byId("reset"), "Pause it before you start over.");
     while (this.teaching) {
       await this.learner.step(...this.nextBatch(), RATE);
       this.steps++;
       if (this.steps === this.end) this.want(false);
       if (this.steps % EVERY === 0 || !this.teaching) await this.test();
     }
-    this.learning = byId("reset").disabled = false;
+    this.learning = false;
+    grey(byId("reset"), "");
   }
 
   /** See how the network does on the test pairs. */
@@ -132,15 +135,15 @@ class Lessons {
     this.show();
   }
 
-  /** The share of the test pairs that the network reads right. */
+  /** The share of the test pairs that the network reads correctly. */
   async accuracy(task) {
-    let right = 0;
+    let correct = 0;
     for (let start = 0; start < this.tests.length; start += TESTED) {
       const some = this.tests.slice(start, start + TESTED);
       const logits = await this.learner.predict(batch(some.map((pair) => compose(...pair))), task);
-      right += probabilities(logits).filter((shares, i) => winner(shares) === some[i][task].label).length;
+      correct += probabilities(logits).filter((shares, i) => winner(shares) === some[i][task].label).length;
     }
-    return right / this.tests.length;
+    return correct / this.tests.length;
   }
 
   // -- what the page shows ------------------------------------------------------------------------------------------
@@ -149,7 +152,7 @@ class Lessons {
     const { steps, shares } = this.points.at(-1);
     drawCurve(byId("curve"), byId("curve-table"), TASKS, this.points);
     byId("teach-says").textContent =
-      `After ${steps} steps it reads ${percent(shares[RIGHT])} of right and ${percent(shares[LEFT])} of left digits.`;
+      `After ${steps} steps it reads ${percent(shares[RIGHT])} of right and ${percent(shares[LEFT])} of left digits correctly.`;
     this.readPair();
   }
 
@@ -160,11 +163,18 @@ class Lessons {
     this.readPair();
   }
 
-  async readPair() {
+  /** Read the present pair; `readPair` always shows the newest. */
+  async read() {
+    const absent = missing(this.pair());
+    grey(byId("add"), absent);
+    if (absent) {
+      byId("own-says").textContent = absent;
+      return;
+    }
     const logits = await this.learner.predict(batch([compose(...this.pair())]), RIGHT);
     const [shares] = probabilities(logits);
     byId("own-says").textContent =
-      `Told to read the right one of your two digits, it now says ${winner(shares)} (${percent(Math.max(...shares))}).`;
+      `Told to read the right-hand one of your two digits, it now says ${winner(shares)} (${percent(Math.max(...shares))}).`;
   }
 }
 
