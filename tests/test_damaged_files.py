@@ -151,8 +151,8 @@ def takes_what_is_not_there(model):
     last.output[list(last.output).index(output.name)] = "before"
     for node in model.graph.node:
         node.input[:] = ["before" if name == output.name else name for name in node.input]
-    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([999]), "where"))
-    model.graph.node.append(onnx.helper.make_node("Gather", ["before", "where"], [output.name], axis=1))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([999]), "no such row"))
+    model.graph.node.append(onnx.helper.make_node("Gather", ["before", "no such row"], [output.name], axis=1))
     output.type.tensor_type.shape.dim[1].dim_value = 1
 
 
