@@ -95,7 +95,6 @@ def _not_there(name: str) -> str:
     return f"this onnxruntime has {', '.join(there)}{hint}"
 
 
-@functools.cache
 def _no_driver() -> str:
     """What says that NVIDIA's driver is not there, or nothing: without it ONNX Runtime only prints that it fails."""
     try:
