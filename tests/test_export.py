@@ -546,7 +546,7 @@ def test_sizes_that_cannot_be_free_are_errors(tmp_path):
         export(instructed("convnet")[0], path, dynamic_size=True)
     maps, size = network("convnet")
     maps = fxfeedback.add_feedback(maps, [("5", "1")], input_size=size)
-    with pytest.raises(OptionError, match="'5' is steered with a map of the example's size"):
+    with pytest.raises(OptionError, match="'5' would be given as a map of the example's size"):
         export(maps, path, steerable=True, dynamic_size=True)
     assert not path.exists()
 
