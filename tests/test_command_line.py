@@ -204,6 +204,7 @@ def test_nodes_says_that_torch_export_traced_the_model(capsys, monkeypatch):
     assert "input (B, 6), traced by torch.export" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_nodes_of_a_model_of_which_only_parts_can_be_traced(capsys):
     name = "fasterrcnn_mobilenet_v3_large_320_fpn"
     result = run(capsys, "nodes", name)

@@ -11,7 +11,7 @@ from torch import nn
 
 import fxfeedback
 from fxfeedback.errors import InputError, OptionError
-from marks import long_but
+from marks import long_but, one_in
 from networks import build
 
 SIGNS = {
@@ -50,6 +50,7 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.allclose(a[name], b[name], rtol=1e-10, atol=1e-12) for name in a)
 
 
+@one_in(3)
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize(("net", "kind"), [("recurrent", "batch"), *((net, kind) for net in TINY for kind in SIGNS)])
 def test_signs_are_a_weight_of_its_own_that_is_made_of_them(net, kind, train):
@@ -292,6 +293,7 @@ EVERY = {
 CLASSIFIERS = ["resnet18", "mobilenet_v3_small", "squeezenet1_1", "vit", "swin", "maxvit"]
 
 
+@one_in(3)
 @pytest.mark.parametrize("kind", EVERY)
 @pytest.mark.parametrize("name", long_but(["resnet18", "squeezenet1_1", "vit", "swin"], CLASSIFIERS))
 def test_torchvision_classifiers_take_every_kind(name, kind):

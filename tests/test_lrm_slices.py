@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from fxfeedback.graph.layout import Layout
 from fxfeedback.lrm.modulation import Modulation, modulate
 from fxfeedback.lrm.resizing import resize, resize_by_axis, resize_transposed
+from marks import one_in
 
 BATCH = 3
 DESTINATIONS = {
@@ -43,6 +44,7 @@ def formula(y, shares, activation, mode="multiply"):
     return torch.relu(modulated) if activation == "relu" else modulated
 
 
+@one_in(5)
 @pytest.mark.parametrize("samples", [1, 2, BATCH])
 @pytest.mark.parametrize("activation", ["relu", "none"])
 @pytest.mark.parametrize("mode", ["multiply", "add"])

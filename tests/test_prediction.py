@@ -114,7 +114,7 @@ def assert_close(a, b, tolerance=TIGHT):
     assert a.shape == b.shape and (a - b).abs().max() <= tolerance * b.abs().max().clamp(min=1.0)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", long_but(range(5), range(12)))
 def test_it_is_what_plain_loops_and_autograd_compute(seed):
     model, net, parts, nodes = made(seed)
     x = torch.randn(3, 3, 12, 12, dtype=torch.float64)
@@ -128,7 +128,7 @@ def test_it_is_what_plain_loops_and_autograd_compute(seed):
 
 
 @pytest.mark.parametrize("detach_error", [True, False])
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", long_but(range(2), range(6)))
 def test_its_gradients_are_those_of_plain_loops(seed, detach_error):
     model, net, parts, _ = made(seed, detach_error=detach_error)
     x = torch.randn(2, 3, 12, 12, dtype=torch.float64)
