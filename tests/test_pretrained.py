@@ -25,8 +25,10 @@ def test_the_demonstration_writes_its_results(tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"composites.csv", "readouts.csv", "network.svg"}
     with (tmp_path / "composites.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 9 and sum(row["is_there"] == "True" for row in rows) == 6
-    assert all(int(row["rank_instructed"]) <= int(row["rank_plain"]) for row in rows)  # absent ones, too
+    assert len(rows) == 18 and sum(row["is_there"] == "True" for row in rows) == 12
+    everywhere = [row for row in rows if row["gated"] == "all"]
+    assert len(everywhere) == 9
+    assert all(int(row["rank_instructed"]) <= int(row["rank_plain"]) for row in everywhere)  # absent ones, too
     with (tmp_path / "readouts.csv").open() as file:
         assert all(-1 <= float(row["like_first"]) <= 1 for row in csv.DictReader(file))
     assert "absent: named first 0 of 3 times without, 3 with the instruction" in capsys.readouterr().out
