@@ -160,7 +160,8 @@ class Walk:
         if not isinstance(t, dict):
             return t
         some, specs = next(iter(t.values())), specs_of(node)
-        return [t[i] if i in t else some.new_zeros(self.emitter.sizes(spec)) for i, spec in enumerate(specs)]
+        zeros = {i: some.new_zeros(self.emitter.sizes(spec)) for i, spec in enumerate(specs) if spec and i not in t}
+        return [t.get(i, zeros.get(i)) for i in range(len(specs))]
 
 
 def dtype_of(node: fx.Node) -> Any:

@@ -37,7 +37,15 @@ OPS = {
     "the batch size": call(lambda x: torch.native_group_norm(x, None, None, x.shape[0], 4, 3, 2, 1e-5)[0], T(5, 4, 3)),
     "norms of matrices": call(lambda x: torch.linalg.norm(x, 2, (1, 2)) + torch.linalg.norm(x.mean(0), 1), T(4, 3, 2)),
     "several outputs": call(lambda x: torch.stack(torch.hsplit(x, 2), 1), T(4, 6)),
+    "an output that is None": call(lambda x, w, v: attention(x, w, v), T(3, 5, 4), T(12, 4), T(4, 4)),
 }
+
+
+def attention(x, w, v):
+    x, bias = x.transpose(0, 1), w.new_zeros(12)
+    options = {"training": False, "need_weights": False}
+    y, _ = F.multi_head_attention_forward(x, x, x, 4, 2, w, bias, None, None, False, 0.0, v, None, **options)
+    return y.transpose(0, 1)
 
 
 QUANTILE = pytest.mark.skipif(OLD_TORCH, reason="this torch's quantile looks at values, and so does not open")

@@ -43,6 +43,8 @@ def law(model: Model) -> tuple[nn.Module, str, list[float]]:
         x, another = (torch.randn(BATCH, *model.size) for _ in range(2))
         with torch.no_grad():
             plain(x)  # some make tables at their first call
+        plain.train()  # and forget what of it holds for one state of the weights
+        plain.eval()
         part = fxfeedback.to_butd(copy.deepcopy(plain), example_inputs=(x,))
         unsettle(plain)
         warm_up(plain, another)

@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch._decomp import decomposition_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -117,7 +118,7 @@ def _decomposed(node: fx.Node, batch: int, learned: set[fx.Node]) -> fx.GraphMod
     def run(*tensors: Any) -> Any:
         values = dict(zip(sources, tensors, strict=True)) | sizes
         args, kwargs = (plain(fx.map_arg(a, values.__getitem__)) for a in (node.args, node.kwargs))
-        with torch.enable_grad(), _WithGradient():
+        with torch.enable_grad(), _WithGradient(), sdpa_kernel(SDPBackend.MATH):  # which is made of the core's ops
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
     with FakeTensorMode():
@@ -129,7 +130,7 @@ def _decomposed(node: fx.Node, batch: int, learned: set[fx.Node]) -> fx.GraphMod
         """A result that autograd passes nothing on from, as the mean that a layer norm also returns, is detached."""
         made = tree_leaves(run(*tensors))
         return [
-            y if like.requires_grad or not (y.is_floating_point() or y.is_complex()) else y.detach()
+            y if y is None or like.requires_grad or not (y.is_floating_point() or y.is_complex()) else y.detach()
             for y, like in zip(made, results, strict=True)
         ]
 
