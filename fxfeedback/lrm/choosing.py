@@ -194,14 +194,14 @@ def heavy(model: FeedbackModel) -> list[str]:
     for connection in model.connections:
         block = model.modulation(connection.source, connection.destination)
         size, norm = (sum(p.numel() for p in part.parameters()) for part in (block, block.norm))
-        if size > HEAVY * own:
+        if own and size > HEAVY * own:
             why = f"{norm:,} are its layer norm's, which has the destination's size: "
             why += f'norm="channel" has {2 * block.source.channels:,}'
             if norm < size / 2:
                 why = f"its 1x1 convolution leads from {block.source.channels:,} channels to "
                 why += f"{block.destination.channels:,}: ends with fewer are lighter"
             messages.append(
-                f"{arrow(connection)} adds {size:,} parameters, {size / max(own, 1):.0%} of the model's {own:,}; {why}"
+                f"{arrow(connection)} adds {size:,} parameters, {size / own:.0%} of the model's {own:,}; {why}"
             )
     return messages
 
