@@ -17,7 +17,7 @@ docs: $(VENV)/.docs  ## the documentation, with its tutorials executed: docs/_bu
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -q -W --keep-going -E docs/site docs/_build/html
 	@echo "open docs/_build/html/index.html"
 
-test: lint types tests  ## set up, check style and types, and hold every promise once (twelve minutes)
+test: lint types tests  ## set up, check style and types, and hold every promise once (thirteen minutes)
 
 test-all: lint types  ## the same with every test, as continuous integration does after `make browser` (an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -rs
