@@ -10,8 +10,6 @@ studies.png. Attacks are foolbox's, on each pass: pip install 'fxfeedback[attack
 """
 
 import argparse
-import csv
-import io
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -27,7 +25,7 @@ from tqdm import tqdm
 import fxfeedback
 import picture_composites
 import steer_composites
-from jobs import UserError, exit_code, make_folder, number, usable_device, write_whole
+from jobs import UserError, as_csv, exit_code, make_folder, number, usable_device, write_whole
 from multi_mnist import DEVIATION, MEAN, DataError, embedded_digits
 
 Row = dict[str, Any]
@@ -184,15 +182,6 @@ def figure(rows: Sequence[Row]) -> Figure:
     axes[0].set_ylabel("accuracy (%)")
     axes[0].legend()
     return drawn
-
-
-def as_csv(rows: Sequence[Row]) -> str:
-    """The rows, numbers with six digits."""
-    lines = io.StringIO()
-    writer = csv.DictWriter(lines, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    return lines.getvalue()
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -1,12 +1,14 @@
 """What the example scripts share: reading the command line, writing files atomically, and their exit codes."""
 
 import argparse
+import csv
+import io
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -14,6 +16,15 @@ if TYPE_CHECKING:
 
 class UserError(Exception):
     """An error that the user can correct; the message says how."""
+
+
+def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a table with their keys above, numbers with six digits."""
+    lines = io.StringIO()
+    writer = csv.DictWriter(lines, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    return lines.getvalue()
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

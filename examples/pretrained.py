@@ -14,8 +14,6 @@ say no has to be learned.
 """
 
 import argparse
-import csv
-import io
 import itertools
 import sys
 from collections.abc import Sequence
@@ -29,7 +27,7 @@ from torchvision import transforms as T
 from torchvision.models import EfficientNet_B0_Weights
 
 import fxfeedback
-from jobs import UserError, exit_code, make_folder, write_whole
+from jobs import UserError, as_csv, exit_code, make_folder, write_whole
 
 CLASSES = EfficientNet_B0_Weights.DEFAULT.meta["categories"]
 PHOTOGRAPHS = {"chelsea": "tabby", "coffee": "espresso", "rocket": "missile", "camera": "tripod"}
@@ -140,15 +138,6 @@ def report(rows: Sequence[Row]) -> str:
     if pairs:
         text.append(f"of a class, its output is larger where it is there in {sum(pairs)} of {len(pairs)} comparisons")
     return "\n".join(text)
-
-
-def as_csv(rows: Sequence[Row]) -> str:
-    """The rows, numbers with six digits."""
-    lines = io.StringIO()
-    writer = csv.DictWriter(lines, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    return lines.getvalue()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -399,7 +399,7 @@ def test_damaged_files_of_ours(prototypes, tmp_path):
             Prototypes.load(path)
     broken = [
         (tensors, None, "was not written by"),
-        (tensors, {**about, "format": 2}, "a later one is needed"),
+        (tensors, {**about, "format": 2}, "a later version is needed"),
         (tensors, {**about, "labels": [0, 0, 1, 2, 3]}, "its labels and sources"),
         (tensors, {**about, "labels": [[0], 1, 2, 3, 4]}, "its labels and sources"),
         (tensors, {**about, "sources": []}, "its labels and sources"),

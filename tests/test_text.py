@@ -225,7 +225,7 @@ def test_priors_come_back_from_files_that_are_checked(kind, tmp_path):
     name = next(iter(tensors))
     broken = [
         (tensors, None, "was not written by"),
-        (tensors, {**about, "format": 2}, "a later one is needed"),
+        (tensors, {**about, "format": 2}, "a later version is needed"),
         (tensors, {**about, "kind": "lasso"}, "kind and source"),
         (tensors, {**about, "shape": 6}, "its sizes"),
         (tensors, {**about, "shape": [-2, -3]}, "its sizes"),

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import safetensors
 import torch
 from safetensors.torch import save_file
 
@@ -15,6 +14,7 @@ from fxfeedback.files import as_path, replace_whole
 from fxfeedback.graph.nodes import nearest
 from fxfeedback.prototypes.moments import Label, Moments
 from fxfeedback.storage.checkpoints import read_checkpoint
+from fxfeedback.storage.tensor_file import read_tensor_file
 from fxfeedback.version import __version__
 
 FORMAT = 1
@@ -96,18 +96,7 @@ def write_file(classes: Mapping[Label, Moments], given: str | os.PathLike[str]) 
 
 
 def _read_ours(path: Path) -> dict[Label, Moments]:
-    if not path.is_file():
-        raise CheckpointError(f"there is no file {path}: give one that Prototypes.save wrote")
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get(ABOUT, "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 it is not a dict
-    except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged or cannot be read: {error}") from error
-    if not isinstance(about, dict) or "format" not in about:
-        raise CheckpointError(f"{path} was not written by Prototypes.save")
-    if about["format"] != FORMAT:
-        raise CheckpointError(f"{path} was written by fxfeedback {about.get('fxfeedback')!r}: a later one is needed")
+    about, tensors = read_tensor_file(path, ABOUT, FORMAT, "Prototypes.save", "a file")
     labels, sources = about.get("labels"), about.get("sources")
     if not (_are_names(labels, (int, str)) and _are_names(sources, (str,))):
         raise CheckpointError(f"{path} is damaged: its labels and sources are not what save writes")

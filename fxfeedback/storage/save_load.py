@@ -14,7 +14,6 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -28,6 +27,7 @@ from fxfeedback.predictive.predictive_model import PredictiveModel, given_predic
 from fxfeedback.storage.building import build
 from fxfeedback.storage.describing import NotDescribed, check_levels, describe, encode
 from fxfeedback.storage.saved import Saved, check_passes, read_saved, read_wrapper
+from fxfeedback.storage.tensor_file import read_tensor_file
 from fxfeedback.tracing.saved import SAVED
 from fxfeedback.tracing.share import put, share
 from fxfeedback.tracing.wrapper import Wrapper, example_of, net_of, wanted_door_of
@@ -232,20 +232,7 @@ def _tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[int, str]]
 
 
 def _read(path: Path) -> tuple[Saved, dict[str, torch.Tensor]]:
-    if not path.is_file():
-        raise CheckpointError(f"there is no {path}: give the directory that fxfeedback.save wrote")
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get("fxfeedback", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 it is not a dict
-    except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged or cannot be read: {error}") from error
-    if not isinstance(about, dict) or "format" not in about:
-        raise CheckpointError(f"{path} was not written by fxfeedback.save")
-    if about["format"] != FORMAT:
-        raise CheckpointError(
-            f"{path} was written by fxfeedback {about.get('fxfeedback')!r}: a later version is needed"
-        )
+    about, tensors = read_tensor_file(path, "fxfeedback", FORMAT, "fxfeedback.save", "the directory")
     check_levels(about, path)
     return read_saved(about, tensors, path), tensors
 

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fxfeedback.errors import CheckpointError, OptionError
 from fxfeedback.files import as_path, replace_whole
+from fxfeedback.storage.tensor_file import read_tensor_file
 from fxfeedback.text.denoiser import Denoiser
 from fxfeedback.text.ridge import Ridge
 from fxfeedback.version import __version__
@@ -45,18 +45,7 @@ def read_prior(given: str | os.PathLike[str]) -> tuple[str, str, tuple[int, ...]
         CheckpointError: see `TextPrior.load`.
     """
     path = as_path(given)
-    if not path.is_file():
-        raise CheckpointError(f"there is no file {path}: give one that TextPrior.save wrote")
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get(ABOUT, "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 it is not a dict
-    except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged or cannot be read: {error}") from error
-    if not isinstance(about, dict) or "format" not in about:
-        raise CheckpointError(f"{path} was not written by TextPrior.save")
-    if about["format"] != FORMAT:
-        raise CheckpointError(f"{path} was written by fxfeedback {about.get('fxfeedback')!r}: a later one is needed")
+    about, tensors = read_tensor_file(path, ABOUT, FORMAT, "TextPrior.save", "a file")
     return *_described(about, path), _network(about, tensors, path)
 
 
