@@ -20,7 +20,7 @@ docs: $(VENV)/.docs  ## the documentation, with its tutorials executed: docs/_bu
 test: lint types tests  ## set up, check style and types, and hold every promise once (thirteen minutes)
 
 test-all: lint types  ## the same with every test, as continuous integration does after `make browser` (an hour)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -rs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -rfEs
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

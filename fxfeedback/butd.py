@@ -8,23 +8,22 @@ from torch import fx, nn
 
 from fxfeedback.errors import InputError
 from fxfeedback.graph.nodes import name_of
-from fxfeedback.graph.specs import of_size, size_of
+from fxfeedback.graph.specs import sizes_of
 from fxfeedback.instructed.autograd_bridge import learned, refuse_transforms
 from fxfeedback.instructed.feedback_methods import FeedbackMethods
 from fxfeedback.instructed.graphs import Graphs
 from fxfeedback.instructed.instruction import read_instruction
+from fxfeedback.instructed.kept_graphs import graphs_of
 from fxfeedback.instructed.magnitudes import Drawn
 from fxfeedback.instructed.options import Lateral, Options
-from fxfeedback.instructed.owner import Owner
 from fxfeedback.instructed.parts import make_instruction_head, make_task_heads, make_td_parts
 from fxfeedback.one_task.select_task import select_task
-from fxfeedback.tracing.arguments import Form, example_form
+from fxfeedback.tracing.arguments import example_form
 from fxfeedback.tracing.autocast import is_autocast
 from fxfeedback.tracing.examples import examples_of
 from fxfeedback.tracing.modes import eval_mode
 from fxfeedback.tracing.verify import verify_graph
 from fxfeedback.tracing.while_tracing import building
-from fxfeedback.tracing.wrapper import stand_ins_of
 
 
 def to_butd(
@@ -134,7 +133,8 @@ class BUTD(FeedbackMethods):
         vars(self).update(options=options, _drawn=Drawn())  # past nn.Module, and not the model's
         if verify:
             with eval_mode(self):
-                verify_graph(graphs_of(self).bu, self._net, *example_form(self._net, example_inputs))
+                bu = self._bottom_up(sizes_of(self._stand_ins()))
+                verify_graph(bu, self._net, *example_form(self._net, example_inputs))
         self._add_td_state()
         graphs_of(self).check()
 
@@ -144,7 +144,6 @@ class BUTD(FeedbackMethods):
             self.instruction_head = self._own("instruction_head", make_instruction_head(graphs_of(self), self._like()))
         if self.options.heads != "shared":
             self.task_heads = make_task_heads(graphs_of(self))
-            self._cache.clear()  # its graphs have one head
         for name, part in make_td_parts(graphs_of(self), self._like()).items():
             setattr(self, name, self._own(name, part) if name == "td_norms" else part)
 
@@ -194,7 +193,9 @@ class BUTD(FeedbackMethods):
         """One task's network: the model's inputs in, what `self(*inputs, task)` returns in evaluation mode out.
 
         The instruction pass is done now, so that the gates are constants; channels that are off, and those that are
-        unused, are removed from the weights. Above all with gating="channel" the network is smaller.
+        unused, are removed from the weights. Above all with gating="channel" the network is smaller. What is removed
+        counts as zero: where the whole network multiplies an infinite value by a closed gate, it gives NaN and this
+        one does not.
 
         Args:
             task: an id, or an instruction vector (1, instruction size).
@@ -265,25 +266,8 @@ class BUTD(FeedbackMethods):
     def _instruction(self, task: Any, graphs: Graphs, batch: int | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         return read_instruction(task, graphs.gating().size, batch, self._like(), self.options.instruction_size is None)
 
-    def _graphs(self, inputs: Sequence[torch.Tensor], form: Form | None = None) -> Graphs:
-        """The graphs for inputs of this size and dtype and this form of call (None: the example's), built once."""
-        return self._kept((self._fingerprint(), tuple([(size_of(x), x.dtype) for x in inputs]), form))
-
-    def _graph(self, sizes: Any, form: Form | None) -> fx.Graph:
-        return self._kept((self._fingerprint(), sizes, form)).bu.graph
-
-    def _build(self, key: tuple[Any, ...]) -> Graphs:
-        _, sizes, form = key
-        owner = Owner(self._net, self._root, self._fetch, self.options, self._door, self._drawn.always)
-        return Graphs(owner, [of_size(size, dtype) for size, dtype in sizes], form or self._form)
-
 
 # -- what the rest of the package asks of a BU-TD network ------------------------------------------------------------
-
-
-def graphs_of(butd: BUTD) -> Graphs:
-    """Its graphs in the present mode, at the example's size."""
-    return butd._graphs(stand_ins_of(butd))
 
 
 def instruction_of(butd: BUTD, task: Any) -> torch.Tensor:

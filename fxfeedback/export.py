@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxfeedback.butd import BUTD, graphs_of, instruction_of
+from fxfeedback.butd import BUTD, instruction_of
 from fxfeedback.deploy.check_file import check_file, require_runtime
 from fxfeedback.deploy.parts import about_butd, own_inputs, take_gate, td_name
 from fxfeedback.deploy.passes import Asked, called_in_passes, unrolled_program
@@ -29,6 +29,7 @@ from fxfeedback.graph.nodes import (
     name_of,
 )
 from fxfeedback.instructed.graphs import Graphs
+from fxfeedback.instructed.kept_graphs import graphs_of
 from fxfeedback.lrm.feedback_model import FeedbackModel
 from fxfeedback.predictive.predictive_model import PredictiveModel
 from fxfeedback.tracing.modes import eval_mode

@@ -13,13 +13,13 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._pytree import tree_leaves
 
 import fxfeedback
-from fxfeedback.butd import graphs_of
 from fxfeedback.counter_hebb_pass import Learning, key_of, learner
 from fxfeedback.errors import NodeNameError, TraceError
 from fxfeedback.feedback import Connection
 from fxfeedback.graph.shapes import annotate_shapes
 from fxfeedback.graph.structures import unpack_tuples
 from fxfeedback.instructed.check_rule import Call
+from fxfeedback.instructed.kept_graphs import graphs_of
 from fxfeedback.rules import RULES
 from fxfeedback.tracing.open_modules import open_modules
 from fxfeedback.tracing.open_operators import open_operators

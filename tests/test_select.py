@@ -243,7 +243,9 @@ def test_random_graphs(case):
     torch.manual_seed(1)
     for a, b in zip(tree_leaves(selected(*inputs)), whole, strict=True):
         assert a.shape == b.shape
-        assert not a.is_floating_point() or not a.numel() or (a - b).abs().max() <= TOLERANCE * max(b.abs().max(), 1e-6)
+        if a.is_floating_point() and a.numel():
+            a, b = a[b.isfinite()], b[b.isfinite()]  # a closed gate times the logarithm of zero is NaN, or is left out
+            assert not b.numel() or (a - b).abs().max() <= TOLERANCE * max(b.abs().max(), 1e-6)
 
 
 @one_in(3)

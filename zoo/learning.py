@@ -29,8 +29,8 @@ from table import Line, Table, command
 from torch import fx, nn
 
 import fxfeedback
-from fxfeedback.butd import graphs_of
 from fxfeedback.graph.channels import channel_dim
+from fxfeedback.instructed.kept_graphs import graphs_of
 from fxfeedback.rules import RULES
 
 TOLERANCE = 1e-9

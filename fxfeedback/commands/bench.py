@@ -103,7 +103,7 @@ def _instruction(wrapper: Any) -> dict[str, Any]:
     import torch
 
     import fxfeedback
-    from fxfeedback.butd import graphs_of
+    from fxfeedback.instructed.kept_graphs import graphs_of
 
     if not isinstance(wrapper, fxfeedback.BUTD):
         return {}

@@ -54,10 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Derive the network, and run the instruction pass for some tasks."""
     import fxfeedback
-    from fxfeedback.butd import graphs_of
     from fxfeedback.commands.networks import input_shapes, parameters
     from fxfeedback.graph.nodes import name_of, spec_of
     from fxfeedback.graph.operands import rectifies
+    from fxfeedback.instructed.kept_graphs import graphs_of
 
     butd = read_network(arguments, fxfeedback.BUTD)
     graphs = graphs_of(butd)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fxfeedback.butd import BUTD, graphs_of
+from fxfeedback.butd import BUTD
 from fxfeedback.deploy.batch_norm import advanced, batch_norm_in_training
 from fxfeedback.deploy.judged import judged_outputs, target_like
 from fxfeedback.deploy.losses import LOSSES, Loss, by_rules
@@ -18,6 +18,7 @@ from fxfeedback.deploy.parts import about, about_butd, own_inputs, state_of, tak
 from fxfeedback.deploy.program import Input, Program
 from fxfeedback.errors import ExportError, OptionError
 from fxfeedback.graph.bottom_up import BottomUp
+from fxfeedback.graph.copies import copied
 from fxfeedback.graph.effects import has_effect
 from fxfeedback.graph.nodes import (
     feedback_weight_of,
@@ -33,6 +34,7 @@ from fxfeedback.graph.nodes import (
 from fxfeedback.graph.operands import is_floating, operand
 from fxfeedback.graph.structures import leaves_of
 from fxfeedback.instructed.graphs import Graphs
+from fxfeedback.instructed.kept_graphs import graphs_of
 from fxfeedback.rules.ops import ADVANCES, cumulative_momentum
 from fxfeedback.tracing.kept_graphs import modes_of
 from fxfeedback.tracing.modes import eval_mode
@@ -191,12 +193,11 @@ class LearnerStep:
         if not self.instructed:
             return {}
         down = graphs.instructing(drawn and graphs.options.draws)
-        td = fx.Graph()
-        td.output(td.graph_copy(down.graph, {}))
-        for node in td.nodes:
+        td = copied(down)
+        for node in td.graph.nodes:
             tell(node, name=td_name(node))
         # The instruction head and TD norms are modules there: opened, they work on tensors of the state.
-        opened = open_modules(fx.GraphModule(down, td), owner=net_of(self.butd))
+        opened = open_modules(td, owner=net_of(self.butd))
         counters, _ = self._copy(
             opened.graph,
             lambda node, _: self._given(node),

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from fxfeedback.butd import BUTD, graphs_of
+from fxfeedback.butd import BUTD
 from fxfeedback.drawing.arcs import add_passes, add_predictions
 from fxfeedback.drawing.parts import Network, Node, drawn_as
 from fxfeedback.errors import OptionError
@@ -15,6 +15,7 @@ from fxfeedback.graph.shapes import annotate_shapes
 from fxfeedback.graph.specs import Spec
 from fxfeedback.graph.structures import unpack_tuples
 from fxfeedback.instructed.graphs import Graphs
+from fxfeedback.instructed.kept_graphs import graphs_of
 from fxfeedback.lrm.feedback_model import FeedbackModel
 from fxfeedback.predictive.predictive_model import PredictiveModel
 from fxfeedback.tracing.arguments import example_form

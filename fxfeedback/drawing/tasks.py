@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from fxfeedback.butd import BUTD, graphs_of, instruction_of
+from fxfeedback.butd import BUTD, instruction_of
 from fxfeedback.drawing.parts import Network, drawn_as
 from fxfeedback.errors import OptionError
+from fxfeedback.instructed.kept_graphs import graphs_of
 
 MOST_TASKS = 10
 """How many tasks are drawn if the user chooses none."""

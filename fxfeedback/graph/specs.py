@@ -11,6 +11,10 @@ EXAMPLE_BATCH = 2
 """Batch size of the shapes in a `Spec`; no broadcasting can hide in it, as it could in 1."""
 
 
+Sizes = tuple[tuple[tuple[int, ...] | None, torch.dtype], ...]
+"""Of each input its size without the batch (see `size_of`), and its dtype."""
+
+
 @dataclass(frozen=True)
 class Spec:
     """What tracing knows of a tensor: its shape at batch size `EXAMPLE_BATCH`, and how each size grows with the batch.
@@ -48,6 +52,11 @@ def at_batch(batch: int, x: torch.Tensor) -> torch.Tensor:
 def size_of(x: torch.Tensor) -> tuple[int, ...] | None:
     """The size of an input without its batch; None for a tensor of one number, (), which has no batch."""
     return tuple([operator.index(n) for n in x.shape[1:]]) if x.ndim else None  # under torch.compile, numbers
+
+
+def sizes_of(inputs: Iterable[torch.Tensor]) -> Sizes:
+    """Of each input its size without the batch, and its dtype."""
+    return tuple([(size_of(x), x.dtype) for x in inputs])
 
 
 def of_size(size: tuple[int, ...] | None, dtype: torch.dtype) -> torch.Tensor:

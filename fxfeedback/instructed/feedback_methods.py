@@ -9,19 +9,17 @@ from torch import nn
 
 from fxfeedback.counter_hebb_pass import INPUT
 from fxfeedback.errors import InputError, OptionError
-from fxfeedback.graph.specs import size_of
 from fxfeedback.instructed.autograd_bridge import learned
 from fxfeedback.instructed.gates import StraightThrough
 from fxfeedback.instructed.graphs import Graphs
 from fxfeedback.instructed.instruction import distinct
+from fxfeedback.instructed.kept_graphs import KeepsItsGraphs
 from fxfeedback.instructed.last_gates import last_gates
-from fxfeedback.instructed.magnitudes import Drawn, Magnitudes
-from fxfeedback.instructed.options import Options
+from fxfeedback.instructed.magnitudes import Magnitudes
 from fxfeedback.instructed.weight_mirror import mirrored
 from fxfeedback.tracing.arguments import describe
 from fxfeedback.tracing.waiting import at_hand
 from fxfeedback.tracing.while_tracing import is_rewritten
-from fxfeedback.tracing.wrapper import Wrapper
 
 
 class Alignment(NamedTuple):
@@ -34,11 +32,8 @@ class Alignment(NamedTuple):
     ratio: float
 
 
-class FeedbackMethods(Wrapper):
+class FeedbackMethods(KeepsItsGraphs):
     """The part of `BUTD` that is about V, what TD reads in place of BU weights."""
-
-    options: Options
-    _drawn: Drawn
 
     @property
     def magnitudes(self) -> MutableMapping[str, torch.Tensor]:
@@ -88,10 +83,6 @@ class FeedbackMethods(Wrapper):
             v = self._fetch(f"td_weights.{name}")
             update = torch.where(estimate.isnan(), 0, v.detach() - estimate)  # some never meet an input
             v.grad = update if v.grad is None else v.grad + update
-
-    def _present(self) -> Graphs:
-        """Our graphs in the present mode, at the example's size."""
-        return self._kept((self._fingerprint(), tuple([(size_of(x), x.dtype) for x in self._stand_ins()]), None))
 
     def _feedback_weights(self, graphs: Graphs) -> dict[str, torch.Tensor]:
         """Weight name -> what TD reads in its place."""

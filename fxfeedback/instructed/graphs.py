@@ -12,6 +12,7 @@ from fxfeedback.counter_hebb_pass import Learning, key_of, learner
 from fxfeedback.errors import Error, NodeNameError, OptionError
 from fxfeedback.graph.bottom_up import BottomUp
 from fxfeedback.graph.channels import channels_of, positions_of
+from fxfeedback.graph.copies import copied
 from fxfeedback.graph.nodes import find_node, name_of, spec_of, user_line
 from fxfeedback.graph.operands import operand
 from fxfeedback.graph.shapes import annotate_shapes
@@ -20,15 +21,13 @@ from fxfeedback.instructed.gates import gate_sites
 from fxfeedback.instructed.halves import Halves, cut, lift
 from fxfeedback.instructed.owner import Owner
 from fxfeedback.instructed.runs import Call, Gating
-from fxfeedback.instructed.task_heads import put_task_heads
+from fxfeedback.instructed.task_heads import with_task_heads
 from fxfeedback.instructed.weighted import Weighted
 from fxfeedback.instruction_pass import Instructing, instruct
 from fxfeedback.rules.gating import gate
-from fxfeedback.tracing.arguments import Form
 from fxfeedback.tracing.by_id import Shelf, by_id, known_by_id
 from fxfeedback.tracing.open_modules import open_modules
 from fxfeedback.tracing.open_operators import open_operators
-from fxfeedback.tracing.trace_at_size import trace_for
 from fxfeedback.tracing.while_tracing import building, forget, settled
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -59,19 +58,11 @@ def _made_once(graphs: int, name: str, how: tuple[Any, ...]) -> str:
 class Graphs(Weighted):
     """All graphs of a BU-TD network for one input size and mode; each is built when it is first used."""
 
-    def __init__(self, owner: Owner, examples: Sequence[torch.Tensor], form: Form) -> None:
+    def __init__(self, owner: Owner, bu: fx.GraphModule, examples: Sequence[torch.Tensor]) -> None:
+        """`bu`: the model's opened graph with shapes, at the examples' sizes; it stays as it is."""
         known_by_id(self)
         self.owner, self.options = owner, owner.options
-        traced, _ = trace_for(owner.net, examples, form, owner.door)
-        self.bu = open_modules(traced, example_inputs=examples, owner=owner.net)
-        if owner.task_heads is not None:
-            annotate_shapes(self.bu, examples)
-            unpack_tuples(self.bu)
-            put_task_heads(self.bu, owner.task_heads, self.options.head)
-            examples = [*examples, examples[0].new_empty(1, len(owner.task_heads.sizes))]
-        annotate_shapes(self.bu, examples)
-        unpack_tuples(self.bu)
-        open_operators(self.bu, examples, owner.net)
+        self.bu = bu if owner.task_heads is None else with_task_heads(bu, owner.task_heads, self.options.head, examples)
         self.bottom_up = BottomUp(self.bu.graph)
         self.draws = self.options.draws and (owner.net.training or owner.always_draws)
         self.made = Shelf()
@@ -222,11 +213,9 @@ class Graphs(Weighted):
         up to what is `wanted` of the instruction head, by the transposes of its own ops.
         """
         down = self.instructing(False, rectified=False)
-        copy = fx.Graph()
-        copy.output(copy.graph_copy(down.graph, {}))
         like = next((self.owner.fetch(name) for name in wanted), torch.empty(0))
         example = [torch.empty(1, self.instruction_size, dtype=like.dtype, device="meta")]
-        opened = open_modules(fx.GraphModule(down, copy), example_inputs=example, owner=self.owner.net)
+        opened = open_modules(copied(down), example_inputs=example, owner=self.owner.net)
         annotate_shapes(opened, example)
         unpack_tuples(opened)
         open_operators(opened, example, self.owner.net)
@@ -258,7 +247,8 @@ class Graphs(Weighted):
 
     def check(self) -> None:
         """Build what every use needs, so that errors come early."""
-        self.learner(self.can_instruct, self.learning_parameters())
+        by_row = self.can_instruct and self.options.n_tasks is not None  # as a call with ids, which may differ
+        self._learner(self.can_instruct, by_row, self.learning_parameters(), self.draws, ())
         if self.can_instruct:
             _ = self.td
 

@@ -16,7 +16,7 @@ class Owner:
     """The network that graphs belong to.
 
     net: the user's model. root: a module with the network's tensors and modules, TD's own among them.
-    fetch: qualified name -> parameter or buffer. options: of the network. door: by which the model is traced.
+    fetch: qualified name -> parameter or buffer. options: of the network.
     always_draws: whether calls draw magnitudes in evaluation mode, too.
     """
 
@@ -24,7 +24,6 @@ class Owner:
     root: nn.Module
     fetch: Callable[[str], torch.Tensor]
     options: Options
-    door: str | None = None
     always_draws: bool = False
 
     @property

@@ -10,8 +10,11 @@ from torch import fx, nn
 
 from fxfeedback.graph.bottom_up import BottomUp
 from fxfeedback.graph.channels import channels_of
+from fxfeedback.graph.copies import copied
 from fxfeedback.graph.nodes import name_of, spec_of, tell
 from fxfeedback.graph.operands import operand
+from fxfeedback.graph.shapes import annotate_shapes
+from fxfeedback.graph.structures import unpack_tuples
 from fxfeedback.rules.core import constant
 from fxfeedback.rules.ops import one_node
 
@@ -65,8 +68,26 @@ def closed_outputs(instruction: torch.Tensor, sizes: Sequence[int], shape: Seque
 constant(closed_outputs)
 
 
-def put_task_heads(bu: fx.GraphModule, heads: TaskHeads, head_name: str | None) -> None:
-    """Replace the prediction head of a BU graph by `heads`, weighted by a new input, `instruction` (B, n_tasks).
+def with_task_heads(
+    bu: fx.GraphModule, heads: TaskHeads, head_name: str | None, examples: Sequence[torch.Tensor]
+) -> fx.GraphModule:
+    """A BU graph with `heads` in the place of its prediction head, and shapes.
+
+    Args:
+        bu: a graph with shapes; it stays as it is.
+        heads: weighted by a new last input, `instruction` (B, n_tasks).
+        head_name: of the prediction head's node; None: the one there is.
+        examples: the inputs that its shapes are of.
+    """
+    made = copied(bu)
+    _put(made, heads, head_name)
+    annotate_shapes(made, [*examples, examples[0].new_empty(1, len(heads.sizes))])
+    unpack_tuples(made)
+    return made
+
+
+def _put(bu: fx.GraphModule, heads: TaskHeads, head_name: str | None) -> None:
+    """Replace the prediction head of a BU graph.
 
     y = Σ over tasks of instruction * head(x), which for a one-hot instruction is that task's head. Outputs that no
     task of the instruction has are -inf.

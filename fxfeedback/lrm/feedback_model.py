@@ -10,7 +10,7 @@ from torch import fx, nn
 from fxfeedback.checks import check_passes
 from fxfeedback.errors import InputError, NodeNameError
 from fxfeedback.graph.nodes import find_node, name_of
-from fxfeedback.graph.specs import size_of
+from fxfeedback.graph.specs import Sizes, sizes_of
 from fxfeedback.lrm.connections import Connection, arrow, block_name, check_connections, link, make_block
 from fxfeedback.lrm.modulation import Modulation
 from fxfeedback.lrm.parts import TwoParts
@@ -21,7 +21,7 @@ from fxfeedback.rewrite import Link, Unrolling, name_by_pass, unroll
 from fxfeedback.tracing.arguments import Form, example_form
 from fxfeedback.tracing.modes import eval_mode
 from fxfeedback.tracing.names import without_names
-from fxfeedback.tracing.opened import GraphKey, Sizes, opened
+from fxfeedback.tracing.opened import GraphKey, opened
 from fxfeedback.tracing.running import bound_as_graph, check_inputs, run_graph
 from fxfeedback.tracing.saved import own_part
 from fxfeedback.tracing.verify import verify_graph
@@ -221,11 +221,11 @@ class FeedbackModel(TwoParts):
         """The sizes and dtypes for which a graph is made; None: a graph serves all."""
         if form is None and not self._by_size:
             return None
-        return tuple([(size_of(x), x.dtype) for x in inputs])
+        return sizes_of(inputs)
 
     def _bottom_up(self, sizes: Sizes | None = None, form: Form | None = None) -> fx.GraphModule:
         """The opened graph in the present mode, with shapes: for these sizes and this form; None: see `GraphKey`."""
-        return self._kept(("bottom up", GraphKey(self._fingerprint(), sizes, form)))
+        return self._kept(("bottom up", GraphKey(self._fingerprint_of_model(), sizes, form)))
 
     def _unrolled(self, what: Unrolling, sizes: Sizes | None = None, form: Form | None = None) -> fx.GraphModule:
         bu = self._bottom_up(sizes, form)

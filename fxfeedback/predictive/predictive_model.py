@@ -13,7 +13,7 @@ from fxfeedback.checks import check_steps
 from fxfeedback.errors import InputError, NodeNameError
 from fxfeedback.graph.bottom_up import BottomUp
 from fxfeedback.graph.nodes import find_node, name_of, spec_of
-from fxfeedback.graph.specs import Spec, size_of
+from fxfeedback.graph.specs import Sizes, Spec, size_of
 from fxfeedback.predictive.multipliers import LearnedMultipliers, Multipliers
 from fxfeedback.predictive.predicted import Predicted, State, predicted, tensors_of_state
 from fxfeedback.predictive.predictions import Place, Prediction, block_name, places_in
@@ -24,7 +24,7 @@ from fxfeedback.tracing.arguments import Form, example_form
 from fxfeedback.tracing.autocast import is_autocast
 from fxfeedback.tracing.modes import eval_mode
 from fxfeedback.tracing.names import without_names
-from fxfeedback.tracing.opened import GraphKey, Sizes, opened
+from fxfeedback.tracing.opened import GraphKey, opened
 from fxfeedback.tracing.running import bound_as_graph, check_inputs, run_graph
 from fxfeedback.tracing.saved import own_part
 from fxfeedback.tracing.share import share
@@ -55,6 +55,7 @@ class Plan:
 class Parts:
     """The predictions of one bottom-up graph."""
 
+    bu: fx.GraphModule
     all: list[Part]
 
 
@@ -233,14 +234,16 @@ class PredictiveModel(Wrapper):
 
     def _bottom_up(self, sizes: Sizes | None = None, form: Form | None = None) -> fx.GraphModule:
         """The opened graph in the present mode, with shapes; None: of the example's size, of its form."""
-        return self._kept(("bottom up", GraphKey(self._fingerprint(), sizes or self._sizes(self._stand_ins()), form)))
+        sizes = sizes or self._sizes(self._stand_ins())
+        return self._kept(("bottom up", GraphKey(self._fingerprint_of_model(), sizes, form)))
 
-    def _parts(self, sizes: Sizes | None, form: Form | None) -> list[Part]:
-        """The predictions between the nodes of `_bottom_up`."""
-        return self._kept(("parts", GraphKey(self._fingerprint(), sizes or self._sizes(self._stand_ins()), form))).all
+    def _parts(self, sizes: Sizes | None, form: Form | None) -> Parts:
+        """The opened graph, and the predictions between its nodes."""
+        return self._kept(("parts", GraphKey(self._fingerprint(), sizes or self._sizes(self._stand_ins()), form)))
 
     def _unrolled(self, what: Stepping, sizes: Sizes | None = None, form: Form | None = None) -> fx.GraphModule:
-        return step(self._bottom_up(sizes, form), self._root, self._parts(sizes, form), what)
+        parts = self._parts(sizes, form)
+        return step(parts.bu, self._root, parts.all, what)
 
     def _graph(self, sizes: Any, form: Form | None) -> fx.Graph:
         return self._bottom_up(sizes, form).graph
@@ -250,11 +253,11 @@ class PredictiveModel(Wrapper):
         if kind == "plan":
             parts = self._parts(how.graph.sizes, how.graph.form)
             run = type(self._unrolled(how.what, how.graph.sizes, how.graph.form)).forward
-            specs = {part.name: (spec_of(part.place.node), spec_of(part.place.target)) for part in parts}
+            specs = {part.name: (spec_of(part.place.node), spec_of(part.place.target)) for part in parts.all}
             return Plan(run, specs)
         if kind == "parts":
-            places = places_in(self._bottom_up(how.sizes, how.form).graph, self.predictions)
-            return Parts([self._part(place) for place in places])
+            bu = self._bottom_up(how.sizes, how.form)
+            return Parts(bu, [self._part(place) for place in places_in(bu.graph, self.predictions)])
         return opened(self._net, self._stand_ins(), how.sizes, how.form or self._form, self._door)[0]
 
     def _part(self, place: Place) -> Part:
@@ -280,7 +283,7 @@ def bottom_up_of(model: PredictiveModel) -> fx.GraphModule:
 
 def parts_of(model: PredictiveModel) -> list[Part]:
     """Its predictions, between nodes of `bottom_up_of(model)`."""
-    return model._parts(None, None)
+    return model._parts(None, None).all
 
 
 def given_predictions(model: PredictiveModel) -> list[Prediction]:

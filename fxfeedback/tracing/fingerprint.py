@@ -32,18 +32,20 @@ CONSTANTS = ("_tensor_constant", "_constant_")  # buffers that tracing leaves on
 class Cache:
     """What a network keeps.
 
-    graphs: by what they depend on. numbers: of the fingerprints that were seen. present: the last one, and its number.
-    compared: what was compared with the model under autocast. gates: of the last call.
+    graphs: what calls run, by what it depends on. sources: of what that is made, likewise. numbers: of the fingerprints
+    that were seen, and of their parts that are the model's alone. present: the last one, its number and that of its
+    part. compared: what was compared with the model under autocast. gates: of the last call.
     """
 
     def __init__(self) -> None:
-        self.numbers: dict[Fingerprint, int] = {}
-        self.present: tuple[Fingerprint, int] | None = None
+        self.numbers: dict[Fingerprint | OfModel, int] = {}
+        self.present: tuple[Fingerprint, int, int] | None = None
         self.clear()
 
     def clear(self) -> None:
         """Without graphs, and what was made with them."""
         self.graphs = Shelf()
+        self.sources = Shelf()
         self.compared: set[Any] = set()
         self.gates: Any = None
 
@@ -77,11 +79,12 @@ class Fingerprint:
         self._value(traced)
         self._look_into(0, GROUPS)
         n_traced = len(self._objects)
+        self.n_of_model = n_traced, len(self._orders), len(self._kept)
         self.hooks = [vars(m)[kind] for m in self._objects if isinstance(m, nn.Module) for kind in HOOKS]
         self._add(called)
         self._look_into(n_traced, (*GROUPS, *HOOKS))
         self._types = [type(one) for one in self._objects]
-        self._hash = hash(tuple([one.training for one in self._objects if isinstance(one, nn.Module)]))
+        self._hash = hash(self.modes())
         self._hold_read(lambda buffer, then: buffer.detach().clone())
         del self._known, self._tensors
 
@@ -98,14 +101,22 @@ class Fingerprint:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Fingerprint):
             return NotImplemented
-        orders = [[names for _, names in one._orders] for one in (self, other)]
-        return self._types == other._types and orders[0] == orders[1] and self._content() == other._content()
+        return self.content() == other.content()
 
     def __hash__(self) -> int:
         return self._hash
 
-    def _content(self) -> list[Any]:
-        return [{k: v for k, v in kept.items() if not _is_constant(k)} for kept in self._kept]
+    def modes(self, n_objects: int | None = None) -> tuple[bool, ...]:
+        """Whether the modules among the first so many objects train, now."""
+        return tuple([one.training for one in self._objects[:n_objects] if isinstance(one, nn.Module)])
+
+    def content(
+        self, n_objects: int | None = None, n_orders: int | None = None, n_kept: int | None = None
+    ) -> tuple[Any, ...]:
+        """What makes two the same, of the first so many."""
+        orders = [names for _, names in self._orders[:n_orders]]
+        kept = [{k: v for k, v in kept.items() if not _is_constant(k)} for kept in self._kept[:n_kept]]
+        return self._types[:n_objects], orders, kept
 
     def _hold_read(self, value: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
         """Buffers whose values are in graphs count with a value, made of the present one and that in the graph."""
@@ -167,6 +178,22 @@ class Fingerprint:
         if hasattr(value, "__dict__") and (isinstance(value, SETTINGS) or not _is_pythons(type(value))):
             self._find(value)
         return value if type(value).__eq__ is object.__eq__ and not hasattr(value, "__slots__") else _Same(value)
+
+
+class OfModel:
+    """The part of a fingerprint that is the traced model's alone, without what the wrapper adds."""
+
+    def __init__(self, whole: Fingerprint) -> None:
+        self._whole, self._hash = whole, hash(whole.modes(whole.n_of_model[0]))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, OfModel):
+            return NotImplemented
+        one, another = self._whole, other._whole
+        return one.content(*one.n_of_model) == another.content(*another.n_of_model)
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 class _Tensor:

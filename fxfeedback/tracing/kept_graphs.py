@@ -10,11 +10,11 @@ import torch
 from torch import fx, nn
 
 from fxfeedback.graph.nodes import asked_dtype
-from fxfeedback.graph.specs import of_size, size_of
+from fxfeedback.graph.specs import of_size, sizes_of
 from fxfeedback.tracing.arguments import Form
 from fxfeedback.tracing.autocast import autocast_dtype
-from fxfeedback.tracing.by_id import by_id, known_by_id
-from fxfeedback.tracing.fingerprint import Cache, Fingerprint, refuse_hooks
+from fxfeedback.tracing.by_id import Shelf, by_id, known_by_id
+from fxfeedback.tracing.fingerprint import Cache, Fingerprint, OfModel, refuse_hooks
 from fxfeedback.tracing.verify import verify_under_autocast
 from fxfeedback.tracing.while_tracing import building, forget
 
@@ -49,6 +49,11 @@ class KeepsGraphs(nn.Module):
         number = _number(id(self))
         return _number(id(self), self._watched()) if torch.compiler.is_compiling() else number
 
+    def _fingerprint_of_model(self) -> int:
+        """As `_fingerprint`, for the modules of the model alone: it stays as it is when the wrapper adds some."""
+        self._fingerprint()
+        return _number_of_model(id(self))
+
     def _watched(self) -> int:
         """How many of the plain attributes are as they are: read so that torch.compile looks at each in every call."""
         same = 0
@@ -68,8 +73,9 @@ class KeepsGraphs(nn.Module):
             now = Fingerprint(self._net, self._modules)
             if len(self._cache.numbers) > 4 * self.max_graphs:
                 self._cache.numbers.clear()
-            self._cache.present = now, self._cache.numbers.setdefault(now, next(_NUMBERS))
-        fingerprint, number = self._cache.present
+            number, of_model = (self._cache.numbers.setdefault(one, next(_NUMBERS)) for one in (now, OfModel(now)))
+            self._cache.present = now, number, of_model
+        fingerprint, number, _ = self._cache.present
         if any(fingerprint.hooks):
             refuse_hooks("", self._net)
         return number
@@ -88,13 +94,19 @@ class KeepsGraphs(nn.Module):
         vars(self._root).update((name, value) for name, value in vars(net).items() if isinstance(value, torch.Tensor))
 
     def _kept(self, key: tuple[Any, ...]) -> Any:
-        """What `_build` makes for this key; made once, and kept as long as it is one of the last that were used."""
+        """What `_build` makes for this key; made once, and kept as long as it is one of the last that were used.
+
+        key: its kind first; calls run "graphs" and a "plan", the others are what these are made of.
+        """
         name = _made(id(self), key)
-        kept = getattr(self._cache.graphs, name, None)
+        kept = getattr(self._shelf(key), name, None)
         return self._kept(key) if kept is None else kept  # another thread may have cleared the cache
 
+    def _shelf(self, key: tuple[Any, ...]) -> Shelf:
+        return self._cache.graphs if key[0] in ("graphs", "plan") else self._cache.sources
+
     def _make(self, key: tuple[Any, ...]) -> str:
-        graphs = self._cache.graphs
+        graphs = self._shelf(key)
         name = graphs.find(key)
         if name is None:
             with building(self._net) as sources:
@@ -114,7 +126,7 @@ class KeepsGraphs(nn.Module):
         """
         dtype = autocast_dtype(inputs[0])
         if dtype is not None:
-            sizes = tuple([(size_of(x), x.dtype) for x in inputs])
+            sizes = sizes_of(inputs)
             _compare(id(self), (self._fingerprint(), sizes, form, dtype))
 
     def _compare(self, key: tuple[Any, ...]) -> None:
@@ -144,6 +156,13 @@ def modes_of(keeper: KeepsGraphs) -> int:
 @torch.compiler.assume_constant_result
 def _number(keeper: int, watched: int = 0) -> int:
     return by_id(keeper)._numbered()
+
+
+@torch.compiler.assume_constant_result
+def _number_of_model(keeper: int) -> int:
+    present = by_id(keeper)._cache.present
+    assert present is not None  # `_fingerprint` was called
+    return present[2]
 
 
 @torch.compiler.assume_constant_result

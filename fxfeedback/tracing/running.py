@@ -7,9 +7,8 @@ import torch
 from torch import fx
 
 from fxfeedback.errors import InputError
-from fxfeedback.graph.specs import size_of
+from fxfeedback.graph.specs import Sizes, sizes_of
 from fxfeedback.tracing.arguments import Form
-from fxfeedback.tracing.opened import Sizes
 from fxfeedback.tracing.stand_ins import Shaped
 from fxfeedback.tracing.wrapper import Wrapper, bind_of, example_of, like_of, root_of, stand_ins_of
 
@@ -66,7 +65,7 @@ def bound_as_graph(
     own = {name: value for name, value in named.items() if name not in options}
     found, inputs = bind_of(wrapper, args, own, tensors)
     form = None if found == example_of(wrapper).form else found
-    return options, form, inputs, tuple([(size_of(x), x.dtype) for x in map(_known, inputs)])
+    return options, form, inputs, sizes_of(map(_known, inputs))
 
 
 def _known(x: Any) -> torch.Tensor:

@@ -7,6 +7,7 @@ user's model is never traced itself, only a copy that shares its tensors (share.
 
 import math
 import threading
+import traceback
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import fields, is_dataclass
@@ -19,7 +20,7 @@ from torchvision.models.feature_extraction import NodePathTracer
 
 from fxfeedback.errors import TraceError
 from fxfeedback.graph.effects import has_effect_as_traced, is_in_place
-from fxfeedback.graph.nodes import built_in, identifier, name_of, tell, user_line
+from fxfeedback.graph.nodes import built_in, identifier, is_torchs, name_of, tell, user_line
 from fxfeedback.graph.writable import refuse_unwritable
 from fxfeedback.rules.ops import without_gradient
 from fxfeedback.tracing.arguments import PROXIES, Form, form_of
@@ -56,6 +57,10 @@ class PathTracer(NodePathTracer):
         self.calling: nn.Module | None = None
         self.called: dict[fx.Node, nn.Module | None] = {}  # with other attributes than the model has
         self.carried: Collection[fx.Node] = ()  # of the graph of the call before, see `carry_over`
+
+    def _filter_traceback_frames(self, user_stack_summary: traceback.StackSummary) -> traceback.StackSummary:
+        """The user's frames alone: to write down all of torch's takes longer than to trace."""
+        return traceback.StackSummary.from_list([one for one in user_stack_summary if not is_torchs(one.filename)])
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         """A call in the tracer's form: torch.fx knows positional arguments of undecorated functions only."""

@@ -7,7 +7,7 @@ import torch
 from torch import fx, nn
 
 from fxfeedback.errors import InputError, OptionError
-from fxfeedback.graph.specs import at_batch, size_of
+from fxfeedback.graph.specs import at_batch, sizes_of
 from fxfeedback.tracing.arguments import Form, arguments_of, bind, example_form
 from fxfeedback.tracing.doors import check_door, door_of
 from fxfeedback.tracing.fingerprint import Cache, refuse_hooks
@@ -129,7 +129,7 @@ class Wrapper(KeepsGraphs):
     @property
     def door(self) -> str:
         """By which door the model was traced in its present mode: "fx" or "export"."""
-        sizes = tuple([(size_of(x), x.dtype) for x in self._stand_ins()])
+        sizes = sizes_of(self._stand_ins())
         module: Any = self._graph(sizes, None).owning_module
         return door_of(module)
 
