@@ -57,9 +57,8 @@ def figures() -> Iterator[Figure]:
                 taken[kind].append(seconds(kind, name))
         for kind in KINDS[1:]:
             note = f"{statistics.median(taken[kind]):.1f} and {statistics.median(taken['plain']):.1f} s"
-            yield Figure(
-                name, f"from import to the first step, {kind} / plain", ratio(taken[kind], taken["plain"]), note
-            )
+            what = f"from import to the first step, {kind} / plain"
+            yield Figure(name, what, ratio(taken[kind], taken["plain"]), note)
 
 
 if __name__ == "__main__":

@@ -553,9 +553,8 @@ def test_predictions_and_connections_go_together():
     predicting = with_predictions(steps=3).eval()
     both = fxfeedback.add_feedback(predicting, [connection], passes=2, input_size=(3, 10, 12))
     outputs = both(x)
-    assert len(outputs) == 2 and all(
-        (a - b).abs().max() < TIGHT for a, b in zip(outputs[0], predicting(x), strict=True)
-    )
+    assert len(outputs) == 2
+    assert all((a - b).abs().max() < TIGHT for a, b in zip(outputs[0], predicting(x), strict=True))
     assert not torch.allclose(outputs[1][0], outputs[0][0])
 
 

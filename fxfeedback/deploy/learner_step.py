@@ -192,8 +192,7 @@ class LearnerStep:
         """Name of a site -> the node that has its gate: the instruction pass."""
         if not self.instructed:
             return {}
-        down = graphs.instructing(drawn and graphs.options.draws)
-        td = copied(down)
+        td = copied(graphs.instructing(drawn and graphs.options.draws))
         for node in td.graph.nodes:
             tell(node, name=td_name(node))
         # The instruction head and TD norms are modules there: opened, they work on tensors of the state.
