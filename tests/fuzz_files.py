@@ -1,4 +1,4 @@
-"""Files that nobody wrote: saved networks, learners and ONNX files, damaged at random and on purpose.
+"""Files that nobody wrote: saved networks, learners, prototypes and ONNX files, damaged at random and on purpose.
 
 Each is opened, and ends in a network or in one of our errors that is no plain `MemoryError`; nothing is written, no
 process started, nothing deleted, no connection made, and memory stays bounded. `python tests/fuzz_files.py 10000`.
@@ -28,6 +28,7 @@ from fxfeedback.commands import info
 from fxfeedback.errors import Error
 from fxfeedback.storage.save_load import FILE
 
+SAVED = ("lrm", "butd", "predictive", "signs")
 MEMORY = 2**31
 """Bytes that a file of a few kilobytes may ask for on top of what the process has."""
 MARK = "MARK"
@@ -44,8 +45,15 @@ def write_files(folder: Path) -> None:
     maps = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(1), nn.Linear(8, 2))
     lrm = fxfeedback.add_feedback(maps, [("4", "0")], input_size=(1, 4, 4)).eval()
     butd = fxfeedback.to_butd(dense, 2, embedding=[3], input_size=(3,)).eval()
-    fxfeedback.save(lrm, folder / "lrm")
-    fxfeedback.save(butd, folder / "butd")
+    predictive = fxfeedback.add_prediction(maps, ["0", "2"], steps=2, input_size=(1, 4, 4)).eval()
+    signs = fxfeedback.to_butd(dense, 2, weights="sign", td_magnitude="fixed", lateral="add", input_size=(3,)).eval()
+    for name, model in zip(SAVED, (lrm, butd, predictive, signs), strict=True):
+        fxfeedback.save(model, folder / name)
+    prototypes = fxfeedback.Prototypes.compute(lrm, [(torch.randn(8, 1, 4, 4), torch.arange(8) % 4)])
+    prototypes.save(folder / "prototypes.safetensors")
+    prototypes.save(folder / "prototypes.pth")
+    prior = fxfeedback.TextPrior.fit({k: torch.randn(3, 4) for k in range(4)}, prototypes)
+    prior.save(folder / "prior.safetensors")
     fxfeedback.export(lrm, folder / "lrm.onnx", steerable=True)
     fxfeedback.export(butd, folder / "instructed.onnx")
     fxfeedback.export_learner(butd, folder / "learner.onnx", momentum=0.9)
@@ -56,8 +64,10 @@ def openers(good: Path) -> dict[str, Callable[[Path], Any]]:
     """Name of a good file -> what users do with such a file."""
     learner = fxfeedback.runtime.Learner(good / "learner.onnx", providers="cpu")
     return {
-        f"lrm/{FILE}": lambda path: fxfeedback.load(path.parent),
-        f"butd/{FILE}": lambda path: fxfeedback.load(path.parent),
+        **{f"{name}/{FILE}": lambda path: fxfeedback.load(path.parent) for name in SAVED},
+        "prototypes.safetensors": fxfeedback.Prototypes.load,
+        "prototypes.pth": lambda path: fxfeedback.Prototypes.load(path, source="4"),
+        "prior.safetensors": fxfeedback.TextPrior.load,
         "state.safetensors": learner.load,
         "lrm.onnx": lambda path: (info.about(str(path)), fxfeedback.runtime.Session(path, providers="cpu")),
         "instructed.onnx": lambda path: (info.about(str(path)), fxfeedback.runtime.Session(path, providers="cpu")),
@@ -141,11 +151,13 @@ def damage_safetensors(path: Path, rng: random.Random) -> None:
     content = path.read_bytes()
     (size,) = struct.unpack("<Q", content[:8])
     header, data = json.loads(content[8 : 8 + size]), content[8 + size :]
-    about = json.loads(header["__metadata__"].get("fxfeedback", "{}") if "names" in str(header) else "{}")
+    said = header["__metadata__"]
+    key = next((key for key, text in said.items() if text.startswith("{")), "")
+    about = json.loads(said.get(key, "{}"))
     for _ in range(rng.choice([1, 1, 1, 2, 4])):
         damage_structure(about if about and rng.random() < 0.9 else header, rng)
     if about and isinstance(header.get("__metadata__"), dict):
-        header["__metadata__"]["fxfeedback"] = json.dumps(about)
+        header["__metadata__"][key] = json.dumps(about)
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
@@ -211,7 +223,7 @@ def _drop(model: Any, value: Any, rng: random.Random) -> None:
 
 def damage(path: Path, rng: random.Random) -> None:
     """One damaged file, in place."""
-    by_kind = damage_onnx if path.suffix == ".onnx" else damage_safetensors
+    by_kind = {".onnx": damage_onnx, ".safetensors": damage_safetensors}.get(path.suffix, damage_bytes)
     (damage_bytes if rng.random() < 0.2 else by_kind)(path, rng)
 
 
