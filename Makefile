@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two OpenMP threads that spin at a barrier stall each other on a busy machine.
 export OMP_WAIT_POLICY = passive
 
-.PHONY: demo page docs test test-all lint types tests test-gpu durations browser bench bench-check zoo zoo-lrm zoo-weights zoo-onnx zoo-libraries zoo-ops fuzz fuzz-files operators notebooks pictures clean
+.PHONY: demo page docs test test-all lint types tests test-gpu durations browser bench bench-check zoo zoo-lrm zoo-weights zoo-onnx zoo-half zoo-libraries zoo-ops fuzz fuzz-files operators notebooks pictures clean
 
 demo: $(VENV)/.installed  ## set up, train the instructed network on real digits, say where the results are
 	$(BIN)/python examples/train_multi_mnist.py
@@ -60,6 +60,9 @@ zoo-weights: $(VENV)/.installed  ## every kind of feedback weights in every clas
 
 zoo-onnx: $(VENV)/.installed  ## ONNX files of every model of torchvision and of some of timm's, in ONNX Runtime, as a table: docs/zoo (hours)
 	$(BIN)/python zoo/export.py
+
+zoo-half: $(VENV)/.installed  ## files in half precision of torchvision's classifiers against float32, as a table: docs/zoo (two hours)
+	OMP_NUM_THREADS=2 $(BIN)/python zoo/half.py
 
 zoo-libraries: $(VENV)/.installed  ## models of other libraries as they come, updates and files of passes, as a table: docs/zoo (hours)
 	$(BIN)/pip install -q -e .[zoo]

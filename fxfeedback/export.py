@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from fxfeedback.butd import BUTD, instruction_of
 from fxfeedback.deploy.check_file import check_file, require_runtime
+from fxfeedback.deploy.half import half_of, rounded
 from fxfeedback.deploy.parts import about_butd, own_inputs, take_gate, td_name
 from fxfeedback.deploy.passes import Asked, called_in_passes, unrolled_program
 from fxfeedback.deploy.program import Input, Program
@@ -50,6 +51,8 @@ def export(
     stateful: bool = False,
     outputs: Sequence[str] = (),
     opset: int | None = None,
+    dtype: str | None = None,
+    io_dtype: str | None = None,
 ) -> None:
     """Write a model with connections or predictions, or an instructed BU-TD network, as an ONNX file.
 
@@ -86,11 +89,16 @@ def export(
         outputs: names of nodes of a model with connections whose values are outputs as well.
         opset: of ONNX's standard operators, 18 or later; None: what torch's exporter takes, for which ONNX Runtime has
             the most kernels. From 22 on its CUDA has none for max pooling.
+        dtype: "float16" or "bfloat16": the file's weights and values are halves, but for sums, norms and softmax, which
+            are computed in float32. It has half the size. None: the model's own.
+        io_dtype: of the file's inputs and outputs, with dtype=: "float32", or the same as dtype=.
         check: compare the file with torch, in ONNX Runtime, before it takes its place: for random inputs, at batch 3
             and 1 if the batch is free, at two sizes other than the example's if sizes are free, without and with
             steering, with ids and with vectors as instructions. Differences that float32's rounding explains are
-            accepted. The check takes as long as two to eight calls of batch 3 in both (ResNet-18 with two passes: 2 s
-            of a CPU core, in addition to 5 s for the export), and needs another copy of the weights in memory.
+            accepted; with dtype="float16" such of three percent of the largest value, from torch in float32 with the
+            same rounded weights. The check takes as long as two to eight
+            calls of batch 3 in both (ResNet-18 with two passes: 2 s of a CPU core, in addition to 5 s for the export),
+            and needs another copy of the weights in memory.
 
     Raises:
         OptionError: options that do not apply to this model, or a task that does not exist.
@@ -103,12 +111,16 @@ def export(
     if check:
         require_runtime()
     check_opset(opset)
+    half = half_of(dtype, io_dtype, like_of(model).dtype) if isinstance(model, Wrapper) else None
     asked = Asked(steerable, dynamic_size, stateful, _names(outputs))
     with torch.no_grad(), eval_mode(model):
         program = _program(model, asked, task, passes, steps)
         call = _call(model, asked, task, passes, steps)
-        network = Network(model, call, program.inputs, _ids(program), dynamic_batch, program.output)
-        write(program, path, dynamic_batch, functools.partial(_check, network) if check else lambda _: None, opset)
+        like = model if half is None or not check else rounded(model, half)
+        network = Network(like, call, program.inputs, _ids(program), dynamic_batch, program.output, half)
+        program.metadata |= {} if half is None else {"dtype": half.dtype}
+        look = functools.partial(_check, network) if check else lambda _: None
+        write(program, path, dynamic_batch, look, opset, half)
 
 
 def _names(outputs: Any) -> tuple[str, ...]:

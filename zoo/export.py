@@ -145,17 +145,19 @@ def butd_of(part: nn.Module, head: str | None, size: tuple[int, ...]) -> tuple[f
         return fxfeedback.to_butd(part, input_size=size).eval(), False
 
 
-def passes(part: nn.Module, x: torch.Tensor) -> File:
-    """Two passes with one connection."""
-    size = tuple(x.shape[1:])
+def fed_back(part: nn.Module, x: torch.Tensor) -> fxfeedback.FeedbackModel:
+    """The network of two passes with one connection."""
     for ends in ((1 / 4, 0), (0, 0), (1 / 4, 1 / 4), (0, 1 / 2)):
         try:
-            model = fxfeedback.add_feedback(part, [connection_in(part, x, *ends)], input_size=size).eval()
-            break
+            return fxfeedback.add_feedback(part, [connection_in(part, x, *ends)], input_size=tuple(x.shape[1:])).eval()
         except NodeNameError as error:  # there a model may have windows or patches in its batch, or one query
             unfit = error
-    else:
-        raise unfit
+    raise unfit
+
+
+def passes(part: nn.Module, x: torch.Tensor) -> File:
+    """Two passes with one connection."""
+    model, size = fed_back(part, x), tuple(x.shape[1:])
     with tempfile.TemporaryDirectory() as folder:
         fxfeedback.export(model, path := Path(folder, "passes.onnx"), check=False)
         session = Session(path, "cpu")

@@ -16,6 +16,7 @@ EXAMPLES = [
     "fxfeedback export alexnet lrm.onnx --connect classifier.6:features.9 --steerable",
     "fxfeedback export resnet18 instructed.onnx --tasks 2",
     "fxfeedback export resnet18 left.onnx --tasks 2 --gating channel --task 0",
+    "fxfeedback export resnet18 half.onnx --tasks 2 --dtype float16",
     "fxfeedback export resnet18 learner.onnx --tasks 2 --learner --optimizer adam",
     "fxfeedback export steered lrm.onnx --passes 4",
     "fxfeedback export steered video.onnx --passes 1 --stateful --outputs features.11",
@@ -33,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stateful", action="store_true", help="a call can go on from the signals of an earlier one")
     parser.add_argument("--outputs", nargs="+", metavar="NODE", help="nodes whose values are outputs as well")
     parser.add_argument("--opset", type=int, metavar="N", help="version of ONNX's operators, 18 or later")
+    parser.add_argument("--dtype", choices=["float16", "bfloat16"], help="the file computes in half precision")
+    parser.add_argument("--io-dtype", metavar="DTYPE", help="of its inputs and outputs, with --dtype: float32, or that")
     add_tasks(parser)
     parser.add_argument("--task", type=int, metavar="ID", help="only this task's network")
     parser.add_argument("--learner", action="store_true", help="a step of learning, for fxfeedback.runtime.Learner")
@@ -56,7 +59,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     network = read_network(arguments, fxfeedback.FeedbackModel, fxfeedback.BUTD, fxfeedback.PredictiveModel)
     dynamic_batch = not arguments.fixed_batch
     if arguments.learner:
-        others = ("steerable", "dynamic_size", "stateful", "outputs", "opset", "task")
+        others = ("steerable", "dynamic_size", "stateful", "outputs", "opset", "dtype", "io_dtype", "task")
         for name in (name for name in others if given[name] not in (None, False)):
             raise OptionError(f"--{name.replace('_', '-')} does not belong to --learner")
         fxfeedback.export_learner(
@@ -73,6 +76,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             stateful=arguments.stateful,
             outputs=arguments.outputs or (),
             opset=arguments.opset,
+            dtype=arguments.dtype,
+            io_dtype=arguments.io_dtype,
             check=not arguments.no_check,
         )
     return {"model": arguments.model, **info.about(arguments.file)}

@@ -2,7 +2,7 @@
 
 Float32 keeps 7 digits; kernels that sum in another order lose one or two, a deep network one more. A network may
 magnify that, and a unit that sits at its gate may fall on either side of it. So what differs is looked at again: in
-float64, where the file may be `ROUNDING` times as far off as torch itself in the model's dtype; and with numbers drawn
+float64, where the file may be `ROUNDING` times as far off as torch itself in the file's dtype; and with numbers drawn
 anew, as what is wrong stays wrong.
 """
 
@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from fxfeedback.deploy.half import HALVES
 from fxfeedback.deploy.program import leaves
 from fxfeedback.deploy.trials import Network, Sizes, Trial, other_sizes, runs, sizes_of, trials
 from fxfeedback.errors import CheckpointError, ExportError, InputError, OptionError, first_line
 
-TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-2}
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 0.2}
 """How far an output may be from torch's, relative to its largest value: some thousand roundings, 30 of a half."""
 ROUNDING = 3
 LOOSE = 0.1
@@ -126,7 +127,8 @@ def _differs(network: Network, session: Any, trial: Trial) -> str:
     except Exception as error:  # whatever the user's model raises
         return f"torch cannot be asked, as the model does not take random numbers: {first_line(error)}"
     try:
-        found = session.values(*trial.inputs, **trial.options)
+        given = _cast(trial, HALVES[network.half.dtype]) if network.half and network.half.io else trial
+        found = session.values(*given.inputs, **given.options)
     except (InputError, CheckpointError) as error:
         return str(error)
     found = {name: numpy_of(value) for name, value in found.items()}
@@ -134,7 +136,8 @@ def _differs(network: Network, session: Any, trial: Trial) -> str:
     theirs = {name: numpy_of(tensor) for name, tensor in wanted.items()}
     if not all(_is_finite(value) for value in theirs.values()):
         return "torch's own output is not finite, for any random numbers"
-    tolerance = TOLERANCES.get(dtype, 1e-4)
+    computed = HALVES[network.half.dtype] if network.half else dtype
+    tolerance = TOLERANCES.get(computed, 1e-4)
     off = {name: relative(found[name], theirs[name]) for name in theirs}
     far = [name for name in theirs if not off[name] <= tolerance]
     far = far and _without_chance(network, trial, theirs, far, tolerance)
@@ -142,14 +145,17 @@ def _differs(network: Network, session: Any, trial: Trial) -> str:
         return ""
     name = far[0]
     if dtype != torch.float64 and np.isfinite(off[name]):
-        exact = _in_float64(network, trial)
-        if exact and all(
-            relative(found[n], exact[n]) <= max(tolerance, ROUNDING * relative(theirs[n], exact[n])) for n in far
+        exact = _in(torch.float64, network, trial)
+        own = theirs if computed == dtype else _in(computed, network, trial)
+        if (
+            exact
+            and own
+            and all(relative(found[n], exact[n]) <= max(tolerance, ROUNDING * relative(own[n], exact[n])) for n in far)
         ):
             if off[name] > LOOSE:
                 warnings.warn(
-                    f"the check could not decide: the network magnifies rounding, so that torch in {dtype} is itself "
-                    f"far from float64, as the file is ({name!r} differs by {off[name]:.1e} of its largest value)",
+                    f"the check could not decide: the network magnifies rounding, so that torch in {computed} is "
+                    f"itself far from float64, as the file is ({name!r} differs by {off[name]:.1e} of its largest)",
                     stacklevel=2,
                 )
             return ""
@@ -174,21 +180,24 @@ def _without_chance(
     return [name for name in far if name not in drawn]
 
 
-def _in_float64(network: Network, trial: Trial) -> dict[str, np.ndarray]:
-    """What a copy of the model computes in float64; nothing, where it cannot."""
-
-    def wide(value: Any) -> Any:
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            return value.double()
-        if isinstance(value, Mapping):
-            return {name: wide(one) for name, one in value.items()}
-        return [wide(one) for one in value] if isinstance(value, list) else value
-
+def _in(dtype: torch.dtype, network: Network, trial: Trial) -> dict[str, np.ndarray]:
+    """What a copy of the model computes in this dtype; nothing, where it cannot."""
     try:
-        exact = network.call(copy.deepcopy(network.model).double(), Trial(wide(trial.inputs), wide(trial.options)))
+        made = network.call(copy.deepcopy(network.model).to(dtype), _cast(trial, dtype))
     except Exception:  # a model of the user's that has its dtype in its code
         return {}
-    return {name: numpy_of(tensor) for name, tensor in leaves(network.output, exact)}
+    return {name: numpy_of(tensor) for name, tensor in leaves(network.output, made)}
+
+
+def _cast(trial: Trial, dtype: torch.dtype) -> Trial:
+    def cast(value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            return value.to(dtype)
+        if isinstance(value, Mapping):
+            return {name: cast(one) for name, one in value.items()}
+        return [cast(one) for one in value] if isinstance(value, list) else value
+
+    return Trial(cast(trial.inputs), cast(trial.options))
 
 
 def numpy_of(tensor: torch.Tensor) -> np.ndarray:

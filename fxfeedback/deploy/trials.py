@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from fxfeedback.deploy.half import Half
 from fxfeedback.deploy.program import Input, leaves
 
 Sizes = list[tuple[int, ...]]
@@ -24,6 +25,7 @@ class Network(NamedTuple):
 
     model: in eval mode. call: runs it, or a copy, for a trial. inputs: those of the file. task_ids: how many ids it
     takes, if any. dynamic_batch: whether the file's batch is free. output: what the file calls what `call` returns.
+    half: the half precision in which the file computes, if any.
     """
 
     model: nn.Module
@@ -32,6 +34,7 @@ class Network(NamedTuple):
     task_ids: int
     dynamic_batch: bool
     output: str = "output"
+    half: Half | None = None
 
 
 def sizes_of(inputs: Sequence[Input]) -> Sizes:

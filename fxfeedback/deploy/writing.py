@@ -10,6 +10,7 @@ from typing import Any
 
 from fxfeedback.deploy.exporting import to_onnx
 from fxfeedback.deploy.finishing import finish
+from fxfeedback.deploy.half import Half, to_half
 from fxfeedback.deploy.program import Program
 from fxfeedback.errors import ExportError, OptionError, first_line
 from fxfeedback.files import LARGEST, as_path, beside, sync
@@ -54,10 +55,12 @@ def write(
     dynamic_batch: bool,
     check: Callable[[Path], None] = lambda _: None,
     opset: int | None = None,
+    half: Half | None = None,
 ) -> None:
     """Write the program as an ONNX file.
 
     opset: of the standard ONNX domain; None: the exporter's own.
+    half: the half precision in which the file computes, if any.
     check: looks at the file before it takes its place, and raises if something is wrong with it.
 
     Raises:
@@ -65,6 +68,8 @@ def write(
     """
     exported, labels, outputs = to_onnx(program, dynamic_batch, opset)
     finish(exported, program, labels, outputs)
+    if half is not None:
+        to_half(exported, half)
     _write(exported, Path(path), check)
 
 
