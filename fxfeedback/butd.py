@@ -175,7 +175,7 @@ class BUTD(FeedbackMethods):
         drawn = self._drawn_magnitudes(graphs)
         if task is None:
             return self._run(graphs, False, False, tensors, drawn)
-        batch = next(len(x) for x in tensors if x.ndim)
+        batch = next(x.shape[0] for x in tensors if x.ndim)
         instruction, ids = self._instruction(task, graphs, batch)
         learning = self._learning_gates(graphs, instruction, batch)
         rows, gates = ([], learning) if learning else self._gates(graphs, instruction, ids, batch, drawn)

@@ -3,6 +3,9 @@
 import copy
 import functools
 import pickle
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -138,6 +141,50 @@ def test_inductor():
             sum(y.square().sum() for y in (outputs if isinstance(outputs, list) else [outputs])).backward()
             grads.append([outputs, *(p.grad for p in network.parameters() if p.grad is not None)])
         torch.testing.assert_close(*grads)
+
+
+def to_package(learns):
+    """A network, its inputs, and the program that torch.export makes of it for every batch size."""
+    torch.manual_seed(0)
+    network = (
+        fxfeedback.to_butd(convnet(), n_tasks=3, input_size=(2, 8, 8))
+        if learns
+        else fxfeedback.add_feedback(convnet(), [("8", "5")], input_size=(2, 8, 8))
+    ).eval()
+    inputs = (torch.randn(4, 2, 8, 8), *([torch.tensor([0, 1, 2, 1])] if learns else []))
+    batch = torch.export.Dim("batch", min=2, max=64)
+    with torch.no_grad():
+        sizes = {"inputs": tuple({0: batch} for _ in inputs)}
+        return network, inputs, torch.export.export(network, inputs, dynamic_shapes=sizes, strict=False)
+
+
+@pytest.mark.parametrize("learns", [True, False], ids=["butd", "feedback"])
+def test_torch_export_takes_every_batch(learns):
+    network, inputs, program = to_package(learns)
+    for rows in (slice(0, 2), slice(0, 3)):
+        given = [x[rows] for x in inputs]
+        torch.testing.assert_close(program.module()(*given), network(*given))
+
+
+LOADS = """
+import sys, torch
+inputs = torch.load(sys.argv[2])
+torch.save(torch._inductor.aoti_load_package(sys.argv[1])(*inputs), sys.argv[3])
+assert "fxfeedback" not in sys.modules
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
+@pytest.mark.parametrize("learns", [True, False], ids=["butd", "feedback"])
+def test_a_package_runs_without_fxfeedback(learns, tmp_path):
+    network, inputs, program = to_package(learns)
+    files = [str(tmp_path / name) for name in ("network.pt2", "inputs.pt", "outputs.pt")]
+    torch._inductor.aoti_compile_and_package(program, package_path=files[0])
+    given = tuple(x[:3] for x in inputs)
+    torch.save(given, files[1])
+    subprocess.run([sys.executable, "-c", LOADS, *files], check=True, cwd=tmp_path)
+    torch.testing.assert_close(torch.load(files[2]), network(*given))
 
 
 TASKS = {"plain": None, "ids": torch.tensor([0, 2, 1, 0]), "vectors": torch.rand(4, 3)}

@@ -32,7 +32,7 @@ def read_instruction(
         raise InputError(f"an instruction is made of ids or of float vectors, not of {task!r}: {error}") from None
     rows = "batch" if batch is None else batch
     if task.is_floating_point():
-        if task.ndim != 2 or task.shape[1] != size or (batch is not None and len(task) not in (1, batch)):
+        if task.ndim != 2 or task.shape[1] != size or (batch is not None and task.shape[0] not in (1, batch)):
             raise InputError(f"an instruction vector has shape ({rows}, {size}), not {tuple(task.shape)}")
         vectors = task.to(like.dtype)
         if not_finite(vectors):
@@ -42,7 +42,7 @@ def read_instruction(
         return vectors.to(like.device), None
     if not takes_ids:
         raise InputError(f"with instruction_size={size} an instruction is a float vector ({rows}, {size}), not ids")
-    if task.dtype == torch.bool or task.ndim > 1 or (task.ndim == 1 and batch is not None and len(task) != batch):
+    if task.dtype == torch.bool or task.ndim > 1 or (task.ndim == 1 and batch is not None and task.shape[0] != batch):
         raise InputError(
             f"instructions are ({rows},) integer ids or ({rows}, {size}) floats, "
             f"not {task.dtype} of shape {tuple(task.shape)}"
@@ -63,9 +63,11 @@ def distinct(
 
     Where there are no more tasks than samples these are all tasks, so that the next batch has the same.
     """
+    if torch.compiler.is_exporting():
+        return instruction, None  # for every batch size
     if ids is not None and instruction.shape[1] <= batch:
         return torch.eye(instruction.shape[1], dtype=instruction.dtype, device=instruction.device), ids
-    if len(instruction) == 1 or torch.compiler.is_compiling() or not at_hand(instruction):
+    if instruction.shape[0] == 1 or torch.compiler.is_compiling() or not at_hand(instruction):
         # No size may depend on values.
         return instruction, None
     different, rows = torch.unique(instruction, dim=0, return_inverse=True)

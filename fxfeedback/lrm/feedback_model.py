@@ -209,7 +209,7 @@ class FeedbackModel(TwoParts):
     ) -> list[torch.Tensor]:
         """State and steering as the plan takes them."""
         exact = as_example and all(x.shape[1:] == y.shape[1:] for x, y in zip(inputs, self._examples, strict=True))
-        batch, like = next(len(x) for x in inputs if x.ndim), self._like()
+        batch, like = next(x.shape[0] for x in inputs if x.ndim), self._like()
         for value, source in zip(state.values(), plan.state, strict=True):
             source.check_state(value, batch)
         signals = list(state.values())

@@ -52,7 +52,7 @@ def _along(x: torch.Tensor, matrices: Sequence[torch.Tensor]) -> torch.Tensor:
             x = (x.flatten(0, -2) @ matrix.t()).view(shape)
         else:
             x = x.reshape(x.shape[:dim].numel(), x.shape[dim], -1)
-            x = torch.bmm(matrix.expand(len(x), *matrix.shape), x).view(shape)
+            x = torch.bmm(matrix.expand(x.shape[0], *matrix.shape), x).view(shape)
     return x.movedim(-1, 1) if last else x
 
 

@@ -223,7 +223,7 @@ class PredictiveModel(Wrapper):
         what = what._replace(fused=not (is_rewritten() or torch.jit.is_tracing() or is_autocast(inputs[0])))
         plan = self._kept(("plan", PlanKey(GraphKey(self._fingerprint(), self._sizes(inputs), form), what)))
         self._check_autocast(inputs, form)
-        batch = next(len(x) for x in inputs if x.ndim)
+        batch = next(x.shape[0] for x in inputs if x.ndim)
         held = [] if state is None else tensors_of_state(state, plan.state, batch)
         return run_graph(plan.run, self, inputs, held, held)
 
