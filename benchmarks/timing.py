@@ -1,7 +1,7 @@
 """What the benchmarks share: a device, times taken in turns, their ratios, figures, memory, counts of operations.
 
 They run where the environment's DEVICE says, `cuda` or by default `cpu`. TINY=1: as on a GPU, but with two images,
-two turns, one network, and on the CPU: do they run?
+one turn, one network, and on the CPU: do they run?
 """
 
 import argparse
@@ -172,7 +172,9 @@ def seconds(run: Run) -> float:
 def interleaved(runs: Sequence[Run], repeats: int) -> list[list[float]]:
     """Seconds per call of each, in turns; the first two are not counted."""
     taken: list[list[float]] = [[] for _ in runs]
-    repeats, start = 2 if TINY else 3 * repeats if ON_GPU else repeats, time.perf_counter()
+    if TINY:
+        return [[seconds(run)] for run in runs]
+    repeats, start = 3 * repeats if ON_GPU else repeats, time.perf_counter()
     for i in tqdm(range(repeats + 2), leave=False, disable=None):
         if ON_GPU and i > 7 and time.perf_counter() - start > SECONDS:
             break

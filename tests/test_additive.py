@@ -99,11 +99,15 @@ def test_a_picture_says_what_is_added(mode, tmp_path):
         assert (">+1<" in text) == ("parameters, added" in text) == ("added, and not" in text) == (mode == "add")
 
 
-def test_the_command_line_adds(capsys):
+def test_the_command_line_adds(capsys, tmp_path):
     given = ["feedback", "networks:convnet", "--input-size", "2x6x6", "--connect", "8:4"]
     assert main([*given, "--mode", "add", "--json", "--code"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert [one["mode"] for one in result["connections"]] == ["add"]
     assert "addcmul" not in result["code"] and "torch.add(" in result["code"]
-    assert main([*given[:-2], "--mode", "add"]) == 2
-    assert "--mode belongs to --connect" in capsys.readouterr().err
+    assert main([*given, "--init", "identity", "--norm", "channel", "--save", str(tmp_path / "lrm")]) == 0
+    (one,) = fxfeedback.load(tmp_path / "lrm", model=convnet()).connections
+    assert (one.init, one.norm) == ("identity", "channel")
+    for flag, value in (("--mode", "add"), ("--init", "identity"), ("--norm", "channel")):
+        assert main([*given[:-2], flag, value]) == 2
+        assert f"{flag} belongs to --connect" in capsys.readouterr().err

@@ -239,7 +239,7 @@ def test_suggestions_lead_back_stage_by_stage_and_say_what_they_cost(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["convnet", "mlp", "attention", long("vit_b_16"), long("mobilenet_v3_small"), long("densenet121")]
+    "name", ["convnet", "mlp", "attention", long("vit"), long("mobilenet_v3_small"), long("shufflenet_v2_x0_5")]
 )
 def test_every_suggestion_can_be_made_and_runs(name):
     net, x = build(name, train=False)

@@ -123,9 +123,7 @@ MOMENTUM = {"momentum": 0.9, "weight_decay": 1e-2}
 TASKS = {"n_tasks": 2, "embedding": 50}
 SEPARATE = {"n_tasks": 2, "weights": "separate", "td_bias": True, "norm": "separate"}
 CASES = {
-    "multi_mnist-sgd": (20, 0.05, "multi_mnist", TASKS, MOMENTUM),
     "multi_mnist-adam": (20, 1e-3, "multi_mnist", TASKS, {"optimizer": "adam"}),
-    "resnet18-sgd": (5, 0.01, "resnet18", {"size": (3, 32, 32)}, MOMENTUM),
     "resnet18-frozen_norms-adam": (5, 1e-4, "resnet18", {"size": (3, 32, 32)}, {"optimizer": "adam"}),
     "vit-adam": (20, 1e-3, "vit", {}, {"optimizer": "adam", "weight_decay": 1e-2}),
     "residual-mse": (5, 0.01, "residual", {"n_tasks": 3, "gating": "channel"}, {"loss": "mse"}),
@@ -581,7 +579,7 @@ fxfeedback.export_learner(butd, path, optimizer="adam", check=False)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("network", ["mlp", "convnet"])
+@pytest.mark.parametrize("network", ["convnet"])
 def test_every_process_writes_the_same_file(network, tmp_path):
     """Whatever order Python's hashes give to sets of names: so that a file's checksum says what it is made of."""
     code, here, there = WRITES.format(network), tmp_path / "here", tmp_path / "there"

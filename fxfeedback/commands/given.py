@@ -21,6 +21,8 @@ from fxfeedback.errors import CheckpointError, Error, OptionError
 if TYPE_CHECKING:
     from torch import nn
 
+OF_CONNECTION = ("mode", "init", "norm")
+"""Flags that say how connections are made."""
 SEED = 0
 """Random weights are drawn with it: the same command gives the same numbers."""
 
@@ -68,6 +70,12 @@ def add_connections(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mode", choices=["multiply", "add"], help="what --connect does to a destination (default multiply)"
     )
+    parser.add_argument(
+        "--init",
+        choices=["random", "identity"],
+        help="whether new connections change anything at once (default random)",
+    )
+    parser.add_argument("--norm", choices=["layer", "channel"], help="of a connection's block (default layer)")
 
 
 def add_tasks(parser: argparse.ArgumentParser, read: Callable[[str], Any] | None = None) -> None:
@@ -142,13 +150,13 @@ def read_network(arguments: argparse.Namespace, *kinds: type[Any]) -> Any:
     if "connect" in asked or "suggest" in asked:
         if {"connect", "suggest"} <= asked.keys():
             raise OptionError("give --connect or --suggest, not both")
-        size, mode = arguments.input_size, arguments.mode or "multiply"
+        size, form = arguments.input_size, {name: asked[name] for name in OF_CONNECTION if name in asked}
         pairs = [fxfeedback.Connection(*ends) for ends in asked.get("connect", ())]
         chosen = pairs or fxfeedback.suggest_connections(model, arguments.suggest, input_size=size)
-        connections = [dataclasses.replace(one, mode=mode) for one in chosen]
+        connections = [dataclasses.replace(one, **form) for one in chosen]
         model = fxfeedback.add_feedback(model, connections, arguments.passes or 2, input_size=size)
-    elif "mode" in asked:
-        raise OptionError("--mode belongs to --connect")
+    elif names := [name for name in OF_CONNECTION if name in asked]:
+        raise OptionError(f"--{names[0]} belongs to --connect")
     elif "passes" in asked:
         if not isinstance(model, fxfeedback.FeedbackModel):
             raise OptionError("--passes belongs to a model with connections: also give --connect")
