@@ -10,7 +10,7 @@ from torch import nn
 import fxfeedback
 from fxfeedback import Connection
 from fxfeedback.commands.main import main
-from networks import build
+from networks import build, convnet
 
 PAIRS = [("8", "4"), ("5", "2"), ("10", "8")]
 SIZE = (2, 6, 6)
