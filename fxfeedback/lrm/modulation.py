@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fxfeedback.errors import OptionError
 from fxfeedback.graph.layout import Layout
-from fxfeedback.lrm.grown import How, grown, working_dtype
+from fxfeedback.lrm.enlarged import How, enlarged, working_dtype
 from fxfeedback.lrm.resizing import channels_last, resize
 from fxfeedback.tracing.fingerprint import HOOKS
 
@@ -92,7 +92,7 @@ class Modulation(nn.Module):
                 raise OptionError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}")
         self.source, self.destination, self.order, self.resize = source, destination, order, resize
         smaller = math.prod(source.size) < math.prod(self._onto(destination.size))
-        self.grows = smaller and order == "norm-squash-resize"
+        self.enlarges = smaller and order == "norm-squash-resize"
         one_position = all(n == 1 for n in source.size)
         self.norm = Norm(source.channels, () if one_position else self._onto(destination.size), norm)
         self.neg_scale = nn.Parameter(torch.ones(1))
@@ -116,7 +116,7 @@ class Modulation(nn.Module):
             m = self.project(z, strength)[(...,) + (None,) * len(size)]  # broadcast
         elif self.order == "resize-norm-squash":
             m = self.project(torch.tanh(self.norm(resize(z, size, self.resize))), strength)
-        elif self.grows:
+        elif self.enlarges:
             m = self._project_onto(z, size, strength)
         else:
             m = self.project(resize(z, size, self.resize), strength)
@@ -165,10 +165,11 @@ class Modulation(nn.Module):
         below = F.hardtanh(z, -math.inf, 0.0, inplace=not torch.is_grad_enabled())
         return torch.addcmul(whole, (neg - pos).type_as(whole), self._mix(below))
 
-    def grown(
+    def enlarged(
         self, z: torch.Tensor, dtype: torch.dtype, strength: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What m of a source that grows is made of: z, and with a scale each the low-resolution product and the weight.
+        """Of what m of a source that is enlarged is made: z, and with a scale each the low-resolution product and the
+        weight.
 
         Args:
             z: of `squash`.
@@ -218,8 +219,8 @@ def modulate(y: torch.Tensor, shares: Sequence[Share], activation: str, mode: st
     widest = max(block.source.channels for block, _, _ in shares) * positions * y.element_size()
     samples = max(1, (SLICE or _slice_bytes(y.device)) // widest)
     both = zip(shares, sources, strict=True)
-    if all(z.ndim == 2 or (_grows(block) and len(z) == len(y)) for (block, _, _), (z, _) in both):
-        return _grown(y, shares, sources, (activation == "relu", mode == "add"), samples)
+    if all(z.ndim == 2 or (_enlarges(block) and len(z) == len(y)) for (block, _, _), (z, _) in both):
+        return _enlarged(y, shares, sources, (activation == "relu", mode == "add"), samples)
     sliced = [_sliced(x, len(y), samples) for x in (y, *itertools.chain(*sources))]
     again = functools.partial(checkpoint, modulated, use_reentrant=False, preserve_rng_state=False)
     run: Callable[..., Any] = again if torch.is_grad_enabled() else modulated
@@ -227,24 +228,24 @@ def modulate(y: torch.Tensor, shares: Sequence[Share], activation: str, mode: st
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _grows(block: Modulation) -> bool:
-    """Whether its source grows, and no hook waits for its call."""
-    return block.grows and not any(vars(block)[kind] for kind in HOOKS)
+def _enlarges(block: Modulation) -> bool:
+    """Whether its source is enlarged, and no hook waits for its call."""
+    return block.enlarges and not any(vars(block)[kind] for kind in HOOKS)
 
 
-def _grown(
+def _enlarged(
     y: torch.Tensor, shares: Sequence[Share], sources: Sequence[Any], ends: tuple[bool, bool], samples: int
 ) -> torch.Tensor:
-    """`modulate` with sources that are vectors or grow; ends: whether the sum is rectified, and m added."""
+    """`modulate` with sources that are vectors or are enlarged; ends: whether the sum is rectified, and m added."""
     dtype = working_dtype(y)
     both = list(zip(shares, sources, strict=True))
     maps = [(share, source) for share, source in both if source[0].ndim > 2]
-    terms = [block.grown(z, dtype, strength) for (block, _, strength), (z, _) in maps]
+    terms = [block.enlarged(z, dtype, strength) for (block, _, strength), (z, _) in maps]
     vectors = [block(source, y, strength) for (block, _, strength), source in both if source[0].ndim == 2]
     classes = [block.project(token, strength) for (block, _, strength), (_, token) in maps if token is not None]
     rest, of_class = (functools.reduce(torch.add, ms).to(dtype) if ms else None for ms in (vectors, classes))
     how = How(shares[0][0].destination, *ends, tuple([block.resize for (block, _, _), _ in maps]), samples)
-    return grown(how, y, rest, of_class, *itertools.chain(*terms))
+    return enlarged(how, y, rest, of_class, *itertools.chain(*terms))
 
 
 def _slice_bytes(device: torch.device) -> int:

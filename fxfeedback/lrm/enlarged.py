@@ -1,7 +1,7 @@
 """What small sources make of a large destination, with a backward pass that keeps only what is small.
 
     below = min(resize(z), 0)                          the source's channels at the destination's size
-    m     = Σ resize(low) + below weightᵀ, + rest      low, weight: see `Modulation.grown`; rest: what vectors make
+    m     = Σ resize(low) + below weightᵀ, + rest      low, weight: see `Modulation.enlarged`; rest: what vectors make
     out   = relu(y + y m), or relu(y + m)
 
 All of it runs in slices of the batch, forward and backward. The backward pass computes `below` and m again.
@@ -36,17 +36,17 @@ class How:
     samples: int
 
 
-def grown(how: How, *tensors: torch.Tensor | None) -> torch.Tensor:
+def enlarged(how: How, *tensors: torch.Tensor | None) -> torch.Tensor:
     """The destination modulated; it keeps its dtype.
 
     Args:
         how: what is no tensor.
         tensors: see `Tensors`; all have y's batch, or one for all.
     """
-    return _Grown.apply(how, *tensors) if torch.is_grad_enabled() else _forward(how, tensors)
+    return _Enlarged.apply(how, *tensors) if torch.is_grad_enabled() else _forward(how, tensors)
 
 
-class _Grown(torch.autograd.Function):
+class _Enlarged(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, how: How, *tensors: torch.Tensor | None) -> torch.Tensor:
         ctx.how = how
