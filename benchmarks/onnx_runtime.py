@@ -1,4 +1,4 @@
-"""ONNX Runtime against torch: passes of LRM networks, and a step of a learner; time, in turns.
+"""ONNX Runtime against torch: passes of LRM networks, one known task, and a step of a learner; time, in turns.
 
 OMP_WAIT_POLICY=passive python benchmarks/onnx_runtime.py [--threads 2]
 
@@ -41,11 +41,12 @@ HOW = TF32 if ON_GPU else PLAIN
 
 
 def figures(threads: int = 2) -> Iterator[Figure]:
-    """Two passes, and a step of ResNet-18."""
+    """Two passes, and a task and a step of ResNet-18."""
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in (name for name in NETWORKS if name != "vit_b_16"):
             yield from passes(name, Path(folder), threads)
+        yield known_task(Path(folder), threads)
         for mode in ("train",) if ON_GPU or TINY else ("eval", "train"):
             yield learner(mode, Path(folder), threads)
 
@@ -85,6 +86,23 @@ def passes(name: str, folder: Path, threads: int) -> Iterator[Figure]:
         ratio(two, one, 1 / more),
         f"one pass {ms(one)} ms, operations {more:.2f}",
     )
+
+
+def known_task(folder: Path, threads: int) -> Figure:
+    """An instructed ResNet-18 whose gates are kept, with one task for all images; one pass is the plain network."""
+    torch.manual_seed(0)
+    plain, x = torchvision.models.resnet18().eval(), HOW.images(BATCH, 3, 224, 224)
+    butd = fxfeedback.to_butd(plain, n_tasks=4).eval()
+    fxfeedback.export(butd, folder / "instructed.onnx", keep_gates=True, check=False)
+    lrm = fxfeedback.add_feedback(plain, [("layer4", "layer1.1.relu_1")]).eval()
+    fxfeedback.export(lrm, folder / "plain.onnx", passes=1, check=False)
+    session, one = (
+        fxfeedback.runtime.Session(folder / f"{name}.onnx", PROVIDER, options(threads))
+        for name in ("instructed", "plain")
+    )
+    taken, theirs = interleaved([lambda: session(x, task=1), lambda: one(x)], REPEATS)
+    note = f"{ms(taken)} and {ms(theirs)} ms"
+    return Figure("resnet18, one known task", "instructed / plain, both in ONNX Runtime", ratio(taken, theirs), note)
 
 
 def learner(mode: str, folder: Path, threads: int) -> Figure:

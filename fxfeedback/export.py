@@ -53,6 +53,7 @@ def export(
     opset: int | None = None,
     dtype: str | None = None,
     io_dtype: str | None = None,
+    keep_gates: bool = False,
 ) -> None:
     """Write a model with connections or predictions, or an instructed BU-TD network, as an ONNX file.
 
@@ -67,6 +68,8 @@ def export(
       node's value in every pass, as it is read: `<node>_1`, `<node>_2`, ...
     - `add_prediction`: the model's own inputs in; `output_1`, `output_2`, ...: the output of step 0, of step 1, ...
     - `to_butd`: the model's own inputs and `instruction` (B or 1, instruction size), floats, in; `output` out.
+      With keep_gates=True also, for each site, `<site>.given_gate` and `gates.given` () in, which may be left out, and
+      `<site>.gate` out: `runtime.Session` then computes the gates of an id once.
     - `to_butd` with task=k: the model's own inputs in, `output` out: the network that `model.select(k)` returns.
 
     An output that is a dict or a tuple becomes several: `output.out`, `output_1`, ... Nodes are named after the pass
@@ -113,12 +116,18 @@ def export(
     check_opset(opset)
     half = half_of(dtype, io_dtype, like_of(model).dtype) if isinstance(model, Wrapper) else None
     asked = Asked(steerable, dynamic_size, stateful, _names(outputs))
+    if keep_gates and (task is not None or not isinstance(model, BUTD)):
+        raise OptionError("keep_gates= belongs to an instructed network that to_butd returned, without task=")
     with torch.no_grad(), eval_mode(model):
         program = _program(model, asked, task, passes, steps)
         call = _call(model, asked, task, passes, steps)
         like = model if half is None or not check else rounded(model, half)
         network = Network(like, call, program.inputs, _ids(program), dynamic_batch, program.output, half)
         program.metadata |= {} if half is None else {"dtype": half.dtype}
+        if keep_gates:
+            program.metadata["keeps_gates"] = True
+        else:
+            program.gates = {}
         look = functools.partial(_check, network) if check else lambda _: None
         write(program, path, dynamic_batch, look, opset, half)
 
@@ -213,7 +222,9 @@ def _instructed(butd: BUTD) -> Program:
         labels[gate] = f"gate/{name}"
         gates[name] = gate
     _predict(predicting, graph, labels, own, instruction, gates)
-    return Program(graph, labels, inputs, root_of(butd), fetch_of(butd), about_butd(butd, graphs, "instructed"))
+    told = about_butd(butd, graphs, "instructed")
+    made_by = {name: (labels[gate], labels[down[counters[name]]]) for name, gate in gates.items()}  # type: ignore
+    return Program(graph, labels, inputs, root_of(butd), fetch_of(butd), told, gates=made_by)
 
 
 def _one_task(butd: BUTD, task: Any) -> Program:

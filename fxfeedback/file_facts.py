@@ -150,7 +150,7 @@ def _is_task(value: Any) -> bool:
 
 
 CHECKS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("fxfeedback", "product", "weights_sha256", "gating", "loss", "optimizer"), _is_text),
+    **dict.fromkeys(("fxfeedback", "product", "weights_sha256", "gating", "loss", "optimizer", "dtype"), _is_text),
     "connections": _are_connections,
     "passes": _is_count,
     "predictions": _are_predictions,
@@ -159,7 +159,7 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("state", "readout"), _are_texts),
     "tasks": lambda value: value is None or _is_count(value),
     "instruction_size": _is_count,
-    "takes_ids": lambda value: type(value) is bool,
+    **dict.fromkeys(("takes_ids", "keeps_gates"), lambda value: type(value) is bool),
     "sites": _are_texts,
     "task": _is_task,
     "learns": _are_texts,

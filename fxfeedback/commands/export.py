@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--io-dtype", metavar="DTYPE", help="of its inputs and outputs, with --dtype: float32, or that")
     add_tasks(parser)
     parser.add_argument("--task", type=int, metavar="ID", help="only this task's network")
+    parser.add_argument("--keep-gates", action="store_true", help="a session computes the gates of a task once")
     parser.add_argument("--learner", action="store_true", help="a step of learning, for fxfeedback.runtime.Learner")
     parser.add_argument("--loss", choices=["cross_entropy", "mse", "bce_with_logits"], help="the learner's")
     parser.add_argument("--optimizer", choices=["sgd", "adam"], help="the learner's")
@@ -59,7 +60,17 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     network = read_network(arguments, fxfeedback.FeedbackModel, fxfeedback.BUTD, fxfeedback.PredictiveModel)
     dynamic_batch = not arguments.fixed_batch
     if arguments.learner:
-        others = ("steerable", "dynamic_size", "stateful", "outputs", "opset", "dtype", "io_dtype", "task")
+        others = (
+            "steerable",
+            "dynamic_size",
+            "stateful",
+            "outputs",
+            "opset",
+            "dtype",
+            "io_dtype",
+            "keep_gates",
+            "task",
+        )
         for name in (name for name in others if given[name] not in (None, False)):
             raise OptionError(f"--{name.replace('_', '-')} does not belong to --learner")
         fxfeedback.export_learner(
@@ -78,6 +89,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             opset=arguments.opset,
             dtype=arguments.dtype,
             io_dtype=arguments.io_dtype,
+            keep_gates=arguments.keep_gates,
             check=not arguments.no_check,
         )
     return {"model": arguments.model, **info.about(arguments.file)}

@@ -1,7 +1,7 @@
 """What is exported: a graph, its inputs, and what its nodes are called in the file."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class Program:
     labels: what its nodes are called in the file.
     fetch: qualified name -> parameter or buffer; root: has them, and the modules that are called.
     output: what the output is called; empty where it is a dict whose keys name its parts.
+    gates: site -> labels of the nodes one of which makes its gate, where gates may be given to the file.
     """
 
     graph: fx.Graph
@@ -45,6 +46,7 @@ class Program:
     fetch: Callable[[str], torch.Tensor]
     metadata: dict[str, Any]
     output: str = "output"
+    gates: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 def leaves(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:

@@ -11,6 +11,7 @@ from typing import Any
 from fxfeedback.deploy.exporting import to_onnx
 from fxfeedback.deploy.finishing import finish
 from fxfeedback.deploy.half import Half, to_half
+from fxfeedback.deploy.kept_gates import keep_gates
 from fxfeedback.deploy.program import Program
 from fxfeedback.errors import ExportError, OptionError, first_line
 from fxfeedback.files import LARGEST, as_path, beside, sync
@@ -70,6 +71,8 @@ def write(
     finish(exported, program, labels, outputs)
     if half is not None:
         to_half(exported, half)
+    if program.gates:
+        keep_gates(exported, program.gates)
     _write(exported, Path(path), check)
 
 

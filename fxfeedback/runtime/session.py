@@ -15,18 +15,22 @@ import onnxruntime as ort
 from fxfeedback.errors import CheckpointError, InputError, NodeNameError
 from fxfeedback.file_facts import existing
 from fxfeedback.files import as_path
-from fxfeedback.runtime.arrays import array, cast, finite
+from fxfeedback.runtime.arrays import array, cast, finite, is_floating
 from fxfeedback.runtime.devices import Kind, Running
 from fxfeedback.runtime.providers import open_session
 from fxfeedback.runtime.reopen import Opened
-from fxfeedback.runtime.signature import Signature
+from fxfeedback.runtime.signature import GIVEN, Signature, gate_in, gate_out
+
+KEPT = 256
+"""Of how many ids the gates are kept."""
 
 
 class Session(Signature):
     """A file that `fxfeedback.export` wrote, ready to run.
 
-    It keeps nothing between calls, so several threads may call it at once. Its pickle and its copies name the file,
-    which they open again: see `__reduce__`.
+    It keeps nothing between calls but the gates of ids, where the file takes some (`export(keep_gates=True)`): they are
+    computed once, and a batch of one task then costs what the plain network does and the gating. Several threads may
+    call it at once. Its pickle and its copies name the file, which they open again: see `__reduce__`.
 
     Tensors of torch, or of any library that speaks DLPack, are read where they lie if that is where the session runs,
     and outputs come back as tensors of that library, there; a contiguous one is not copied. What lies elsewhere goes
@@ -69,7 +73,9 @@ class Session(Signature):
         read = self.metadata.get("readout") or []
         self._read = {name: [each for each in self.outputs if _is_of(each, name)] for name in read}
         others = {one for each in self._read.values() for one in each}
+        others |= {gate_out(site) for site in self.kept_sites()}
         self._own = [name for name in self.outputs if name not in others and not name.endswith(".next_state")]
+        self._gates: dict[int, dict[str, Any]] = {}  # of each id that was met, the last used last
         if self.metadata["product"] == "learner":
             raise CheckpointError(f"{path} is a learner: open it with fxfeedback.runtime.Learner")
 
@@ -159,8 +165,30 @@ class Session(Signature):
         """The outputs in `wanted`, each on its device, as values of ONNX Runtime's."""
         feeds, batch = self.feeds(inputs, task, {})
         feeds |= self._steering(steering, batch)
+        feeds |= self._kept_gates(task, feeds) if self.kept_sites() else {}
         feeds |= {} if state is None else self._state(state, batch)
         return dict(zip(wanted, self._run(feeds, wanted, kind=kind), strict=True))
+
+    def _kept_gates(self, task: Any, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """The gates of a batch's only task, where it is an id: they do not depend on the images."""
+        task = array(task, "instruction ids", self._place)
+        ids = set() if is_floating(task) else set(np.asarray(array(task, "instruction ids")).reshape(-1).tolist())
+        if len(ids) != 1:
+            return {}
+        (one,) = ids
+        gates = self._gates.pop(one, None)
+        if gates is None:
+            own = [name for name in self.inputs if name not in self.NOT_OWN]
+            sizes = {name: (1, *feeds[name].shape[1:]) if feeds[name].ndim else () for name in own}
+            nothing = {name: np.zeros(size, self.dtypes[name]) for name, size in sizes.items()}
+            instruction = np.eye(int(self.inputs["instruction"][1]), dtype=self.dtypes["instruction"])[[one]]
+            wanted = {gate_out(site): self._run.device for site in self.kept_sites()}
+            made = self._run(nothing | {"instruction": instruction}, wanted)
+            gates = {gate_in(site): value for site, value in zip(self.kept_sites(), made, strict=True)}
+        self._gates[one] = gates
+        for old in list(self._gates)[:-KEPT]:
+            self._gates.pop(old, None)
+        return gates | {GIVEN: np.array(True)}
 
     def _state(self, state: Any, batch: int) -> dict[str, Any]:
         names = list(self._states().values())

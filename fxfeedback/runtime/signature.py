@@ -21,6 +21,20 @@ DTYPES = {
 }
 
 
+GIVEN = "gates.given"
+"""The optional input that says whether gates are given."""
+
+
+def gate_in(site: str) -> str:
+    """The name of the optional input with the gates of a site."""
+    return f"{site}.given_gate"
+
+
+def gate_out(site: str) -> str:
+    """The name of the output with the gates of a site."""
+    return f"{site}.gate"
+
+
 class Signature:
     """The inputs of a file that fxfeedback wrote, and what it says of itself.
 
@@ -65,8 +79,15 @@ class Signature:
         for name in self.metadata.get("readout") or ():
             if f"{name}_1" not in self.outputs:
                 missing.append(f"an output {f'{name}_1'!r}")
+        for site in self.kept_sites():
+            if not {gate_in(site), GIVEN} <= self.optional.keys() or gate_out(site) not in self.outputs:
+                missing.append(f"the gate of {site!r}")
         if missing:
             raise CheckpointError(f"{path} is damaged: its graph lacks {missing[0]}, of which its metadata speaks")
+
+    def kept_sites(self) -> list[str]:
+        """The sites whose gates the file takes."""
+        return self.metadata.get("sites", []) if self.metadata.get("keeps_gates") else []
 
     def feeds(self, inputs: Sequence[Any], task: Any, sizes: dict[str, int]) -> tuple[dict[str, Any], int]:
         """What is fed for the model's own inputs and the instruction, checked; and the batch size.
