@@ -74,7 +74,7 @@ def test_a_saved_model_adds_as_it_did(tmp_path):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("mode", ["multiply", "add"])
+@pytest.mark.parametrize("mode", [long("multiply"), "add"])
 def test_an_exported_file_says_the_mode_and_runs(mode, tmp_path, capsys):
     model, x = connected(mode).float(), torch.randn(2, *SIZE)
     file = str(tmp_path / "it.onnx")

@@ -59,7 +59,7 @@ def over_passes(outputs, labels):
 # -- a start that changes nothing -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["multiply", "add"])
+@pytest.mark.parametrize("mode", ["multiply", long("add")])
 def test_a_start_at_identity_keeps_every_image_and_learns_from_there(trained, mode):
     net, train, test = trained
     (before,) = right(net, test)

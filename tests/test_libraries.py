@@ -23,12 +23,12 @@ MODELS = dict(zoo.every_model())
 @pytest.mark.parametrize(
     "name",
     [
-        "CORnet-RT",
         "kornia/filters.BoxBlur",
-        "transformers/ViTForImageClassification",
         *map(
             long,
             [
+                "CORnet-RT",
+                "transformers/ViTForImageClassification",
                 "CORnet-Z",
                 "kornia/color.RgbToLab",
                 "open_clip/resnet",
