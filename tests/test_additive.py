@@ -10,6 +10,7 @@ from torch import nn
 import fxfeedback
 from fxfeedback import Connection
 from fxfeedback.commands.main import main
+from marks import long
 from networks import build, convnet
 
 PAIRS = [("8", "4"), ("5", "2"), ("10", "8")]

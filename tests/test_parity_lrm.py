@@ -12,13 +12,12 @@ import torchvision
 from torch import nn
 
 import fxfeedback
+from marks import one_in
 
 PARITY = Path(__file__).parent / "parity"
 sys.path.append(str(PARITY))
 
 from fill import fill, fill_input  # noqa: E402
-
-from marks import one_in
 
 CASES = sorted(path.stem for path in PARITY.glob("lrm_*.json"))
 
