@@ -399,7 +399,7 @@ def test_random_graphs(case):
 
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@settings(some, max_examples=100)
+@settings(some, max_examples=50)
 @given(cases(most=6))
 def test_more_random_graphs(case):
     check(case)
