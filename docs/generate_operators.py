@@ -30,6 +30,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import fx, nn
 
+import fxfeedback.instructed.task_heads  # noqa: F401 it has an op of its own
 from fxfeedback.counter_hebb_pass import Learning, key_of, learner
 from fxfeedback.errors import RuleError
 from fxfeedback.graph.bottom_up import BottomUp

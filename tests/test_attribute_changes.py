@@ -3,6 +3,7 @@
 import copy
 import gc
 import linecache
+import sys
 from types import MethodType, SimpleNamespace
 
 import pytest
@@ -306,6 +307,46 @@ def instructed(model):
 def fed_back(model):
     feedback = fxfeedback.add_feedback(model, [("last", "relu")], input_size=(1, 8, 8)).eval()
     return feedback, lambda x: feedback(x)[-1]
+
+
+SAYS_IT_IS_PYTHONS = """
+import torch
+from torch import nn
+
+class Config:
+    scale = 2.0
+
+class Net(nn.Module):
+    bias = 0.5
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.last, self.config, self.shifts = nn.Conv2d(3, 2, 1), Config(), False
+        self.config.scale = 2.5
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.first(x)) * self.config.scale + self.bias)
+        return self.last(x + 1 if self.shifts else x)
+"""
+
+
+@pytest.mark.parametrize("module", [None, "test", "code"])
+def test_classes_that_say_they_are_pythons_are_the_users(module, monkeypatch):
+    """Code that is run without a module's name, or in a file that is called as one of Python's modules."""
+    names = {} if module is None else {"__name__": module}
+    if module is not None:
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(__file__=f"/home/user/{module}.py"))
+    exec(SAYS_IT_IS_PYTHONS, names)
+    torch.manual_seed(0)
+    model, x = names["Net"](), torch.randn(2, 1, 8, 8)
+    feedback = fxfeedback.add_feedback(model, [("last", "relu")], input_size=(1, 8, 8))
+    butd = fxfeedback.to_butd(model, input_size=(1, 8, 8))
+    for change in ("m.eval()", "m.shifts = True", "m.config.scale = 3.0", "Net.bias = 1.5"):
+        for m in (model, feedback, butd):
+            exec(change, {"m": m, "Net": names["Net"]})
+        torch.testing.assert_close(feedback(x)[0], model(x))
+        torch.testing.assert_close(butd(x), model(x))
 
 
 @pytest.mark.parametrize("convert", [instructed, fed_back])

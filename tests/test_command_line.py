@@ -435,7 +435,7 @@ MISTAKES = {
     "unknown command": (["node", "resnet18"], 2, "invalid choice: 'node'"),
     "unknown flag": (["nodes", "resnet18", "--jason"], 2, "unrecognized arguments: --jason"),
     "unknown model": (["nodes", "resnet19"], 2, "torchvision has no model 'resnet19'; did you mean 'resnet18'"),
-    "unknown directory": (["nodes", "./lrm"], 1, "there is no lrm/model.safetensors"),
+    "unknown directory": (["nodes", "./lrm"], 1, "there is no file lrm/model.safetensors"),
     "unknown module": (["nodes", "nowhere.net:make"], 2, "there is no module 'nowhere'"),
     "unknown name in a module": (["nodes", "here:nett"], 2, "here has no 'nett'; did you mean net"),
     "a name that is no model": (["nodes", "here:torch"], 2, "here:torch is a module: name a torch.nn.Module"),

@@ -730,7 +730,8 @@ def test_the_unrolled_graph_is_a_module():
     graph = model.unrolled(passes=2)
     assert isinstance(graph, torch.fx.GraphModule) and "pass2" in graph.code
     outputs, state, _ = graph(x)
-    assert all(torch.equal(a, b) for a, b in zip(outputs, model(x), strict=True)) and set(state) == {"8", "5"}
+    torch.testing.assert_close(outputs, model(x), rtol=1e-12, atol=1e-12)  # a call computes less, in another order
+    assert set(state) == {"8", "5"}
     graph.graph.lint()
 
 

@@ -7,6 +7,8 @@ node is made, and read by the accessor beside it; no pass reads it off a node's 
 import difflib
 import enum
 import re
+import sys
+import sysconfig
 import types
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -16,6 +18,9 @@ from torch import fx
 from fxfeedback.errors import NodeNameError
 from fxfeedback.graph.specs import Spec
 
+STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"]
+MADE_BY_CODE = 1 << 9
+"""The flag of classes that a `class` statement made, or its like (Py_TPFLAGS_HEAPTYPE)."""
 KEYS = {
     "name": "its qualified name, as users write it: layer1.0.relu (tracing/trace.py, and every pass that makes nodes)",
     "module": "the path of the torch.nn module that it calls or, once opened, is the last op of (tracing/trace.py)",
@@ -243,6 +248,20 @@ def is_torchs(file: str) -> bool:
         or "feature_extraction.py" in file
         or file.startswith("<")
     )
+
+
+def is_pythons(kind: type) -> bool:
+    """Whether a class is Python's own.
+
+    One of the user's may say otherwise: code that is run without a module's name is in `builtins`, and a file may be
+    called test.py or code.py, as parts of Python are.
+    """
+    name = kind.__module__.partition(".")[0]
+    if name == "builtins":
+        return not kind.__flags__ & MADE_BY_CODE
+    file = getattr(sys.modules.get(name), "__file__", None)
+    own = file is None or file.startswith(STANDARD_LIBRARY)
+    return name in sys.stdlib_module_names and name != "__main__" and own
 
 
 def is_users(function: Any) -> bool:

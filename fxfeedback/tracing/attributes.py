@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
+from fxfeedback.graph.nodes import is_pythons
 from fxfeedback.tracing.refusals import Refusal
 from fxfeedback.tracing.share import tensors_of
 
@@ -156,7 +157,7 @@ PROXY = "a proxy"
 
 def _classes(kind: type) -> list[type]:
     """A class and those that it is made of, as far as they are the user's."""
-    return [each for each in kind.__mro__ if each.__module__.split(".")[0] not in ("torch", "builtins", "fxfeedback")]
+    return [k for k in kind.__mro__ if k.__module__.split(".")[0] not in ("torch", "fxfeedback") and not is_pythons(k)]
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:

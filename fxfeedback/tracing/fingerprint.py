@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fxfeedback.errors import OptionError
+from fxfeedback.graph.nodes import is_pythons
 from fxfeedback.tracing.buffers import READ
 from fxfeedback.tracing.by_id import Shelf
 from fxfeedback.tracing.waiting import is_captured
@@ -140,7 +141,7 @@ class Fingerprint:
             if one._modules:
                 self._orders.append((one._modules, list(one._modules)))
             for kind in type(one).__mro__:
-                if kind.__module__.partition(".")[0] not in ("torch", "torchvision") and not _is_pythons(kind):
+                if kind.__module__.partition(".")[0] not in ("torch", "torchvision") and not is_pythons(kind):
                     self._find(kind)
 
     def _find(self, one: Any) -> None:
@@ -175,7 +176,7 @@ class Fingerprint:
             return {key: self._value(part) for key, part in value.items()}
         if isinstance(value, (set, frozenset)):
             return set(value)
-        if hasattr(value, "__dict__") and (isinstance(value, SETTINGS) or not _is_pythons(type(value))):
+        if hasattr(value, "__dict__") and (isinstance(value, SETTINGS) or not is_pythons(type(value))):
             self._find(value)
         return value if type(value).__eq__ is object.__eq__ and not hasattr(value, "__slots__") else _Same(value)
 
@@ -255,10 +256,6 @@ def _held(value: Any) -> Any:
         return bytes(value)
     names = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
     return [getattr(value, name, None) for name in names]
-
-
-def _is_pythons(kind: type) -> bool:
-    return kind.__module__.partition(".")[0] in sys.stdlib_module_names and kind.__module__ != "__main__"
 
 
 def _is_constant(name: Any) -> bool:
