@@ -10,7 +10,7 @@ from torch import nn
 import fxfeedback
 from fxfeedback import Connection
 from fxfeedback.commands.main import main
-from marks import long
+from marks import long, one_in
 from networks import build, convnet
 
 PAIRS = [("8", "4"), ("5", "2"), ("10", "8")]
@@ -51,6 +51,7 @@ def test_where_the_destination_is_one_both_modes_agree(grad):
     assert not torch.equal(made[0](x)[0], made[0](x)[1])
 
 
+@one_in(2)
 @pytest.mark.parametrize("checkpoint", [True, False])
 def test_counter_hebb_learning_of_added_feedback_is_backpropagation(checkpoint):
     model = connected("add", passes=3, checkpoint=checkpoint).double()

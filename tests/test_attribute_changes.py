@@ -139,7 +139,7 @@ def network(train):
     return model, torch.randn(3, 2, 6, 6)
 
 
-@one_in(11)
+@one_in(19)
 @pytest.mark.parametrize("convert", CONVERTED.values(), ids=CONVERTED)
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
@@ -237,7 +237,7 @@ BEHIND = {
 }
 
 
-@one_in(7)
+@one_in(13)
 @pytest.mark.parametrize("learning", ["counter_hebb", "backprop"])
 @pytest.mark.parametrize("change", BEHIND.values(), ids=BEHIND)
 def test_gates_are_those_of_the_present_weights(change, learning):

@@ -15,7 +15,7 @@ import fxfeedback
 from fxfeedback import Connection
 from fxfeedback.commands.main import main
 from fxfeedback.errors import OptionError
-from marks import long
+from marks import long, one_in
 from networks import build, convnet
 from training.images import embedded
 
@@ -59,6 +59,7 @@ def over_passes(outputs, labels):
 # -- a start that changes nothing -------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["multiply", long("add")])
 def test_a_start_at_identity_keeps_every_image_and_learns_from_there(trained, mode):
     net, train, test = trained
@@ -87,6 +88,7 @@ EVERYWHERE = {
 }
 
 
+@one_in(2)
 @pytest.mark.parametrize("name", [name if name != "swin_t" else long(name) for name in EVERYWHERE])
 def test_at_identity_all_passes_are_the_model_to_the_bit(name):
     net, x = build(name, train=False)

@@ -12,7 +12,7 @@ import torch
 import torchvision
 
 import fxfeedback
-from marks import long, long_but, one_in
+from marks import long, long_but
 from networks import convnet
 
 MODELS = {
@@ -82,7 +82,7 @@ CHANGES = {
 }
 
 
-@one_in(2)
+@pytest.mark.long
 @pytest.mark.parametrize("learns", [True, False], ids=["butd", "feedback"])
 @torch._dynamo.config.patch(recompile_limit=16)
 def test_changed_modes_and_attributes_compile_anew(learns):
@@ -101,6 +101,7 @@ def test_changed_modes_and_attributes_compile_anew(learns):
         torch.testing.assert_close(*outputs)
 
 
+@pytest.mark.long
 def test_one_compiled_function_for_several_networks():
     """Copies have graphs and weights of their own."""
     torch._dynamo.reset()

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fxfeedback
-from marks import long
+from marks import long, one_in
 
 STEPS, BATCH, SIZE = 20, 8, (3, 16, 16)
 
@@ -102,6 +102,7 @@ def one_of_two(rank, kind, accumulate, synced, path):
     end_together()
 
 
+@one_in(20)
 @pytest.mark.skipif(not dist.is_available(), reason="this PyTorch was built without torch.distributed")
 @pytest.mark.parametrize(
     ("kind", "accumulate", "synced"),

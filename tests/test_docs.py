@@ -14,6 +14,7 @@ import torch
 
 import fxfeedback
 from fxfeedback.commands.main import main
+from marks import one_in
 
 ROOT = Path(__file__).parents[1]
 SITE = ROOT / "docs/site"
@@ -93,6 +94,7 @@ def test_python_is_on_pages_that_run():
     ]
 
 
+@one_in(2)
 @pytest.mark.parametrize("page", PUBLISHED)
 def test_pages_for_users_of_published_systems_use_what_exists(page, tmp_path, monkeypatch):
     """Their blocks run; and in the tables every name, and every keyword of a call, is one of ours."""

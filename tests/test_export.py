@@ -97,6 +97,7 @@ def names_and_size(path):
 # -- numbers ----------------------------------------------------------------------------------------------------------
 
 
+@one_in(3)
 @pytest.mark.parametrize("batch", [1, 3, 7])
 def test_passes_of_any_batch_are_torchs(convnet_lrm, steerable, batch):
     x = torch.randn(batch, 2, 6, 6)
@@ -148,7 +149,7 @@ def test_instructed_logits_are_torchs(convnet_butd, batch, given):
     assert_close([session(x, task=2)], [butd(x, 2)])
 
 
-@one_in(3)
+@one_in(20)
 @pytest.mark.parametrize(
     "name, options",
     [
@@ -263,6 +264,7 @@ def test_attention_of_any_number_of_dimensions(dims, masked, tmp_path):
         assert_close(session(x), model(x))
 
 
+@pytest.mark.long
 def test_a_video_model_in_three_dimensions(tmp_path):
     torch.manual_seed(0)
     net = nn.Sequential(
@@ -335,6 +337,7 @@ def test_every_weight_is_stored_once_under_torchs_name(convnet_lrm, steerable, c
         assert len(set(large)) == len(large)  # nor is there a transpose of one
 
 
+@pytest.mark.long
 def test_more_passes_cost_no_more_weights(tmp_path):
     model, sizes = tiny(), []
     for passes in (1, 4):
@@ -366,6 +369,7 @@ def test_the_published_network_is_steered(passes, tmp_path):
             assert_close(session(x, steering=steering), model(x, steering=steering))
 
 
+@pytest.mark.long
 def test_a_small_file_takes_pictures_of_any_size(tmp_path):
     layers = [nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3, 2, 1), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
     model = fxfeedback.add_feedback(nn.Sequential(*layers).eval(), [("2", "0")], input_size=(2, 16, 12)).eval()
@@ -606,6 +610,7 @@ def test_a_failed_export_leaves_the_old_file(tmp_path, monkeypatch, largest):
     assert path.read_bytes() == b"old" and [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
 
 
+@one_in(2)
 @pytest.mark.parametrize("kind", ["lrm", long("instructed"), "task"])
 def test_an_input_without_a_batch(kind, tmp_path):
     example = torch.randn(1, 4), torch.tensor(2.0)

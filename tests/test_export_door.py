@@ -18,7 +18,7 @@ from fxfeedback.errors import OptionError, TraceError
 from fxfeedback.graph.nodes import module_path_of, name_of
 from fxfeedback.tracing.share import share
 from fxfeedback.tracing.trace_at_size import trace_for
-from marks import long
+from marks import long, one_in
 
 M = torchvision.models
 
@@ -87,6 +87,7 @@ OF_FUNCTIONS = ("stochastic_depth", "getitem", "floordiv", "size", "getattr", "s
 """Ops that one of the doors has and the other does not."""
 
 
+@one_in(20)
 @pytest.mark.parametrize(
     "name, train",
     [*((name, train) for train in (False, True) for name in ("alexnet", "resnet18"))]
@@ -121,6 +122,7 @@ BOTH = {
 }
 
 
+@one_in(3)
 @pytest.mark.parametrize(
     "name, train",
     [("resnet18", False), ("resnet18", True)]
@@ -225,6 +227,7 @@ def test_inputs_by_keyword_and_flags():
     assert relative(butd(x[:1]), model(x[:1])) < 1e-9
 
 
+@pytest.mark.long
 def test_a_whole_transformer_encoder():
     torch.manual_seed(0)
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, 0.1, batch_first=True), 2)
@@ -317,6 +320,7 @@ def test_the_model_stays_as_it_is():
     assert all(p.grad is None and type(p) is nn.Parameter for p in model.parameters())
 
 
+@pytest.mark.long
 def test_a_saved_network_comes_back_by_its_door(tmp_path):
     model, x = Branching(), torch.randn(4, 6)
     butd = to_butd(M.resnet18(num_classes=3), input_size=(3, 32, 32), door="export")

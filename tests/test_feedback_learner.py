@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import fxfeedback
 from fxfeedback.errors import InputError
 from fxfeedback.runtime import Learner, Session
-from marks import long_but
+from marks import long_but, one_in
 from networks import build
 
 onnx = pytest.importorskip("onnx")
@@ -41,6 +41,7 @@ def file_of(butd, path):
     return onnx.load(path)
 
 
+@one_in(4)
 @pytest.mark.parametrize("kind", long_but(["batch", "decay"], KINDS))
 def test_a_step_is_torchs(kind, tmp_path):
     """Also as export_learner itself compares it, with magnitudes of its own."""
@@ -65,6 +66,7 @@ def test_a_step_is_torchs(kind, tmp_path):
     assert np.abs(learner.predict(x.numpy(), task=TASK) - logits).max() <= 1e-4 * np.abs(logits).max()
 
 
+@pytest.mark.long
 def test_a_weights_sign_is_one_node_for_both_passes(tmp_path):
     for kind, n_passes in (("uniform", 1), ("batch", 2)):  # the prediction's magnitudes are others
         butd, _ = network(kind)
@@ -101,6 +103,7 @@ def test_magnitudes_are_drawn_by_a_seed(tmp_path):
     )
 
 
+@pytest.mark.long
 def test_magnitudes_are_checked(tmp_path):
     butd, x = network("batch", None)
     file_of(butd, tmp_path / "learner.onnx")

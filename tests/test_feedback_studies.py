@@ -24,6 +24,7 @@ def test_corruptions_are_what_they_say():
     torch.testing.assert_close(gray, images.mean((1, 2, 3), keepdim=True).expand_as(images))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("flags", [["--no-attacks"], pytest.param([], marks=pytest.mark.long)])
 def test_the_job_writes_its_results(flags, tmp_path, capsys):
     if not flags:
@@ -51,6 +52,7 @@ def test_a_folder_of_pictures_with_a_published_network(tmp_path):
         assert len(list(csv.DictReader(file))) == 2 * 10
 
 
+@pytest.mark.long
 def test_attacks_stay_within_their_size():
     pytest.importorskip("foolbox")
     args = studies.parse_arguments([*TINY, "--epsilons", "0.1"])
@@ -65,6 +67,7 @@ def test_attacks_stay_within_their_size():
             assert (other - images).abs().max() <= size + 1e-6 and other.min() >= 0 and other.max() <= 1
 
 
+@pytest.mark.long
 def test_missing_attacks_are_told(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "foolbox", None)
     assert studies.main([*TINY, "--out", str(tmp_path)]) == 1

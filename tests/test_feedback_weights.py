@@ -50,7 +50,7 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.allclose(a[name], b[name], rtol=1e-10, atol=1e-12) for name in a)
 
 
-@one_in(3)
+@one_in(25)
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize(("net", "kind"), [("recurrent", "batch"), *((net, kind) for net in TINY for kind in SIGNS)])
 def test_signs_are_a_weight_of_its_own_that_is_made_of_them(net, kind, train):
@@ -67,6 +67,7 @@ def test_signs_are_a_weight_of_its_own_that_is_made_of_them(net, kind, train):
     assert equal(first, updates(with_hand_set(butd, model, x), x))
 
 
+@one_in(4)
 @pytest.mark.parametrize("kind", SIGNS)
 def test_both_passes_read_the_same_signs(kind):
     """Gates by an instruction, too: in training mode with the magnitudes that this call draws."""
@@ -233,6 +234,7 @@ def test_alignment_is_the_angle_and_the_ratio_of_lengths():
 KINDS = [*SIGNS.values(), {"weights": "separate", "td_decay": 0.2, "td_clip": 0.1}, {"td_clip": 0.1}]
 
 
+@one_in(3)
 @pytest.mark.parametrize("options", KINDS, ids=str)
 def test_what_is_saved_learns_as_before(options, tmp_path):
     torch.manual_seed(0)
@@ -293,7 +295,7 @@ EVERY = {
 CLASSIFIERS = ["resnet18", "mobilenet_v3_small", "squeezenet1_1", "vit", "swin", "maxvit"]
 
 
-@one_in(3)
+@one_in(25)
 @pytest.mark.parametrize("kind", EVERY)
 @pytest.mark.parametrize("name", long_but(["resnet18", "squeezenet1_1", "vit", "swin"], CLASSIFIERS))
 def test_torchvision_classifiers_take_every_kind(name, kind):

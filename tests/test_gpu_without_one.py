@@ -55,7 +55,7 @@ def is_floating(x):
     return isinstance(x, torch.Tensor) and x.is_floating_point()
 
 
-@one_in(7)
+@one_in(13)
 @pytest.mark.parametrize("there", [False, True], ids=["moved", "made there"])
 @pytest.mark.parametrize("rule, example", CALLS, ids=lambda one: getattr(one, "name", ""))
 def test_every_rule_stays_on_the_device(rule, example, there):
@@ -113,6 +113,7 @@ class Then(nn.Module):
         return y, torch.rand_like(x)
 
 
+@one_in(5)
 @pytest.mark.parametrize("door", ["fx", long("export")])
 @pytest.mark.parametrize("name", DRAWING)
 def test_openings_draw_what_the_model_draws_on_a_gpu(name, door):

@@ -8,6 +8,7 @@ from torch import nn
 import fxfeedback
 from fxfeedback.errors import ExportError, OptionError
 from fxfeedback.runtime import Session
+from marks import one_in
 from networks import build
 
 onnx = pytest.importorskip("onnx")
@@ -49,6 +50,7 @@ def network(kind):
     return (butd, x, {"task": 1}, {"task": 1}) if kind == "one task" else (butd, x, {"task": task}, {})
 
 
+@one_in(7)
 @pytest.mark.parametrize("io", ["float32", "float16"])
 @pytest.mark.parametrize("kind", ["passes", "predictions", "instructed", "one task", "attending"])
 def test_a_file_of_halves_computes_what_torch_does(kind, io, tmp_path):

@@ -229,7 +229,7 @@ ONE = {
 }
 
 
-@one_in(3)
+@one_in(19)
 @pytest.mark.parametrize("heads", ["shared", "per_task"])
 @pytest.mark.parametrize("give", SEVERAL.values(), ids=SEVERAL)
 def test_of_several_heads_the_user_chooses(give, heads):

@@ -71,6 +71,7 @@ def test_with_gates_the_instruction_pass_is_not_computed(tmp_path):
     near(raw.run(["output"], feeds | gates)[0], butd(x, 2))
 
 
+@pytest.mark.long
 def test_the_ids_that_were_used_last_stay(tmp_path, monkeypatch):
     monkeypatch.setattr(sessions, "KEPT", 2)
     butd, x = exported(tmp_path / "net.onnx")

@@ -9,7 +9,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import fxfeedback
-from marks import long_but
+from marks import long_but, one_in
 from networks import build
 
 NETWORKS = {
@@ -54,6 +54,7 @@ def test_values_are_freed_as_the_error_pass_consumes_them(name):
     assert peaks[0] < (1.02 if name in ("gelu", "frozen") else 0.85) * peaks[1]
 
 
+@one_in(2)
 @pytest.mark.parametrize("kind", ["instructed", "passes"])
 def test_learning_makes_no_graph_anew(kind):
     """What a step changes, weights and running statistics, is read by the graph and is not in it."""

@@ -71,7 +71,7 @@ ONE_AFTER_ANOTHER = {
 }
 
 
-@one_in(4)
+@one_in(9)
 @pytest.mark.parametrize("second", ONE_AFTER_ANOTHER)
 @pytest.mark.parametrize("first", ONE_AFTER_ANOTHER)
 def test_what_opens_may_follow_what_opens(first, second):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import fxfeedback
+from marks import one_in
 
 PARITY = Path(__file__).parent / "parity"
 sys.path += [str(PARITY), str(PARITY.parent)]
@@ -94,6 +95,7 @@ def close(ours: torch.Tensor, recorded: np.ndarray) -> bool:
     return bool((ours.detach() - recorded).abs().max() <= 1e-9 * recorded.abs().max())
 
 
+@one_in(2)
 @pytest.mark.parametrize("name", CASES)
 def test_agrees_with_the_published_system(name):
     case = json.loads((PARITY / f"{name}.json").read_text())

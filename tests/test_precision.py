@@ -133,7 +133,7 @@ def test_norms_in_float32_in_a_model_in_bfloat16(first):
         assert all(updates[name].dtype == p.dtype for name, p in model.named_parameters())
 
 
-@one_in(2)
+@one_in(4)
 @pytest.mark.parametrize("name", ["residual", "vit"])
 @pytest.mark.parametrize("instructed", [False, True])
 def test_channels_last(name, instructed):
@@ -222,7 +222,7 @@ def passes_in(model, x, run, dtype, how):
     return outputs, gradients, statistics
 
 
-@one_in(3)
+@one_in(29)
 @pytest.mark.parametrize("how", ["autocast", "cast"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, long(torch.float16)])
 @pytest.mark.parametrize("train", [long(False), True])
@@ -281,6 +281,7 @@ HARMLESS = {
 }
 
 
+@one_in(3)
 @pytest.mark.parametrize("ask", [*ASK, *HARMLESS])
 def test_autocast_where_forward_asks_for_a_dtype(ask):
     torch.manual_seed(0)

@@ -16,7 +16,7 @@ import fxfeedback
 from fxfeedback import Prediction
 from fxfeedback.errors import InputError, NodeNameError, OptionError, RuleError, TraceError
 from fxfeedback.rules.resizing import interpolate_by_matrices
-from marks import long_but
+from marks import long_but, one_in
 
 TIGHT = 1e-12
 
@@ -127,6 +127,7 @@ def test_it_is_what_plain_loops_and_autograd_compute(seed):
                 assert_close(one, other)
 
 
+@one_in(4)
 @pytest.mark.parametrize("detach_error", [True, False])
 @pytest.mark.parametrize("seed", long_but(range(2), range(6)))
 def test_its_gradients_are_those_of_plain_loops(seed, detach_error):
@@ -519,6 +520,7 @@ def gradients_of(outputs, weights, model):
     return dict(zip(names, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True))
 
 
+@one_in(7)
 @pytest.mark.parametrize("learn_multipliers", [True, False])
 @pytest.mark.parametrize("detach_error", [True, False])
 def test_counter_hebb_updates_are_its_gradients(detach_error, learn_multipliers):
@@ -558,6 +560,7 @@ def test_predictions_and_connections_go_together():
     assert not torch.allclose(outputs[1][0], outputs[0][0])
 
 
+@one_in(2)
 @pytest.mark.parametrize("learn_multipliers", [True, False])
 def test_it_comes_back_from_a_file(tmp_path, learn_multipliers):
     predictor = nn.Sequential(nn.ConvTranspose2d(6, 3, 4, 2, 1), nn.ReLU()).double()
@@ -585,6 +588,7 @@ def test_it_can_be_copied_and_pickled():
         assert other.predictor("relu1")[1].weight is not model.predictor("relu1")[1].weight
 
 
+@one_in(2)
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_it_compiles_whole(mode):
     model, x = with_predictions(steps=3, detach_error=False), image()
@@ -619,6 +623,7 @@ ZOO = {
 }
 
 
+@one_in(5)
 @pytest.mark.parametrize("name", long_but(["vgg11", "resnet18", "mobilenet_v3_small"], ZOO))
 def test_classifiers_of_torchvision(name):
     options = {"init_weights": False} if name == "googlenet" else {}

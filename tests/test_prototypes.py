@@ -22,6 +22,7 @@ from fxfeedback import Prototypes
 from fxfeedback.errors import CheckpointError, InputError, NodeNameError, OptionError
 from fxfeedback.prototypes.moments import Moments
 from fxfeedback.prototypes.prototype_files import PUBLISHED
+from marks import one_in
 
 ROOT = Path(__file__).parents[1]
 
@@ -88,6 +89,7 @@ MODELS = {
 }
 
 
+@one_in(7)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("batch", [120, 50, 7, 1])
 def test_they_equal_two_passes_in_float64(name, batch):
@@ -151,6 +153,7 @@ Prototypes.compute(feedback(), DataLoader(part, 7), ["5", "2"]).save(sys.argv[2]
 """
 
 
+@pytest.mark.long
 def test_two_processes_share_the_work(tmp_path):
     files = [tmp_path / f"{part}.safetensors" for part in range(2)]
     jobs = [

@@ -86,6 +86,7 @@ def alexnet():
     return case, tensors, fxfeedback.add_feedback(backbone, models.CONNECTIONS)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("place", "spelling"), [("top", "present"), long("model", "module, older"), long("state_dict", "oldest")]
 )
@@ -255,6 +256,7 @@ def test_files_that_are_no_checkpoint(tmp_path, kind):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@one_in(2)
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.filterwarnings("ignore")
 def test_a_truncated_or_damaged_file(tmp_path, zipped):

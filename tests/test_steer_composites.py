@@ -237,6 +237,7 @@ def counted_by_hand(
     }
 
 
+@pytest.mark.long
 def test_the_job_s_table_is_steerability_s(tmp_path: Path) -> None:
     assert job(tmp_path, "--steps", "30") == 0
     with (tmp_path / "results.csv").open() as file:
@@ -325,6 +326,7 @@ def test_a_seed_repeats_a_run(tmp_path: Path) -> None:
     assert lines[0][7:] == lines[1][1:] and lines[0][1:7] != lines[0][7:]
 
 
+@pytest.mark.long
 def test_ctrl_c_keeps_the_seeds_that_were_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -370,6 +372,7 @@ def test_a_diverging_loss_stops_the_job(tmp_path: Path, capsys: pytest.CaptureFi
 # --- pictures
 
 
+@pytest.mark.long
 def test_a_folder_of_pictures_with_a_published_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

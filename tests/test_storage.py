@@ -86,7 +86,7 @@ CASES = {
 }
 
 
-@one_in(3)
+@one_in(7)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("plain", [False, True], ids=["from the file alone", "into a plain model"])
 def test_a_saved_model_comes_back_as_it_was(case, plain, tmp_path):
@@ -136,6 +136,7 @@ def test_a_detection_model_with_feedback_in_its_backbone_comes_back(name, tmp_pa
     torch.testing.assert_close(again(images), model(images), rtol=0, atol=0)
 
 
+@pytest.mark.long
 def test_another_process_loads_what_this_one_saved(tmp_path):
     torch.manual_seed(0)  # a sum near zero would be far from itself
     plain = torchvision.models.squeezenet1_1().eval()

@@ -7,7 +7,7 @@ from torch import nn
 
 import fxfeedback
 from fxfeedback.errors import OptionError
-from marks import long_but
+from marks import long_but, one_in
 from networks import build
 
 
@@ -51,6 +51,7 @@ def gradients(y, module):
     return dict(zip([name for name, p in named.items() if p.requires_grad], found, strict=True))
 
 
+@one_in(4)
 @pytest.mark.parametrize(
     "task", [torch.tensor([0, 1, 1, 0, 1]), 1, torch.rand(5, 2).double()], ids=["ids", "one", "vectors"]
 )

@@ -10,7 +10,7 @@ import fxfeedback
 from fxfeedback import Connection
 from fxfeedback.errors import CheckpointError, InputError, NodeNameError, OptionError
 from fxfeedback.runtime import Session
-from marks import long
+from marks import long, one_in
 
 pytest.importorskip("onnxruntime")
 
@@ -37,6 +37,7 @@ def near(found, wanted):
     return np.allclose(np.asarray(found), wanted.detach().numpy(), rtol=1e-4, atol=1e-5)
 
 
+@one_in(3)
 @pytest.mark.parametrize(
     "name, passes", [*((name, 1) for name in CONNECTIONS), long("a vector and a map", 2), ("sums", 2)]
 )
@@ -59,6 +60,7 @@ def test_a_stream_goes_on_as_unroll_does(name, passes, tmp_path):
         assert state.keys() == by_hand.keys() and all(near(by_hand[key], state[key]) for key in state)
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_a_steered_file_with_state_is_torchs(tmp_path):
     net, x = model(), torch.randn(2, 3, 16, 16)
@@ -81,6 +83,7 @@ def test_values_of_nodes_are_those_of_readout(tmp_path):
         assert list(ours) == names and all(near(ours[name], theirs[name].value) for name in names)
 
 
+@one_in(9)
 @pytest.mark.parametrize("opset", [18, long(20), long(21), 23])
 @torch.no_grad()
 def test_a_file_of_any_opset_is_torchs(opset, tmp_path):
@@ -114,6 +117,7 @@ def test_other_networks_have_no_state(tmp_path):
             fxfeedback.export(butd, tmp_path / "net.onnx", **options)
 
 
+@pytest.mark.long
 def test_calls_that_do_not_fit(tmp_path):
     fxfeedback.export(model(), tmp_path / "state.onnx", passes=1, stateful=True, check=False)
     fxfeedback.export(model(), tmp_path / "plain.onnx", passes=1, check=False)
@@ -139,6 +143,7 @@ def test_calls_that_do_not_fit(tmp_path):
         session.unroll(x, state=state | {"6": state["6"] * float("nan")})
 
 
+@one_in(2)
 @pytest.mark.parametrize("key, value", [("state", '["5"]'), ("readout", '["7"]')])
 def test_a_file_that_speaks_of_what_it_has_not_is_refused(key, value, tmp_path):
     fxfeedback.export(model(), tmp_path / "net.onnx", check=False)

@@ -10,7 +10,7 @@ from torch import nn
 
 import fxfeedback
 from fxfeedback.errors import OptionError
-from marks import long
+from marks import long, one_in
 from networks import build
 from training.images import embedded
 
@@ -50,6 +50,7 @@ def test_logits_are_those_of_the_tasks_head_and_minus_infinity_elsewhere():
 NETWORKS = ["mlp", "convnet", "residual", long("squeezenet1_1"), long("resnet18")]
 
 
+@one_in(9)
 @pytest.mark.parametrize("options", [{}, {"gating": "channel"}, {"lateral": "multiply"}], ids=str)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_counter_hebb_learning_of_such_heads_is_backpropagation(name, options):
@@ -94,6 +95,7 @@ def test_saved_ones_come_back(tmp_path):
     assert list(again.options.heads) == SIZES and torch.equal(again.eval()(x, TASK), butd(x, TASK))
 
 
+@pytest.mark.long
 def test_files_give_what_torch_gives(tmp_path):
     butd, x = instructed("convnet")
     butd, x = butd.float(), x.float()
@@ -104,6 +106,7 @@ def test_files_give_what_torch_gives(tmp_path):
     np.testing.assert_allclose(one(x).numpy(), butd(x, 2).detach().numpy(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 def test_a_file_learns_what_torch_learns(tmp_path):
     butd, x = instructed("convnet")
     butd, x, labels = butd.float().eval(), x.float(), torch.tensor([1, 2, 4, 0])
@@ -163,6 +166,7 @@ def test_three_tasks_of_different_sizes_are_learned():
 # -- laterals of values -----------------------------------------------------------------------------------------------
 
 
+@one_in(4)
 @pytest.mark.parametrize("gating", ["unit", "channel"])
 @pytest.mark.parametrize("lateral", ["multiply", "add", lambda v, c: v + 0.5 * v * c])
 def test_counter_values_of_unit_size_are_what_a_lateral_takes(lateral, gating, tmp_path):

@@ -78,6 +78,7 @@ def diffusion():
     return prior, prototypes, embeddings
 
 
+@pytest.mark.long
 def test_diffusion_makes_prototypes_of_noise(diffusion):
     prior, prototypes, embeddings = diffusion
     for k in range(LABELS):
@@ -256,6 +257,7 @@ def shares(out: Path) -> list[float]:
     return [gain / gains["pictures", *rest] for (made_from, *rest), gain in gains.items() if made_from == "words"]
 
 
+@pytest.mark.long
 def test_the_job_writes_its_results(tmp_path, capsys):
     flags = ["--steps", "5", "--batch-size", "16", "--test-size", "20", "--strengths", "1.5", "--device", "cpu"]
     assert steer_by_words.main([*flags, "--out", str(tmp_path)]) == 0

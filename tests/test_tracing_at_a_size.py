@@ -104,7 +104,7 @@ class First(nn.Module):
         return x + self.bias.expand(x.shape[0], -1, -1, -1)
 
 
-@one_in(3)
+@one_in(9)
 @pytest.mark.parametrize(
     "make", [BranchesOnSize, WritesIntoArguments, WrittenWithEinops, StretchesConstants, long(Recurrent)]
 )
@@ -137,6 +137,7 @@ class LooksAtItsDevice(Recurrent):
         return y + torch.linspace(0, 1, 5, dtype=y.dtype, device=y.device) * torch.tensor(0.5).to(y)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("make", [long(Recurrent), LooksAtItsDevice])
 def test_what_forward_makes_is_where_the_input_is(make):
     """The meta device stands for any other than the one of building."""
@@ -378,7 +379,7 @@ UNKEPT = {
 }
 
 
-@one_in(2)
+@one_in(7)
 @pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("what, last", [(what, last) for what, lasts in UNKEPT.items() for last in lasts])
 def test_what_a_graph_would_lose_is_an_error(what, last, beside):
@@ -418,6 +419,7 @@ def drawing():
             thread.join()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ask", [long(lambda model, x: x), cast])
 def test_others_may_draw_random_numbers(ask):
     with drawing():
@@ -634,7 +636,7 @@ def scale(y):
         y *= 2
 
 
-@one_in(3)
+@one_in(19)
 @pytest.mark.parametrize(
     "code, looks",
     [*((code, looks) for code in RIGHT for looks in (False, True)), *((code, True) for code in AT_ONE_SIZE)],

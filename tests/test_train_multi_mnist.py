@@ -155,6 +155,7 @@ def test_separate_weights_report_the_angle_to_their_twins(tmp_path: Path) -> Non
     assert "angle_conv1.weight" in first
 
 
+@pytest.mark.long
 def test_backprop_and_a_torchvision_classifier(tmp_path: Path) -> None:
     flags = ["--learning", "backprop", "--model", "squeezenet1_1", "--train-size", "16", "--epochs", "1"]
     assert job(tmp_path, *flags) == 0

@@ -26,7 +26,7 @@ import train_lrm
 import train_multi_mnist
 import train_uninstructed
 from jobs import UserError
-from marks import long, long_but
+from marks import long, long_but, one_in
 from small_data import write_celeba, write_cifar10, write_mnist, write_pictures
 from training import checkpoints
 from training.data import Steps
@@ -126,6 +126,7 @@ def test_only_a_terminal_shows_a_bar(
         assert "epoch 3/3" in sys.stderr.getvalue()
 
 
+@one_in(9)
 @pytest.mark.parametrize("case", long_but(["multi_mnist", "mnist"], CASES))
 def test_learning_lowers_the_loss(case: str, data: Path, tmp_path: Path) -> None:
     steps = "200" if case == "mnist" else "60"
@@ -148,6 +149,7 @@ def test_one_task_alone(data: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 # -- going on
 
 
+@one_in(9)
 @pytest.mark.parametrize("case", long_but(["multi_mnist separate", "mnist"], CASES))
 def test_an_interrupted_run_goes_on_bit_for_bit(
     case: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -256,6 +258,7 @@ def test_every_field_of_a_checkpoint_is_checked(
     assert job("mnist", data, tmp_path, "--resume") == 1
 
 
+@pytest.mark.long
 def test_every_tensor_of_a_checkpoint_is_checked(
     begun: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -338,6 +341,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(data: Path, tmp_path: Path, caps
     assert_same(checkpoint(tmp_path), before)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("workers", [long("0"), "2"])
 def test_a_picture_cut_short_while_training(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str
@@ -429,6 +433,7 @@ def test_an_unknown_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "unknown key 'epochz'; did you mean 'epochs'?" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_study(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["alignment", "--seeds", "2", "--out", str(tmp_path), "--", "--data", "mnist", "--data-root", str(data)]
     flags += ["--epochs", "2", "--device", "cpu"]
@@ -449,6 +454,7 @@ def test_without_a_word_a_study_is_a_first_look(monkeypatch: pytest.MonkeyPatch)
     assert (name, seeds) == ("feedback", 2) and parse(train_uninstructed.flags(), flags).epochs == 3
 
 
+@pytest.mark.long
 def test_traits_of_digits_where_there_are_no_faces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--device", "cpu", "--out", str(tmp_path), "--epochs", "1", "--batch-size", "1000", "--lr", "1e-2"]
     assert train_celeba.main(flags) == 0

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import fxfeedback
 from fxfeedback.errors import GradientError, OptionError, RuleError
 from fxfeedback.rules import RULES, rule
-from marks import long
+from marks import long, one_in
 from networks import build
 
 ROOT = Path(__file__).parents[1]
@@ -559,6 +559,7 @@ def test_a_child_that_is_forked_while_another_thread_builds_can_build():
 # -- passes compose ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("passes, steps", [(2, 3), long(3, 20)])
 def test_feedback_networks_learn_alike(passes, steps):
     """The losses of some steps by Counter-Hebb learning and by autograd."""
@@ -701,6 +702,7 @@ def gradients(network, x):
     return {name: parameter.grad for name, parameter in network.named_parameters() if not name.startswith("mod")}
 
 
+@one_in(4)
 @pytest.mark.parametrize("ambient", [torch.enable_grad, torch.no_grad])
 @pytest.mark.parametrize(
     "between", [without_gradients, inferred, checkpointed, lambda layer, x: StraightThrough.apply(layer(x))]

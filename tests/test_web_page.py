@@ -97,6 +97,7 @@ def test_the_shipped_learner_learns(networks):
     assert networks.read(taught, RIGHT).mean() > networks.page["measured"]["untaught"]["right"] + 0.2
 
 
+@pytest.mark.long
 def test_the_first_pair_is_one_that_teaching_mends(networks):
     left, right = networks.page["pair"]
     assert right == left + len(networks.labels) and len(set(networks.labels[left])) == 2
@@ -105,6 +106,7 @@ def test_the_first_pair_is_one_that_teaching_mends(networks):
     assert networks.learner(RIGHT, networks.taught(make_models.LESSON))[left].argmax() == networks.labels[left][RIGHT]
 
 
+@pytest.mark.long
 def test_one_script_puts_everything_together(tmp_path, monkeypatch):
     """With the shipped networks in the place of those that it trains."""
     shipped = json.loads((page_networks.DATA / "page.json").read_text())

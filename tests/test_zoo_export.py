@@ -65,6 +65,7 @@ def butd(net):
     return fxfeedback.to_butd(net, n_tasks=zoo.TASKS, input_size=SIZE).eval()
 
 
+@pytest.mark.long
 def test_a_small_network_is_well(net, butd):
     assert zoo.passes(net, torch.randn(1, *SIZE)).difference < 1e-5
     assert zoo.instructed(butd, SIZE).difference < 1e-5
@@ -84,6 +85,7 @@ def test_wrong_outputs_are_seen(butd, monkeypatch):
         zoo.instructed(butd, SIZE)
 
 
+@pytest.mark.long
 def test_a_wrong_step_of_one_small_parameter_is_seen(butd, monkeypatch):
     read = zoo.Learner.state_dict
     monkeypatch.setattr(zoo.Learner, "state_dict", lambda self: read(self) | {"1.bias": 1.1 * read(self)["1.bias"]})
