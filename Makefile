@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two OpenMP threads that spin at a barrier stall each other on a busy machine.
 export OMP_WAIT_POLICY = passive
 
-.PHONY: demo page docs test test-all lint types tests test-gpu durations browser bench bench-check zoo zoo-lrm zoo-weights zoo-onnx zoo-half zoo-libraries zoo-ops fuzz fuzz-files operators notebooks pictures clean
+.PHONY: demo page docs test test-all test-sweep lint types tests test-gpu durations browser bench bench-check zoo zoo-lrm zoo-weights zoo-onnx zoo-half zoo-libraries zoo-ops fuzz fuzz-files operators notebooks pictures clean
 
 demo: $(VENV)/.installed  ## set up, train the instructed network on real digits, say where the results are
 	$(BIN)/python examples/train_multi_mnist.py
@@ -17,10 +17,13 @@ docs: $(VENV)/.docs  ## the documentation, with its tutorials executed: docs/_bu
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -q -W --keep-going -E docs/site docs/_build/html
 	@echo "open docs/_build/html/index.html"
 
-test: lint types tests  ## set up, check style and types, and hold every promise once (thirteen minutes)
+test: lint types tests  ## set up, check style and types, and hold every promise once (nine minutes)
 
-test-all: lint types  ## the same with every test, as continuous integration does after `make browser` (an hour)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -rfEs
+test-all: lint types  ## the same with larger cases, as continuous integration does after `make browser` (forty minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -rfEs -m "not sweep"
+
+test-sweep: $(VENV)/.installed  ## what test-all leaves out: more large models (half an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -rfEs -m sweep
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

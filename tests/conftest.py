@@ -34,9 +34,11 @@ if importlib.util.find_spec("onnxruntime"):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Of the cases of a test marked `one_in(n)` all but every n-th are long."""
+    """Of the cases of a test marked `one_in(n)` all but every n-th are long; and so are all of a sweep."""
     seen = Counter()
     for item in items:
+        if item.get_closest_marker("sweep"):
+            item.add_marker(pytest.mark.long)
         test = getattr(item, "function", None)
         n = getattr(test, "one_in", 1)
         if seen[test] % n:

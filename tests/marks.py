@@ -15,6 +15,11 @@ def long(*values: Any) -> Any:
     return pytest.param(*values, marks=pytest.mark.long)
 
 
+def sweep(*values: Any) -> Any:
+    """One row of parameters that `make test-all` leaves to `make test-sweep`: a large model, of a kind with others."""
+    return pytest.param(*values, marks=pytest.mark.sweep)
+
+
 def long_but(short: Collection[Any], values: Iterable[Any]) -> list[Any]:
     """All values of one parameter, of which `make test` takes only those in `short`."""
     values = list(values)

@@ -52,7 +52,7 @@ def test_a_page_has_a_section_per_machine(tmp_path, monkeypatch):
     assert gpu.startswith("n NVIDIA Of-Tests") and "`DEVICE=cuda python benchmarks/selected_task.py`" in gpu
 
 
-@pytest.mark.long
+@pytest.mark.sweep
 def test_every_benchmark_runs_as_on_a_gpu(tmp_path):
     """In the smallest sizes, on the CPU."""
     root = Path(report.__file__).parent

@@ -15,7 +15,7 @@ import fxfeedback
 from fxfeedback import Connection
 from fxfeedback.commands.main import main
 from fxfeedback.errors import OptionError
-from marks import long, one_in
+from marks import long, one_in, sweep
 from networks import build, convnet
 from training.images import embedded
 
@@ -241,7 +241,7 @@ def test_suggestions_lead_back_stage_by_stage_and_say_what_they_cost(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["convnet", "mlp", "attention", long("vit"), long("mobilenet_v3_small"), long("shufflenet_v2_x0_5")]
+    "name", ["convnet", "mlp", "attention", long("vit"), long("mobilenet_v3_small"), sweep("shufflenet_v2_x0_5")]
 )
 def test_every_suggestion_can_be_made_and_runs(name):
     net, x = build(name, train=False)

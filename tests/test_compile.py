@@ -12,7 +12,7 @@ import torch
 import torchvision
 
 import fxfeedback
-from marks import long, long_but
+from marks import long, sweep
 from networks import convnet
 
 MODELS = {
@@ -27,7 +27,7 @@ MODELS = {
 }
 
 
-@pytest.fixture(params=long_but(["convnet"], MODELS))
+@pytest.fixture(params=["convnet", sweep("alexnet"), sweep("resnet18"), long("vit")])
 def feedback(request):
     make, connection, size = MODELS[request.param]
     torch.manual_seed(0)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 import fxfeedback
-from marks import long
-from networks import build
+from marks import long, sweep
+from networks import LARGE, build
 
 onnx = pytest.importorskip("onnx")
 
@@ -68,7 +68,9 @@ SHORT = [("residual", "passes")]
 FILES.remove(("recurrent", "passes"))  # torch's exporter writes no LSTM with a projection
 
 
-@pytest.mark.parametrize("name, product", [file if file in SHORT else long(*file) for file in FILES])
+@pytest.mark.parametrize(
+    "name, product", [file if file in SHORT else (sweep if file[0] in LARGE else long)(*file) for file in FILES]
+)
 def test_every_node_has_a_kernel(name, product, tmp_path):
     model, x = build(name, False)
     size, path = tuple(x.shape[1:]), tmp_path / "model.onnx"

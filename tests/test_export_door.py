@@ -18,7 +18,7 @@ from fxfeedback.errors import OptionError, TraceError
 from fxfeedback.graph.nodes import module_path_of, name_of
 from fxfeedback.tracing.share import share
 from fxfeedback.tracing.trace_at_size import trace_for
-from marks import long, one_in
+from marks import long, one_in, sweep
 
 M = torchvision.models
 
@@ -126,7 +126,11 @@ BOTH = {
 @pytest.mark.parametrize(
     "name, train",
     [("resnet18", False), ("resnet18", True)]
-    + [long(name, number % 2 == 0) for number, name in enumerate(BOTH) if name != "resnet18"],
+    + [
+        (long if name in ("squeezenet", "transformer", "vit") else sweep)(name, number % 2 == 0)
+        for number, name in enumerate(BOTH)
+        if name != "resnet18"
+    ],
 )
 def test_both_doors_give_the_same_network(name, train):
     torch.manual_seed(0)

@@ -24,7 +24,7 @@ from fxfeedback.rules import RULES
 from fxfeedback.tracing.open_modules import open_modules
 from fxfeedback.tracing.open_operators import open_operators
 from fxfeedback.tracing.trace import trace
-from marks import long, long_but, one_in
+from marks import long, long_but, one_in, sweep
 from networks import LARGE, SMALL, TRANSFORMERS, build
 from other_device import Gpu, Watch
 
@@ -210,7 +210,10 @@ NETWORKS = [n for n in (*SMALL, *TRANSFORMERS, *LARGE, *FAMILIES) if n not in ("
 MODES = [(name, training) for name in NETWORKS for training in (True, False) if training or name not in BIG]
 
 
-@pytest.mark.parametrize("name, training", [one if one[0] == "residual" else long(*one) for one in MODES])
+@pytest.mark.parametrize(
+    "name, training",
+    [one if one[0] == "residual" else (sweep if one[0] in LARGE else long)(*one) for one in MODES],
+)
 def test_networks_stay_on_the_device(name, training):
     """Made on the CPU and moved: calls, which draw what the model draws, instructed ones, the learner, two passes."""
     model, x = build(name, training)

@@ -187,7 +187,9 @@ def corners() -> Iterator[Any]:
             across = (mode, how) in [("eval", "instructed"), ("train", "plain")]
             if across or name not in LARGE:
                 quick = name in SMALL or (across and name in QUICK)
-                yield pytest.param(name, mode, how, marks=() if quick else pytest.mark.long)
+                slow = name in ("vgg11_bn", "densenet121", "resnet50")
+                marks = () if quick else pytest.mark.sweep if slow else pytest.mark.long
+                yield pytest.param(name, mode, how, marks=marks)
 
 
 QUICK = ("vit", "swin", "mvit", "resnet18")

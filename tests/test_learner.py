@@ -20,7 +20,7 @@ import train_multi_mnist
 from fxfeedback.deploy import losses
 from fxfeedback.errors import CheckpointError, ExportError, InputError, OptionError
 from fxfeedback.graph.bottom_up import BottomUp
-from marks import long, long_but, one_in
+from marks import long, one_in, sweep
 from networks import SMALL, Scaled, build
 
 onnx = pytest.importorskip("onnx")
@@ -138,7 +138,9 @@ CASES = {
 QUICK = ["mlp-bce", "separate_weights"]
 
 
-@pytest.mark.parametrize("case", long_but(QUICK, CASES))
+@pytest.mark.parametrize(
+    "case", [case if case in QUICK else (sweep if "resnet18" in case else long)(case) for case in CASES]
+)
 def test_a_step_is_torchs(case, tmp_path):
     """From every state on torch's path: the same loss, and the same weights, statistics and optimizer state."""
     states, lr, name, options, how = CASES[case]

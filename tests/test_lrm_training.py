@@ -17,7 +17,7 @@ import fxfeedback
 from fxfeedback.lrm import feedback_model
 from fxfeedback.lrm.modulation import modulate
 from fxfeedback.lrm.recompute import brief, lean, segmented
-from marks import long, long_but, one_in
+from marks import long, long_but, one_in, sweep
 
 
 def convnet():
@@ -92,7 +92,7 @@ def test_nothing_changes_but_what_is_kept(name, train, slice_size):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("checkpoint, batch, most", [(True, 128, 1.3), (False, 128, 2.5)])
+@pytest.mark.parametrize("checkpoint, batch, most", [sweep(True, 128, 1.3), (False, 128, 2.5)])
 def test_memory_of_activations(checkpoint, batch, most):
     plain = torchvision.models.alexnet().train()
     model = fxfeedback.add_feedback(plain, NETWORKS["alexnet"], checkpoint=checkpoint, verify=False)

@@ -14,7 +14,7 @@ import fxfeedback
 from fxfeedback.errors import InputError, NodeNameError, OptionError
 from fxfeedback.one_task.step_table import MIXES, STEPS
 from fxfeedback.rules import RULES
-from marks import long, long_but, one_in
+from marks import long, long_but, one_in, sweep
 from networks import SMALL, build
 from random_graphs import cases
 
@@ -135,6 +135,7 @@ class Tokens(nn.Module):
 
 
 OWN = {kind.__name__.lower(): kind for kind in (Separable, Grouped, Shuffled, Dense, Excited, Tokens)}
+MIDDLE = ("resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "regnet_y_400mf")
 LARGE = [
     *("resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_small", "densenet121", "squeezenet1_1", "googlenet"),
     *("efficientnet_b0", "shufflenet_v2_x0_5", "convnext_tiny", "regnet_y_400mf"),
@@ -200,7 +201,9 @@ def test_small_networks(name, gating):
         assert not any(key.startswith("gate_") for key in selected.state_dict()) or gating == "unit"
 
 
-@pytest.mark.parametrize("name", long_but(["squeezenet1_1"], LARGE))
+@pytest.mark.parametrize(
+    "name", [name if name == "squeezenet1_1" else (long if name in MIDDLE else sweep)(name) for name in LARGE]
+)
 def test_large_networks(name):
     butd, x = instructed(name)
     for task in (0, 1):

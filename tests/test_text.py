@@ -269,7 +269,7 @@ def test_the_job_writes_its_results(tmp_path, capsys):
     assert "by words in held-out sentences; ridge, letters" in capsys.readouterr().out
 
 
-@pytest.mark.long
+@pytest.mark.sweep
 def test_words_reach_nine_tenths_of_the_gain_of_prototypes(tmp_path):
     flags = ["--steps", "150", "--test-size", "300", "--strengths", "1.5", "3", "--device", "cpu", "--repeat", "5"]
     assert steer_by_words.main([*flags, "--out", str(tmp_path)]) == 0

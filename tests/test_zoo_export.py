@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fxfeedback
+from marks import sweep
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -19,7 +20,7 @@ KINDS = dict([*zoo.models(), *zoo.more_models()])
 
 
 @pytest.mark.long  # a small network of ours is below
-@pytest.mark.parametrize("name", ["raft_small", "timm/resnet10t"])
+@pytest.mark.parametrize("name", [sweep("raft_small"), "timm/resnet10t"])
 def test_a_model_of_the_zoo(name):
     row = zoo.check(name, KINDS[name])
     files = [row.passes, row.instructed, row.learner]

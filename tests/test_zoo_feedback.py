@@ -11,7 +11,7 @@ from torch import nn
 import fxfeedback
 from fxfeedback import rewrite
 from fxfeedback.graph.effects import has_effect
-from marks import long
+from marks import long, sweep
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "zoo"))
 zoo = importlib.import_module("feedback")
@@ -23,14 +23,14 @@ KINDS = dict(zoo.models())
     "name",
     [
         "squeezenet1_1",
-        long("convnext_tiny"),
+        sweep("convnext_tiny"),
         long("fasterrcnn_mobilenet_v3_large_320_fpn"),
-        long("googlenet"),
-        long("mc3_18"),
-        long("raft_small"),
+        sweep("googlenet"),
+        sweep("mc3_18"),
+        sweep("raft_small"),
         long("regnet_y_400mf"),
-        long("swin_v2_t"),
-        long("vit_b_32"),
+        sweep("swin_v2_t"),
+        sweep("vit_b_32"),
     ],
 )
 def test_a_model_of_the_zoo(name):

@@ -15,7 +15,7 @@ from torch import nn
 import fxfeedback
 from fxfeedback.rules import RULES, roles
 from fxfeedback.tracing.openings import OPENINGS
-from marks import long
+from marks import long, sweep
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "zoo"))
 zoo = importlib.import_module("learning")
@@ -34,11 +34,11 @@ def in_double():
     "name",
     [
         "squeezenet1_1",
-        long("googlenet"),
-        long("lraspp_mobilenet_v3_large"),
-        long("mc3_18"),
+        sweep("googlenet"),
+        sweep("lraspp_mobilenet_v3_large"),
+        sweep("mc3_18"),
         long("shufflenet_v2_x0_5"),
-        long("swin_t"),
+        sweep("swin_t"),
     ],
 )
 def test_a_model_of_torchvision(name):
@@ -52,8 +52,8 @@ def test_a_model_of_torchvision(name):
     "name",
     [
         long("timm/resnet10t"),
-        long("timm/mobilevit_xxs"),
-        long("timm/xcit_nano_12_p16_224"),
+        sweep("timm/mobilevit_xxs"),
+        sweep("timm/xcit_nano_12_p16_224"),
     ],
 )
 def test_a_model_of_timm(name):
