@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+SUITES = ("short", "long", "sweep")
 LEAST = 2.0
 """Seconds of the tests that get a row of their own."""
 
@@ -24,35 +25,36 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     try:
         return (yield)
     finally:
-        suite = "long" if item.get_closest_marker("long") else "short"
+        suite = next((suite for suite in SUITES[:0:-1] if item.get_closest_marker(suite)), SUITES[0])
         with Path(os.environ["CPU_TIMES"]).open("a") as file:
             file.write(f"{sum(os.times()[:4]) - before:.2f} {suite} {item.nodeid}\n")
 
 
 def table(lines: list[str]) -> str:
-    """Test functions by the seconds of all their cases, in the short suite and in the long one."""
-    sums: dict[str, dict[str, list[float]]] = defaultdict(lambda: {"short": [], "long": []})
+    """Test functions by the seconds of all their cases, in every suite."""
+    sums: dict[str, dict[str, list[float]]] = defaultdict(lambda: {suite: [] for suite in SUITES})
     for line in lines:
         seconds, suite, name = line.split(" ", 2)
         sums[name.partition("[")[0].strip().removeprefix("tests/")][suite].append(float(seconds))
-    total = {suite: sum(sum(both[suite]) for both in sums.values()) for suite in ("short", "long")}
-    short, whole = (sum(len(both["short"]) + every * len(both["long"]) for both in sums.values()) for every in (0, 1))
+    seconds_of = {suite: sum(sum(each[suite]) for each in sums.values()) for suite in SUITES}
+    tests_of = {suite: sum(len(each[suite]) for each in sums.values()) for suite in SUITES}
     text = [
         "# What the tests take",
         "",
         "Seconds of CPU, `make durations`. Two idle cores take half as many on the clock, and half a minute to start.",
         "",
-        f"- short suite, `make test`: {short} tests, {total['short']:.0f} s",
-        f"- all, `make test-all`: {whole} tests, {sum(total.values()):.0f} s",
+        f"- short suite, `make test`: {tests_of['short']} tests, {seconds_of['short']:.0f} s",
+        f"- `make test-all` has {tests_of['long']} more: {seconds_of['long']:.0f} s",
+        f"- `make test-sweep`: {tests_of['sweep']} others, {seconds_of['sweep']:.0f} s",
         "",
         f"Tests that take {LEAST:.0f} s or more, with all their cases:",
         "",
-        "| test | cases, short | s | cases, long | s |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| test | cases, short | s | cases, long | s | cases, sweep | s |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for name, both in sorted(sums.items(), key=lambda item: -sum(map(sum, item[1].values()))):
-        if sum(map(sum, both.values())) >= LEAST:
-            cells = (f"{len(both[suite])} | {sum(both[suite]):.1f}" for suite in ("short", "long"))
+    for name, each in sorted(sums.items(), key=lambda item: -sum(map(sum, item[1].values()))):
+        if sum(map(sum, each.values())) >= LEAST:
+            cells = (f"{len(each[suite])} | {sum(each[suite]):.1f}" for suite in SUITES)
             text.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join([*text, ""])
 
