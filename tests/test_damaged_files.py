@@ -79,6 +79,16 @@ def test_every_field_of_an_exported_file_is_checked(kind, opener, good, tmp_path
                 OPENERS[opener](path)
 
 
+@pytest.mark.parametrize("place", ["input", "output", "node"])
+def test_a_name_that_is_there_twice_is_an_error(place, good, tmp_path):
+    model = onnx.load(good / "learner.onnx")
+    values = getattr(model.graph, place)
+    values.append(values[-1])
+    onnx.save(model, tmp_path / "learner.onnx")
+    with pytest.raises(CheckpointError, match=r"is damaged: '.*' is there twice"):
+        fxfeedback.runtime.Learner(tmp_path / "learner.onnx", "cpu")
+
+
 def test_versions_and_checksums_are_texts_whatever_they_look_like(good, tmp_path):
     def change(model):
         says(model, "fxfeedback", "1.0")

@@ -1,6 +1,7 @@
 """Read what `fxfeedback.export_learner` wrote: the graph of a step, and the values of its state."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,11 @@ def read_learner(path: Path) -> tuple[Any, dict[str, np.ndarray]]:
 
 def _check_names(model: Any, state: Mapping[str, np.ndarray], tied: Mapping[str, str], path: Path) -> None:
     """Refuse a graph that is not a step of learning: one whose inputs, outputs and state do not fit together."""
+    graph = model.graph
+    made = [name for node in graph.node for name in node.output if name]
+    for names in (made, [given.name for given in graph.input], [given.name for given in graph.output]):
+        if twice := [name for name, times in Counter(names).items() if times > 1]:
+            raise CheckpointError(f"{str(path)!r} is damaged: {twice[0]!r} is there twice")
     inputs = {given.name: given.type.tensor_type.shape.dim for given in model.graph.input}
     outputs = [output.name for output in model.graph.output]
     missing = [f"an input {name!r}" for name in ("target", "lr") if name not in inputs]
