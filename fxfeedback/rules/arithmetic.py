@@ -161,6 +161,7 @@ def lerp(y, input, end, weight):
         call(F.cosine_similarity, T(4, 5, 3), T(1, 5, 3)),
         call(lambda x, w: F.cosine_similarity(x.unsqueeze(1), w, dim=-1), T(4, 5), T(3, 5)),
         call(F.cosine_similarity, T(4, 5, 3), T(1, 3), dim=2),
+        call(lambda x, w: F.cosine_similarity(5e-9 * x, w), T(4, 3), T(1, 3)),  # some of which are shorter than eps
     ],
 )
 def cosine_similarity(y, x1, x2, dim=1, eps=1e-8):
@@ -171,12 +172,16 @@ def cosine_similarity(y, x1, x2, dim=1, eps=1e-8):
     wide = list(y.shape)
     wide.insert(y.ndim + 1 + dim, length)
 
+    def at_least(size):
+        """As torch clamps: past autograd, to which it is the size still."""
+        return size + (size.clamp_min(eps) - size).detach()
+
     def to(x, z):
         def error(e):
             a, b = x.expand(wide), z.expand(wide)
             a_size, b_size = (torch.linalg.vector_norm(v, 2, dim, True) for v in (a, b))
-            along_a = y.unsqueeze(dim) * torch.where(a_size == 0, 0.0, a / a_size)  # torch clamps past autograd
-            return sum_to(e.unsqueeze(dim) * (b / b_size.clamp_min(eps) - along_a) / a_size.clamp_min(eps), x, wide)
+            along_a = y.unsqueeze(dim) * torch.where(a_size == 0, 0.0, a / a_size)
+            return sum_to(e.unsqueeze(dim) * (b / at_least(b_size) - along_a) / at_least(a_size), x, wide)
 
         return roles(instruct=lambda t: sum_to(t.unsqueeze(dim).expand(wide) / length, x, wide), error=error)
 
