@@ -161,6 +161,7 @@ class Odd(nn.Module):
         return self.last(y.mean((2, 3))) + kept
 
 
+@pytest.mark.long
 def test_nodes_marks_what_add_feedback_takes(capsys, monkeypatch):
     monkeypatch.setattr(networks, "odd", Odd, raising=False)
     result = run(capsys, "nodes", "networks:odd", "--input-size", "2x6x6")
@@ -212,6 +213,7 @@ def test_nodes_of_a_model_of_which_only_parts_can_be_traced(capsys):
     assert "backbone.body.4.block.0.0" in [node["name"] for node in result["nodes"]]
 
 
+@pytest.mark.long
 def test_predict_says_what_steps_compute(capsys, tmp_path):
     arguments = [
         *CONVNET,

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fxfeedback
-from marks import long, one_in
+from marks import long
 
 STEPS, BATCH, SIZE = 20, 8, (3, 16, 16)
 
@@ -102,12 +102,11 @@ def one_of_two(rank, kind, accumulate, synced, path):
     end_together()
 
 
-@one_in(20)
 @pytest.mark.skipif(not dist.is_available(), reason="this PyTorch was built without torch.distributed")
 @pytest.mark.parametrize(
     ("kind", "accumulate", "synced"),
     [
-        ("shared", 1, False),
+        long("shared", 1, False),
         long("feedback", 1, True),
         long("per_task", 2, False),
         long("feedback", 1, False),

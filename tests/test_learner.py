@@ -20,7 +20,7 @@ import train_multi_mnist
 from fxfeedback.deploy import losses
 from fxfeedback.errors import CheckpointError, ExportError, InputError, OptionError
 from fxfeedback.graph.bottom_up import BottomUp
-from marks import long, one_in, sweep
+from marks import long, sweep
 from networks import SMALL, Scaled, build
 
 onnx = pytest.importorskip("onnx")
@@ -135,7 +135,7 @@ CASES = {
     "separate_weights": (5, 0.05, "convnet", SEPARATE, MOMENTUM),
     "heads_per_task": (5, 0.05, "convnet", {"n_tasks": 3, "heads": "per_task", "lateral": "multiply"}, MOMENTUM),
 }
-QUICK = ["mlp-bce", "separate_weights"]
+QUICK = ["mlp-bce"]
 
 
 @pytest.mark.parametrize(
@@ -556,7 +556,7 @@ def test_an_input_without_a_batch(tmp_path):
     np.testing.assert_allclose(logits, butd(x, scale, task=1).detach(), rtol=1e-4, atol=1e-6)
 
 
-@one_in(2)
+@pytest.mark.long
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_a_learner_that_does_not_learn_as_torch_is_not_written(optimizer, tmp_path, monkeypatch):
     right = losses.LOSSES["cross_entropy"]
