@@ -19,7 +19,7 @@ docs: $(VENV)/.docs  ## the documentation, with its tutorials executed: docs/_bu
 
 test: lint types tests  ## set up, check style and types, and hold every promise once (nine minutes)
 
-test-all: lint types  ## the same with larger cases, as continuous integration does after `make browser` (forty minutes)
+test-all: lint types  ## the same with larger cases, as continuous integration does after `make browser` (under an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -rfEs -m "not sweep"
 
 test-sweep: $(VENV)/.installed  ## what test-all leaves out: more large models (half an hour)

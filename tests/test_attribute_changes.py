@@ -332,11 +332,11 @@ class Net(nn.Module):
 
 
 @pytest.mark.parametrize("module", [None, "test", "code"])
-def test_classes_that_say_they_are_pythons_are_the_users(module, monkeypatch):
+def test_classes_that_say_they_are_pythons_are_the_users(module, monkeypatch, tmp_path):
     """Code that is run without a module's name, or in a file that is called as one of Python's modules."""
     names = {} if module is None else {"__name__": module}
     if module is not None:
-        monkeypatch.setitem(sys.modules, module, SimpleNamespace(__file__=f"/home/user/{module}.py"))
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(__file__=str(tmp_path / f"{module}.py")))
     exec(SAYS_IT_IS_PYTHONS, names)
     torch.manual_seed(0)
     model, x = names["Net"](), torch.randn(2, 1, 8, 8)
